@@ -1,0 +1,198 @@
+"""What a plugin implements: one class, `Engine`, that trains and/or samples adapters on one base model.
+
+The host (`engines.host`) owns the process, the socket and the order of calls; a plugin only computes. It is called
+from one thread. Training calls take a list of operations of different runs, never two of one run, so that an engine
+can put many tenants into one pass, and return one entry for each: its result, or the `UserError` that kept it from
+being applied. An operation that fails has no effect. Any other exception means that the runs of that call are in
+doubt: the host drops them and the gateway restores them from their log.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import msgspec
+
+from engines.operations import (
+    CreateRun,
+    CreateRunResult,
+    Forward,
+    ForwardBackward,
+    ForwardResult,
+    LoadWeights,
+    LoadWeightsResult,
+    OptimStep,
+    OptimStepResult,
+    SampleRequest,
+    SampleResult,
+    SaveWeights,
+    SaveWeightsResult,
+)
+
+Role = Literal["train", "sample"]
+
+
+class UserError(Exception):
+    """The input cannot be honoured; the message names the field, what came and what is allowed."""
+
+
+class LoadError(Exception):
+    """The base model or the plugin cannot be loaded; the message says what to change."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """What an engine process is started with.
+
+    `model` is a local folder or a hub name; `base_model` the name it is served under; `storage` the folder that
+    storage keys are relative to; `options` belong to the plugin, which refuses unknown ones with LoadError.
+    """
+
+    name: str
+    plugin: str
+    base_model: str
+    model: str
+    roles: tuple[Role, ...]
+    storage: str
+    epoch: int
+    options: dict[str, Any] = {}
+    owner_timeout_s: float = 30.0
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a loaded engine can do. Limits are enforced by `engines.checks` before the engine is called."""
+
+    base_model: str
+    architecture: str
+    roles: tuple[Role, ...]
+    vocab_size: int
+    max_context: int
+    """Longest sequence in tokens: a datum, or prompt plus continuation."""
+    losses: tuple[str, ...]
+    max_rank: int
+    eos_tokens: tuple[int, ...]
+    max_top_logprobs: int
+    device: str
+    dtype: str
+    deterministic: bool
+    versions: dict[str, str]
+    """Versions of the libraries that the numbers depend on, for the log."""
+    train_unembed: bool = True
+    """Whether adapters on the unembedding can be trained and sampled."""
+
+
+T = TypeVar("T")
+
+
+class RunOperation(NamedTuple, Generic[T]):
+    """One operation and the run that it belongs to."""
+
+    run_id: str
+    operation: T
+
+
+class Token(NamedTuple):
+    """One drawn token: `top` are the best alternatives as (token, logprob), best first, when they were asked for."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class SampleStep(NamedTuple):
+    """One new token of one sequence of the sample `call_id`; `stop_reason` is set with its last one."""
+
+    call_id: int
+    sequence: int
+    token: Token
+    stop_reason: Literal["stop", "length"] | None = None
+
+
+class SampleEnd(NamedTuple):
+    """All sequences of a sample are complete, or it could not be carried on."""
+
+    call_id: int
+    result: SampleResult | UserError
+
+
+SampleEvent = SampleStep | SampleEnd
+
+
+class Engine(ABC):
+    """A base model with adapters on it. Constructed by `load` in the engine process, never in the gateway."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: EngineConfig) -> Engine:
+        """Load the base model. Raises LoadError with a sentence that says what to change."""
+
+    @abstractmethod
+    def info(self) -> EngineInfo:
+        """What this engine can do; the same for its whole life."""
+
+    @abstractmethod
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files that a client needs to load the tokenizer: `tokenizer.json`, `tokenizer_config.json` and, if the
+        model has one, its chat template. Names are plain file names."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; no call follows."""
+
+    # ------------------------------------------------------------------ training
+
+    @abstractmethod
+    def create_runs(self, items: Sequence[RunOperation[CreateRun]]) -> list[CreateRunResult | UserError]:
+        """Make an adapter for each run: initial weights are `engines.adapters.initial_a(seed, module, ...)` for A and
+        zeros for B, or those in the operation's folder. A run that exists already is replaced."""
+
+    @abstractmethod
+    def drop_run(self, run_id: str) -> None:
+        """Free a run. An unknown one is no error."""
+
+    @abstractmethod
+    def forward_backward(self, items: Sequence[RunOperation[ForwardBackward]]) -> list[ForwardResult | UserError]:
+        """Losses, log-probs (float32, from float32 logits) and gradients; gradients are added to the run's own."""
+
+    @abstractmethod
+    def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
+        """Losses and log-probs; no run changes."""
+
+    @abstractmethod
+    def optim_step(self, items: Sequence[RunOperation[OptimStep]]) -> list[OptimStepResult | UserError]:
+        """One optimizer step for each run."""
+
+    @abstractmethod
+    def save_weights(self, items: Sequence[RunOperation[SaveWeights]]) -> list[SaveWeightsResult | UserError]:
+        """Write each run's weights; they are on disk, synced and complete when this returns."""
+
+    @abstractmethod
+    def load_weights(self, items: Sequence[RunOperation[LoadWeights]]) -> list[LoadWeightsResult | UserError]:
+        """Replace each run's weights, and its optimizer's state when asked."""
+
+    # ------------------------------------------------------------------ sampling
+
+    @abstractmethod
+    def start_sample(self, call_id: int, request: SampleRequest) -> None:
+        """Queue a sample; it joins the running batch at one of the next calls of `advance`.
+
+        Raises UserError when it cannot be served, also when its adapter cannot be loaded.
+        """
+
+    @abstractmethod
+    def advance(self) -> list[SampleEvent]:
+        """One decoding step for the samples under way; [] when there are none."""
+
+    @abstractmethod
+    def cancel_sample(self, call_id: int) -> None:
+        """Forget a sample and free its slot. An unknown one is no error."""
+
+    @property
+    @abstractmethod
+    def sampling(self) -> bool:
+        """Whether `advance` has work."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, float]:
+        """Counters for the metrics page: at least `resident_runs`, `resident_adapters`, `active_samples`."""
