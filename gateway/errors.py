@@ -1,0 +1,103 @@
+"""Every error that a client can be answered with, in one tree; `gateway.app` has the one handler.
+
+A class's docstring says when it is used. The status decides what the official SDK does: it retries 408, 409, 429 and
+5xx for minutes, so those stand only for conditions that pass by themselves.
+"""
+
+from __future__ import annotations
+
+
+class TandemError(Exception):
+    """Base of all: an HTTP status, a stable code for programs, a sentence for people.
+
+    `param` names the request's field when one is to blame.
+    """
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class BadRequest(TandemError):
+    """The request cannot be understood or asks for something that is refused."""
+
+    status = 400
+    code = "bad_request"
+
+
+class Unauthorized(TandemError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(TandemError):
+    """The caller is known and may not do this."""
+
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(TandemError):
+    """There is no such thing, or it is somebody else's."""
+
+    status = 404
+    code = "not_found"
+
+
+class Gone(TandemError):
+    """It was there: a finished session, an expired future."""
+
+    status = 410
+    code = "gone"
+
+
+class PayloadTooLarge(TandemError):
+    """The body, or what it decompresses to, is over the limit that the message names."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class UnsupportedMediaType(TandemError):
+    """Content-Type or Content-Encoding is none of those that the message names."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class Unprocessable(TandemError):
+    """The body is well-formed, and a field of it is not acceptable."""
+
+    status = 422
+    code = "unprocessable"
+
+
+class EngineUnavailable(TandemError):
+    """The engine for this model is starting, restarting or has failed to load; trying again later may help."""
+
+    status = 503
+    code = "engine_unavailable"
+
+
+class EngineLost(TandemError):
+    """The engine process died while it worked on this request."""
+
+    status = 503
+    code = "engine_lost"
+
+
+class StoreUnavailable(TandemError):
+    """The database does not answer or has no room; nothing was accepted."""
+
+    status = 503
+    code = "store_unavailable"
+
+
+class ConfigurationError(Exception):
+    """The gateway cannot start with these settings; the message says which one and what is allowed."""
