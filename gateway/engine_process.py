@@ -1,0 +1,257 @@
+"""One engine process: started with its own interpreter, spoken to by messages, gone at once when it dies.
+
+An `EngineProcess` lives as long as its operating system process. Whoever waits for an answer when it dies gets
+`EngineLost`. Starting again is the supervisor's business (`gateway.supervisor`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from engines import messages
+from engines.interface import EngineConfig, EngineInfo, UserError
+from engines.messages import Outcome, RunAddress, SampleDelta
+from engines.operations import OperationKind, SampleResult, decode_result, encode
+from engines.operations import SampleRequest as SampleRequest
+from gateway.errors import EngineLost
+from gateway.settings import engine_environment
+
+log = logging.getLogger(__name__)
+
+_STOP_S = 10.0
+
+
+class EngineStartFailed(Exception):
+    """The process could not be started or could not load its model; the message says why."""
+
+
+class EngineProcess:
+    """A running engine. Made by `start`."""
+
+    info: EngineInfo
+    tokenizer_files: dict[str, bytes]
+
+    def __init__(self, config: EngineConfig, python: str) -> None:
+        self.config = config
+        self.stats: dict[str, float] = {}
+        self._python = python
+        self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
+        self._address = f"ipc://{Path(self._folder.name) / 'engine.sock'}"
+        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ids = itertools.count(1)
+        self._calls: dict[int, asyncio.Future[tuple[messages.Performed, list[bytes]]]] = {}
+        self._samples: dict[int, asyncio.Queue[SampleDelta | SampleResult | Exception]] = {}
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, once started."""
+        return self._process.pid if self._process is not None else None
+
+    @classmethod
+    async def start(cls, config: EngineConfig, python: str, timeout_s: float) -> EngineProcess:
+        """Start a process and wait until its model is loaded. Raises EngineStartFailed."""
+        engine = cls(config, python)
+        try:
+            await engine._spawn()
+            await asyncio.wait_for(asyncio.shield(engine._ready), timeout_s)
+        except TimeoutError as error:
+            await engine.kill()
+            raise EngineStartFailed(f"the model was not loaded within {timeout_s:.0f} s") from error
+        except (OSError, EngineLost) as error:
+            await engine.kill()
+            raise EngineStartFailed(str(error)) from error
+        except (EngineStartFailed, asyncio.CancelledError):
+            await engine.kill()
+            raise
+        return engine
+
+    async def perform(
+        self, kind: OperationKind, runs: Sequence[RunAddress], payloads: Sequence[bytes], *, replay: bool = False
+    ) -> tuple[messages.Performed, list[bytes]]:
+        """One operation of each of several runs: their outcomes, and the results of those that succeeded.
+
+        Raises EngineLost if the process dies first; then it is not known which of them were applied.
+        """
+        call_id = next(self._ids)
+        answer = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = answer
+        header = messages.Perform(call_id, self.config.epoch, kind, list(runs), replay=replay)
+        await self._send(header, *payloads)
+        return await answer
+
+    async def sample(self, body: bytes, *, stream: bool = False) -> AsyncIterator[SampleDelta | SampleResult]:
+        """Deltas, if asked for, then the result. Closing the iterator early cancels the sample.
+
+        Raises UserError when the engine refuses the request and EngineLost when it dies.
+        """
+        call_id = next(self._ids)
+        queue: asyncio.Queue[SampleDelta | SampleResult | Exception] = asyncio.Queue()
+        self._samples[call_id] = queue
+        finished = False
+        try:
+            await self._send(messages.Sample(call_id, stream), body)
+            while not finished:
+                item = await queue.get()
+                finished = not isinstance(item, SampleDelta)
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self._samples.pop(call_id, None)
+            if not finished and not self.lost.done():
+                await self._send(messages.Cancel(call_id))
+
+    async def drop_run(self, run_id: str) -> None:
+        """Free what a run occupies."""
+        await self._send(messages.DropRun(run_id))
+
+    async def stop(self) -> None:
+        """Let the process finish the call at hand and exit; kill it if it takes long."""
+        if self._process is None:
+            return
+        with contextlib.suppress(EngineLost):
+            await self._send(messages.Stop())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), _STOP_S)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the process at once and release everything."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        self._lose("it was stopped")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.close()
+        self._folder.cleanup()
+
+    # ------------------------------------------------------------------ inside
+
+    async def _spawn(self) -> None:
+        self._socket.bind(self._address)
+        self._process = await asyncio.create_subprocess_exec(
+            self._python,
+            "-m",
+            "engines.host",
+            "--connect",
+            self._address,
+            stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and then the engine exits
+            env=engine_environment(),
+        )
+        self._tasks = [
+            asyncio.create_task(self._receive_forever(), name=f"engine-{self.config.name}-receive"),
+            asyncio.create_task(self._ping_forever(), name=f"engine-{self.config.name}-ping"),
+            asyncio.create_task(self._watch(self._process), name=f"engine-{self.config.name}-watch"),
+        ]
+
+    async def _send(self, message: messages.ToEngine, *payloads: bytes) -> None:
+        if self.lost.done():
+            raise EngineLost(f"engine {self.config.name} is gone: {self.lost.result()}")
+        await self._socket.send_multipart(messages.pack(message, *payloads), copy=False)
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        status = await process.wait()
+        cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        self._lose(f"its process ended ({cause})")
+
+    async def _ping_forever(self) -> None:
+        while not self.lost.done():
+            await asyncio.sleep(self.config.owner_timeout_s / 10)
+            with contextlib.suppress(EngineLost):
+                await self._send(messages.Ping())
+
+    async def _receive_forever(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            message, payloads = messages.unpack_from_engine(frames)
+            await self._accept(message, payloads)
+
+    async def _accept(self, message: messages.FromEngine, payloads: list[bytes]) -> None:
+        match message:
+            case messages.Performed():
+                answer = self._calls.pop(message.call_id, None)
+                if answer is not None and not answer.done():
+                    answer.set_result((message, payloads))
+            case messages.SampleDelta():
+                self._put(message.call_id, message)
+            case messages.Sampled():
+                self._put(message.call_id, _sample_outcome(message, payloads))
+            case messages.Pong():
+                self.stats = message.stats
+            case messages.Hello():
+                await self._greet(message)
+            case messages.Ready():
+                self.info = message.info
+                self.tokenizer_files = dict(zip(message.tokenizer_files, payloads, strict=True))
+                if not self._ready.done():
+                    self._ready.set_result(None)
+            case messages.LoadFailed():
+                if not self._ready.done():
+                    self._ready.set_exception(EngineStartFailed(message.message))
+
+    async def _greet(self, hello: messages.Hello) -> None:
+        if hello.protocol == messages.PROTOCOL:
+            await self._send(messages.Load(self.config))
+        elif not self._ready.done():
+            self._ready.set_exception(
+                EngineStartFailed(
+                    f"{self._python} has engine protocol {hello.protocol}, this gateway {messages.PROTOCOL}; "
+                    "install the same version of Tandem in both environments"
+                )
+            )
+
+    def _put(self, call_id: int, item: SampleDelta | SampleResult | Exception) -> None:
+        queue = self._samples.get(call_id)
+        if queue is not None:
+            queue.put_nowait(item)
+
+    def _lose(self, cause: str) -> None:
+        """Tell everyone who waits that no answer will come."""
+        if self.lost.done():
+            return
+        self.lost.set_result(cause)
+        error = EngineLost(f"engine {self.config.name} is gone: {cause}")
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()  # retrieved here too, so that asyncio does not warn when nobody waits
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(error)
+        self._calls.clear()
+        for queue in self._samples.values():
+            queue.put_nowait(error)
+
+
+def _sample_outcome(message: messages.Sampled, payloads: list[bytes]) -> SampleResult | Exception:
+    if message.failure is not None:
+        if message.failure.category == "user":
+            return UserError(message.failure.message)
+        return EngineFailure(message.failure)
+    result = decode_result(payloads[0])
+    assert isinstance(result, SampleResult)
+    return result
+
+
+class EngineFailure(Exception):
+    """The engine failed at a sample through no fault of its sender; details are in its log under `error_id`."""
+
+    def __init__(self, failure: messages.Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure

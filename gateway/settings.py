@@ -1,0 +1,172 @@
+"""All settings of the gateway, each default once. The environment is read in this file only.
+
+A setting comes from, in this order: an environment variable `TANDEM_<NAME>`, the TOML file that `TANDEM_CONFIG` names,
+its default. A variable for a list or a table holds JSON. An unknown key or a value of the wrong type is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from gateway.errors import ConfigurationError
+
+MiB = 1 << 20
+_PREFIX = "TANDEM_"
+_TINY = str(Path(__file__).parents[1] / "engines" / "tiny" / "model")
+
+
+class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One engine process."""
+
+    name: str
+    """Its name in logs and in the admin API; unique."""
+    base_model: str
+    """The name under which its model is served, for example `Qwen/Qwen3-8B`."""
+    model: str = ""
+    """Hugging Face name or local folder of the weights; empty: the same as `base_model`."""
+    plugin: str = "hf"
+    """Entry point of the group `tandem.engines`, looked up in the engine's own interpreter."""
+    roles: tuple[Literal["train", "sample"], ...] = ("train", "sample")
+    """What it is used for."""
+    python: str = sys.executable
+    """Interpreter of the engine process, for plugins whose packages clash with the gateway's."""
+    options: dict[str, Any] = {}
+    """The plugin's own settings."""
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of one gateway process."""
+
+    data_dir: Path = Path("data")
+    """Folder for the embedded database, checkpoints and sockets."""
+    database_url: str = ""
+    """SQLAlchemy URL: `postgresql+asyncpg://user@host/name`; empty: SQLite in `data_dir`."""
+    sqlite_synchronous: Literal["FULL", "NORMAL"] = "FULL"
+    """FULL: an accepted operation survives a power loss. NORMAL: it survives the death of any process."""
+    engines: tuple[EngineSettings, ...] = (EngineSettings(name="tiny", base_model="tandem/tiny", model=_TINY),)
+    """The engine processes to start, and the base models they serve."""
+    allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    """Host names by which local clients may call while no API keys are configured."""
+    hold_s: float = 30.0
+    """Seconds that retrieve_future waits for a result before it answers `try_again`; at most 40."""
+    gap_timeout_s: float = 600.0
+    """Seconds after which operations that wait for a missing seq_id fail."""
+    max_body_bytes: int = 64 * MiB
+    """Largest request body, as sent."""
+    max_decompressed_bytes: int = 256 * MiB
+    """Largest request body after decompression."""
+    max_queued_per_run: int = 20_000
+    """Operations of one run that may wait."""
+    max_queued_samples: int = 20_000
+    """Samples of one owner that may wait."""
+    samples_in_engine: int = 256
+    """Samples that are handed to an engine at a time; the rest wait in the gateway, owners in turn."""
+    result_cache_bytes: int = 64 * MiB
+    """Results kept in memory for clients that are about to fetch them; all are in the database as well."""
+    engine_start_timeout_s: float = 600.0
+    """Seconds in which an engine process must have loaded its model."""
+    engine_restart_delay_s: float = 0.5
+    """Seconds before an engine that died is started again; doubles with each failure in a row, up to a minute."""
+    engine_owner_timeout_s: float = 30.0
+    """Seconds without a sign of life from the gateway after which an engine process exits."""
+    max_attempts: int = 3
+    """Times that an operation is sent to an engine that dies over it before it fails."""
+    lease_s: float = 15.0
+    """Seconds for which a gateway holds an engine's lease; renewed three times in each."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Level of the gateway's log."""
+
+    @property
+    def storage_dir(self) -> Path:
+        """The folder that storage keys are relative to."""
+        return self.data_dir / "storage"
+
+    @property
+    def url(self) -> str:
+        """The database's URL, also when it is the embedded one."""
+        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir / 'tandem.db'}"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the database is SQLite."""
+        return self.url.startswith("sqlite")
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings. Raises ConfigurationError naming the setting and what is allowed."""
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    config = environ.get(_PREFIX + "CONFIG")
+    if config:
+        values = _read_toml(Path(config))
+    known = {field.name: field for field in msgspec.structs.fields(Settings)}
+    for variable, text in environ.items():
+        name = variable.removeprefix(_PREFIX).lower()
+        if not variable.startswith(_PREFIX) or variable in (_PREFIX + "CONFIG", *_CLIENT_VARIABLES):
+            continue
+        if name not in known:
+            raise ConfigurationError(f"{variable} is no setting of Tandem; known are {', '.join(sorted(known))}")
+        values[name] = _from_text(variable, text) if name in _STRUCTURED else text
+    try:
+        settings = msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"settings: {error}") from error
+    return _checked(settings)
+
+
+_STRUCTURED = {"engines", "allowed_hosts"}
+_CLIENT_VARIABLES = ("TANDEM_URL", "TANDEM_API_KEY")
+"""Variables of the command line client, which a shell may hold too."""
+
+
+def engine_environment() -> dict[str, str]:
+    """What an engine process sees of this one's environment: no setting of the gateway, so no password either.
+
+    Its interpreter finds `engines` beside this package, installed there or not.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
+    root = str(Path(__file__).parents[1])
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (root, kept.get("PYTHONPATH"))))
+    return kept
+
+
+def _from_text(variable: str, text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{variable} must hold JSON: {error}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"TANDEM_CONFIG: cannot read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"TANDEM_CONFIG: {path} is not TOML: {error}") from error
+
+
+def _checked(settings: Settings) -> Settings:
+    """What types cannot say."""
+    names = [engine.name for engine in settings.engines]
+    if not names:
+        raise ConfigurationError("engines is empty; at least one engine is needed")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"engines: the name {name!r} stands twice; names are unique")
+    if not 0 < settings.hold_s <= 40:
+        raise ConfigurationError(f"hold_s is {settings.hold_s}; it must be above 0 and at most 40 seconds")
+    for name in ("gap_timeout_s", "lease_s", "engine_start_timeout_s", "engine_owner_timeout_s"):
+        if getattr(settings, name) <= 0:
+            raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be above 0 seconds")
+    for name in ("max_body_bytes", "max_decompressed_bytes", "samples_in_engine", "max_attempts"):
+        if getattr(settings, name) < 1:
+            raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    return settings

@@ -1,0 +1,129 @@
+"""Checkpoints, and which stored folders are still needed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Row, delete, exists, func, select, union_all, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.store import schema
+from gateway.store.database import Database
+from gateway.store.dialect import insert_or_ignore, now
+from gateway.store.records import Checkpoint, CheckpointKind
+
+C = schema.checkpoints
+
+
+class CheckpointStore:
+    """The checkpoints of all owners. One is inserted when the operation that saved it is settled."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def get(self, path: str) -> Checkpoint | None:
+        """A checkpoint by its tinker:// path; an expired one is gone."""
+        query = select(C).where(C.c.path == path)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).first()
+        if row is None or (row.expires_at is not None and row.expires_at <= now()):
+            return None
+        return checkpoint_of(row)
+
+    async def page(
+        self, *, limit: int, before: tuple[float, str] | None = None, offset: int = 0, **equal: str | None
+    ) -> list[Checkpoint]:
+        """Newest first, without expired ones; `before` is (created_at, path) of the last row seen."""
+        query = select(C).where(_alive()).order_by(C.c.created_at.desc(), C.c.path.desc())
+        for column, value in equal.items():
+            if value is not None:
+                query = query.where(C.c[column] == value)
+        if before is not None:
+            created_at, path = before
+            query = query.where((C.c.created_at < created_at) | ((C.c.created_at == created_at) & (C.c.path < path)))
+        async with self._database.read() as connection:
+            rows = await connection.execute(query.limit(limit).offset(offset))
+            return [checkpoint_of(row) for row in rows]
+
+    async def count(self, owner: str) -> int:
+        query = select(func.count()).select_from(C).where(C.c.owner == owner, _alive())
+        async with self._database.read() as connection:
+            return int((await connection.execute(query)).scalar_one())
+
+    async def latest_of_runs(self, run_ids: list[str]) -> dict[tuple[str, str], Checkpoint]:
+        """The newest checkpoint of each (run, kind)."""
+        query = select(C).where(C.c.run_id.in_(run_ids), _alive()).order_by(C.c.created_at)
+        async with self._database.read() as connection:
+            rows = await connection.execute(query)
+            return {(row.run_id, row.kind): checkpoint_of(row) for row in rows}
+
+    async def delete(self, path: str) -> str | None:
+        """Delete a checkpoint; the answer is its folder if nothing else refers to it."""
+        return await self._database.write(delete_checkpoints, path)
+
+    async def set_expiry(self, path: str, expires_at: float | None) -> None:
+        await self._database.write(_set_expiries, (path, expires_at))
+
+    async def set_public(self, path: str, public: bool) -> None:
+        await self._database.write(_set_public, (path, public))
+
+
+def checkpoint_of(row: Row[Any]) -> Checkpoint:
+    """The record of a row."""
+    values = dict(row._mapping)
+    return Checkpoint(**{**values, "kind": CheckpointKind(values["kind"])})
+
+
+def _alive() -> Any:
+    return C.c.expires_at.is_(None) | (C.c.expires_at > now())
+
+
+async def insert_checkpoint(
+    connection: AsyncConnection, checkpoint: Checkpoint, *, overwrite: bool
+) -> tuple[bool, str | None]:
+    """Whether the name was free, or could be overwritten; and the folder that was replaced."""
+    row = (await connection.execute(select(C.c.folder, C.c.expires_at).where(C.c.path == checkpoint.path))).first()
+    expired = row is not None and row.expires_at is not None and row.expires_at <= now()
+    if row is not None and row.folder != checkpoint.folder and not (overwrite or expired):
+        return False, None
+    await connection.execute(delete(C).where(C.c.path == checkpoint.path))
+    await connection.execute(insert_or_ignore(connection, C), asdict(checkpoint))
+    return True, row.folder if row is not None and row.folder != checkpoint.folder else None
+
+
+async def folder_in_use(connection: AsyncConnection, folder: str) -> bool:
+    """Whether a checkpoint, a sampler, or the log of a run refers to a stored folder.
+
+    A log refers to what it begins at and to what its operations load; a save's own folder is the checkpoint's.
+    """
+    references = union_all(
+        select(C.c.path).where(C.c.folder == folder),
+        select(schema.samplers.c.sampler_id).where(schema.samplers.c.folder == folder),
+        select(schema.runs.c.run_id).where(schema.runs.c.origin_folder == folder),
+        select(schema.futures.c.request_id).where(
+            schema.futures.c.folder == folder, schema.futures.c.kind == "load_weights"
+        ),
+    )
+    return bool((await connection.execute(select(exists(references.subquery().select())))).scalar_one())
+
+
+async def delete_checkpoints(connection: AsyncConnection, paths: list[str]) -> list[str | None]:
+    folders: list[str | None] = []
+    for path in paths:
+        statement = delete(C).where(C.c.path == path).returning(C.c.folder)
+        folder = (await connection.execute(statement)).scalar()
+        folders.append(None if folder is None or await folder_in_use(connection, folder) else folder)
+    return folders
+
+
+async def _set_expiries(connection: AsyncConnection, changes: list[tuple[str, float | None]]) -> list[None]:
+    for path, expires_at in changes:
+        await connection.execute(update(C).where(C.c.path == path).values(expires_at=expires_at))
+    return [None] * len(changes)
+
+
+async def _set_public(connection: AsyncConnection, changes: list[tuple[str, bool]]) -> list[None]:
+    for path, public in changes:
+        await connection.execute(update(C).where(C.c.path == path).values(public=public))
+    return [None] * len(changes)

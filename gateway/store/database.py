@@ -1,0 +1,178 @@
+"""Connections, and the one path by which rows are written: a group commit.
+
+Writers hand in an operation and an argument and wait; whatever has gathered while the last transaction was being
+committed goes into the next one, neighbours with the same operation in one call. One request costs one commit when it
+is alone and a share of one under load. No other code commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from gateway.errors import StoreUnavailable
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+WriteMany = Callable[[AsyncConnection, list[A]], Awaitable[list[R]]]
+"""A write operation: takes the arguments of several callers, answers each in order."""
+
+_LARGEST_GROUP = 512
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Write(Generic[A, R]):
+    operation: WriteMany[A, R]
+    argument: A
+    outcome: asyncio.Future[R]
+    then: Callable[[R], None] | None
+
+
+class Database:
+    """Readers' pool and the single writer of this process.
+
+    `url` is an SQLAlchemy URL with an asyncio driver: sqlite+aiosqlite:///file or postgresql+asyncpg://...
+    `sqlite_synchronous` is FULL (a commit survives a power loss) or NORMAL (it survives any crash of a process).
+    """
+
+    def __init__(self, url: str, *, sqlite_synchronous: str = "FULL", readers: int = 4) -> None:
+        self.is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        if self.is_sqlite:
+            self._readers = create_async_engine(url, pool_size=readers)
+            self._writers = create_async_engine(url, pool_size=1)
+            for engine in (self._readers, self._writers):
+                _configure_sqlite(engine, sqlite_synchronous, begin=engine is self._writers)
+        else:
+            self._readers = create_async_engine(url, pool_size=readers, pool_pre_ping=True)
+            self._writers = create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+        self._pending: list[_Write[Any, Any]] = []
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def writers(self) -> AsyncEngine:
+        """The engine that migrations run on."""
+        return self._writers
+
+    def start(self) -> None:
+        """Start the writer; call it in the running loop."""
+        self._task = asyncio.create_task(self._write_forever(), name="store-writer")
+
+    async def close(self) -> None:
+        """Commit what has been handed in, then close every connection."""
+        if self._task is not None:
+            while self._pending:
+                await asyncio.sleep(0.01)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._readers.dispose()
+        await self._writers.dispose()
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A connection for reading. Raises StoreUnavailable when the database does not answer."""
+        with translated_errors():
+            async with self._readers.connect() as connection:
+                yield connection
+
+    def write(
+        self, operation: WriteMany[A, R], argument: A, then: Callable[[R], None] | None = None
+    ) -> asyncio.Future[R]:
+        """Have `operation` done for `argument` in the next transaction; the answer comes after the commit.
+
+        Writes take effect in the order of these calls. `then` is called with the answer right after the commit,
+        whether or not the caller still waits.
+        """
+        outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._pending.append(_Write(operation, argument, outcome, then))
+        self._wake.set()
+        return outcome
+
+    async def _write_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._pending:
+                group, self._pending = self._pending[:_LARGEST_GROUP], self._pending[_LARGEST_GROUP:]
+                await self._commit_group(group)
+
+    async def _commit_group(self, group: list[_Write[Any, Any]]) -> None:
+        """One transaction for all; if anything in it fails, each alone, so that only the culprit is told."""
+        try:
+            answers = await self._transaction(group)
+        except Exception as error:  # boundary: the error goes to the caller who waits for this write
+            if len(group) > 1:
+                for write in group:
+                    await self._commit_group([write])
+            elif not group[0].outcome.done():
+                group[0].outcome.set_exception(error)
+            else:
+                log.error("a write failed after its caller had left: %s", error)
+            return
+        for write, answer in zip(group, answers, strict=True):
+            if write.then is not None:
+                write.then(answer)
+            if not write.outcome.done():
+                write.outcome.set_result(answer)
+
+    async def _transaction(self, group: list[_Write[Any, Any]]) -> list[Any]:
+        answers: list[Any] = []
+        with translated_errors():
+            async with self._writers.begin() as connection:
+                for operation, writes in groupby(group, key=lambda write: write.operation):
+                    answers += await operation(connection, [write.argument for write in writes])
+        return answers
+
+
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+    """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
+    try:
+        yield
+    except (OSError, asyncio.TimeoutError) as error:
+        raise StoreUnavailable(f"the database does not answer: {error}") from error
+    except DBAPIError as error:
+        if error.connection_invalidated or _is_outage(error):
+            raise StoreUnavailable(f"the database cannot serve this now: {error.orig}") from error
+        raise
+    except SQLAlchemyError:
+        raise
+
+
+def _is_outage(error: DBAPIError) -> bool:
+    """Whether a driver's error speaks of the server or the disk, not of the statement."""
+    text = str(error.orig).lower()
+    signs = ("disk is full", "disk full", "no space left", "database is locked", "readonly database", "i/o error",
+             "connection", "shutting down", "starting up", "too many clients", "unable to open")
+    return any(sign in text for sign in signs)
+
+
+def _configure_sqlite(engine: AsyncEngine, synchronous: str, *, begin: bool) -> None:
+    """WAL, so that readers and the writer do not wait for each other; a writer takes its lock at once."""
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def on_connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # the driver must not begin transactions by itself
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", f"synchronous={synchronous}", "foreign_keys=ON", "busy_timeout=30000"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    if begin:
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def on_begin(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")

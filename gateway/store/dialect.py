@@ -1,0 +1,26 @@
+"""What SQLite and Postgres spell differently."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sqlalchemy import Select, Table
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+def insert_or_ignore(connection: AsyncConnection, table: Table) -> Any:
+    """An insert that leaves a row with the same key as it is."""
+    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    return make(table).on_conflict_do_nothing()
+
+
+def for_update(connection: AsyncConnection, query: Select[Any]) -> Select[Any]:
+    """Keep the rows from changing until the commit. SQLite's writer has the whole database to itself."""
+    return query if connection.dialect.name == "sqlite" else query.with_for_update()
+
+
+def now() -> float:
+    """Seconds since the epoch, UTC."""
+    return time.time()

@@ -1,0 +1,166 @@
+"""Futures: accept, claim, look up. Outcomes are stored by `gateway.store.settling`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Row, Select, func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.store import schema
+from gateway.store.database import Database
+from gateway.store.dialect import insert_or_ignore, now
+from gateway.store.records import Future, FutureStatus, Outcome, Run, Settled
+from gateway.store.runs import insert_runs
+from gateway.store.settling import settle_futures
+
+F = schema.futures
+OPEN = (FutureStatus.QUEUED, FutureStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A call to accept: its future, its input's bytes, and the run that begins with it, if one does.
+
+    A future that is failed already is recorded as such: a rejected operation consumes its number.
+    """
+
+    future: Future
+    body: bytes
+    run: Run | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Futures to be sent to the engine of `epoch`."""
+
+    request_ids: tuple[str, ...]
+    epoch: int
+
+
+class FutureStore:
+    """The futures of all owners."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def submit(self, submission: Submission, then: Callable[[None], None] | None = None) -> None:
+        """Accept a call; `then` runs right after the commit. Repeating a known natural key changes nothing."""
+        await self._database.write(insert_submissions, submission, then)
+
+    async def claim(self, claim: Claim) -> dict[str, bytes]:
+        """Mark futures as running; return the inputs of those that could be, by request_id."""
+        return await self._database.write(claim_futures, claim)
+
+    def settle(
+        self, outcome: Outcome, then: Callable[[Settled | None], None] | None = None
+    ) -> asyncio.Future[Settled | None]:
+        """Store an outcome and what comes with it; None if the future was not this epoch's to settle.
+
+        Takes effect before any claim that is called after it, without having to be awaited first.
+        """
+        return self._database.write(settle_futures, outcome, then)
+
+    async def get(self, request_id: str) -> Future | None:
+        async with self._database.read() as connection:
+            row = (await connection.execute(select(F).where(F.c.request_id == request_id))).first()
+        return future_of(row) if row is not None else None
+
+    async def result(self, request_id: str) -> bytes | None:
+        """The stored result of a future that is done."""
+        query = select(schema.results.c.body).where(schema.results.c.request_id == request_id)
+        async with self._database.read() as connection:
+            body: bytes | None = (await connection.execute(query)).scalar()
+            return body
+
+    async def inputs(self, request_ids: Iterable[str]) -> dict[str, bytes]:
+        """Inputs by request_id."""
+        query = select(schema.inputs).where(schema.inputs.c.request_id.in_(list(request_ids)))
+        async with self._database.read() as connection:
+            return {row.request_id: row.body for row in await connection.execute(query)}
+
+    async def open_of_engine(self, engine: str) -> list[Future]:
+        """What an engine still owes, oldest first."""
+        query = select(F).where(F.c.engine == engine, F.c.status.in_(OPEN)).order_by(F.c.created_at)
+        return await self._all(query)
+
+    async def of_run_from(self, run_id: str, seq_id: int) -> list[Future]:
+        """The entries of a log from a number on, in order, whatever became of them."""
+        return await self._all(select(F).where(F.c.run_id == run_id, F.c.seq_id >= seq_id).order_by(F.c.seq_id))
+
+    async def applied_to_run(
+        self, run_id: str, after: int, before: int, kinds: Sequence[str], limit: int
+    ) -> list[Future]:
+        """Operations of a log that took effect, in order, with after < seq_id < before."""
+        query = (
+            select(F)
+            .where(F.c.run_id == run_id, F.c.seq_id > after, F.c.seq_id < before)
+            .where(F.c.status == FutureStatus.DONE, F.c.kind.in_(kinds))
+            .order_by(F.c.seq_id)
+            .limit(limit)
+        )
+        return await self._all(query)
+
+    async def page(
+        self, *, limit: int, before: tuple[float, str] | None = None, **equal: str | None
+    ) -> list[Future]:
+        """Newest first; `equal` filters by column; `before` is (created_at, request_id) of the last row seen."""
+        query = select(F).order_by(F.c.created_at.desc(), F.c.request_id.desc()).limit(limit)
+        for column, value in equal.items():
+            if value is not None:
+                query = query.where(F.c[column] == value)
+        if before is not None:
+            created_at, request_id = before
+            older = (F.c.created_at == created_at) & (F.c.request_id < request_id)
+            query = query.where((F.c.created_at < created_at) | older)
+        return await self._all(query)
+
+    async def counts(self) -> dict[tuple[str, str], int]:
+        """How many open futures there are by (engine, status)."""
+        query = select(F.c.engine, F.c.status, func.count()).where(F.c.status.in_(OPEN))
+        async with self._database.read() as connection:
+            rows = await connection.execute(query.group_by(F.c.engine, F.c.status))
+            return {(engine, status): count for engine, status, count in rows}
+
+    async def _all(self, query: Select[Any]) -> list[Future]:
+        async with self._database.read() as connection:
+            return [future_of(row) for row in await connection.execute(query)]
+
+
+def future_of(row: Row[Any]) -> Future:
+    """The record of a row."""
+    values = dict(row._mapping)
+    return Future(**{**values, "status": FutureStatus(values["status"])})
+
+
+async def insert_submissions(connection: AsyncConnection, submissions: list[Submission]) -> list[None]:
+    """Runs, futures and inputs of several submissions."""
+    runs = [submission.run for submission in submissions if submission.run is not None]
+    if runs:
+        await insert_runs(connection, runs)
+    rows = [asdict(submission.future) for submission in submissions]
+    await connection.execute(insert_or_ignore(connection, F), rows)
+    bodies = [{"request_id": s.future.request_id, "body": s.body} for s in submissions if s.future.open]
+    if bodies:
+        await connection.execute(insert_or_ignore(connection, schema.inputs), bodies)
+    return [None] * len(submissions)
+
+
+async def claim_futures(connection: AsyncConnection, claims: list[Claim]) -> list[dict[str, bytes]]:
+    """Queued futures become running; running ones of an older epoch are taken over."""
+    answers = []
+    for claim in claims:
+        not_newer = F.c.epoch.is_(None) | (F.c.epoch <= claim.epoch)
+        statement = (
+            update(F)
+            .where(F.c.request_id.in_(claim.request_ids), F.c.status.in_(OPEN), not_newer)
+            .values(status=FutureStatus.RUNNING, epoch=claim.epoch, attempts=F.c.attempts + 1, started_at=now())
+            .returning(F.c.request_id)
+        )
+        claimed = list((await connection.execute(statement)).scalars())
+        bodies = await connection.execute(select(schema.inputs).where(schema.inputs.c.request_id.in_(claimed)))
+        answers.append({row.request_id: row.body for row in bodies})
+    return answers

@@ -1,0 +1,47 @@
+"""API keys, by their hashes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from sqlalchemy import delete, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.store import schema
+from gateway.store.database import Database
+from gateway.store.dialect import insert_or_ignore
+from gateway.store.records import ApiKey
+
+K = schema.api_keys
+
+
+class KeyStore:
+    """Who may call. An empty table means that only this machine may."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def all(self) -> list[ApiKey]:
+        async with self._database.read() as connection:
+            rows = await connection.execute(select(K).order_by(K.c.created_at))
+            return [ApiKey(**row._mapping) for row in rows]
+
+    async def add(self, key: ApiKey) -> None:
+        await self._database.write(_insert, key)
+
+    async def remove(self, key_hash: str) -> bool:
+        """Whether there was such a key."""
+        return await self._database.write(_delete, key_hash)
+
+
+async def _insert(connection: AsyncConnection, keys: list[ApiKey]) -> list[None]:
+    await connection.execute(insert_or_ignore(connection, K), [asdict(key) for key in keys])
+    return [None] * len(keys)
+
+
+async def _delete(connection: AsyncConnection, hashes: list[str]) -> list[bool]:
+    removed = []
+    for key_hash in hashes:
+        statement = delete(K).where(K.c.key_hash == key_hash).returning(K.c.key_hash)
+        removed.append((await connection.execute(statement)).first() is not None)
+    return removed

@@ -1,0 +1,191 @@
+"""Rows as frozen dataclasses. A record is what was read; it never talks to the database."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class FutureStatus(enum.StrEnum):
+    """Where an accepted call is."""
+
+    QUEUED = "queued"  # accepted, waits for its turn
+    RUNNING = "running"  # sent to an engine; after that engine's death it is sent again
+    DONE = "done"  # its result is stored
+    FAILED = "failed"  # its error is stored; it had no effect
+
+
+class RunStatus(enum.StrEnum):
+    """What can be done with a run."""
+
+    CREATING = "creating"  # accepted; its first operation has not been settled
+    ACTIVE = "active"  # trains
+    FAILED = "failed"  # could not be created; nothing else will succeed
+    UNLOADED = "unloaded"  # ended by its owner; readable, its checkpoints stay
+
+
+class CheckpointKind(enum.StrEnum):
+    """Second segment of a tinker:// path."""
+
+    TRAINING = "weights"
+    SAMPLER = "sampler_weights"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key by its hash; the key itself is never stored."""
+
+    key_hash: str
+    owner: str
+    admin: bool
+    label: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    session_id: str
+    owner: str
+    idempotency_key: str | None
+    user_metadata: dict[str, Any]
+    tags: list[str]
+    sdk_version: str
+    project_id: str | None
+    display_name: str | None
+    created_at: float
+    heartbeat_at: float
+    finished_at: float | None = None
+    finish_reason: str | None = None
+    finish_detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    run_id: str
+    owner: str
+    session_id: str
+    model_seq_id: int
+    engine: str
+    base_model: str
+    lora: dict[str, Any]
+    optimizer: str
+    origin_path: str | None
+    origin_folder: str | None
+    user_metadata: dict[str, Any]
+    created_at: float
+    last_request_at: float
+    status: RunStatus = RunStatus.CREATING
+    next_seq: int = 0
+    step: int = 0
+    pending_loss: float = 0.0
+    pending_tokens: int = 0
+    pending_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Future:
+    """One accepted call, without its input and result."""
+
+    request_id: str
+    owner: str
+    engine: str
+    kind: str
+    seq_id: int
+    created_at: float
+    run_id: str | None = None
+    sampler_id: str | None = None
+    status: FutureStatus = FutureStatus.QUEUED
+    epoch: int | None = None
+    attempts: int = 0
+    context: dict[str, Any] = field(default_factory=dict)
+    folder: str | None = None
+    error: str | None = None
+    error_category: str | None = None
+    error_id: str | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether it still waits for its outcome."""
+        return self.status in (FutureStatus.QUEUED, FutureStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one optimizer step was, for the metrics of a run; `loss` is a sum over `tokens`."""
+
+    run_id: str
+    step: int
+    seq_id: int
+    loss: float
+    tokens: int
+    grad_norm: float | None
+    learning_rate: float | None
+    seconds: float
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    path: str
+    owner: str
+    run_id: str
+    kind: CheckpointKind
+    name: str
+    folder: str
+    base_model: str
+    lora: dict[str, Any]
+    has_optimizer: bool
+    size_bytes: int
+    public: bool
+    user_metadata: dict[str, Any]
+    created_at: float
+    expires_at: float | None
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The id on the wire: kind and name."""
+        return f"{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    sampler_id: str
+    owner: str
+    session_id: str
+    engine: str
+    base_model: str
+    run_id: str | None
+    path: str | None
+    folder: str | None
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one future: its result's bytes, or its error; and what else the same transaction stores."""
+
+    future: Future
+    result: bytes | None = None
+    error: str | None = None
+    error_category: str | None = None
+    error_id: str | None = None
+    summary: dict[str, float] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    overwrite: bool = False
+    sampler: Sampler | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A future after settling. `orphaned_folder` is one that nothing refers to any more."""
+
+    future: Future
+    result: bytes | None
+    orphaned_folder: str | None = None

@@ -1,0 +1,45 @@
+"""Samplers: a base model, alone or with one immutable version of an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.store import schema
+from gateway.store.database import Database
+from gateway.store.dialect import insert_or_ignore
+from gateway.store.records import Sampler
+
+S = schema.samplers
+
+
+class SamplerStore:
+    """The samplers of all owners. Rows never change."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create(self, sampler: Sampler) -> None:
+        """Store a sampler; repeating it changes nothing."""
+        await self._database.write(_create, sampler)
+
+    async def get(self, sampler_id: str) -> Sampler | None:
+        async with self._database.read() as connection:
+            row = (await connection.execute(select(S).where(S.c.sampler_id == sampler_id))).first()
+        return Sampler(**row._mapping) if row is not None else None
+
+    async def of_session(self, session_id: str) -> list[Sampler]:
+        query = select(S).where(S.c.session_id == session_id).order_by(S.c.created_at)
+        async with self._database.read() as connection:
+            return [Sampler(**row._mapping) for row in await connection.execute(query)]
+
+
+async def insert_samplers(connection: AsyncConnection, samplers: list[Sampler]) -> None:
+    await connection.execute(insert_or_ignore(connection, S), [asdict(sampler) for sampler in samplers])
+
+
+async def _create(connection: AsyncConnection, samplers: list[Sampler]) -> list[None]:
+    await insert_samplers(connection, samplers)
+    return [None] * len(samplers)

@@ -1,0 +1,196 @@
+"""The tables. Guarantees that matter are the schema's: one row for each natural key, one running operation a run.
+
+Times are seconds since the epoch, UTC. JSON columns hold small objects only; what can be large (inputs, results) has
+tables of its own, so that claims and lists never read it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_hash", String, primary_key=True, comment="SHA-256 of the key, hex"),
+    Column("owner", String, nullable=False),
+    Column("admin", Boolean, nullable=False),
+    Column("label", String, nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_id", String, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("idempotency_key", String, comment="of the request that created it; a retry finds it"),
+    Column("user_metadata", JSON, nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("sdk_version", String, nullable=False),
+    Column("project_id", String),
+    Column("display_name", String),
+    Column("created_at", Double, nullable=False),
+    Column("heartbeat_at", Double, nullable=False),
+    Column("finished_at", Double),
+    Column("finish_reason", String),
+    Column("finish_detail", String),
+    UniqueConstraint("owner", "idempotency_key"),
+    Index(None, "owner", "created_at"),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", String, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("session_id", String, ForeignKey("sessions.session_id"), nullable=False),
+    Column("model_seq_id", BigInteger, nullable=False),
+    Column("engine", String, nullable=False),
+    Column("base_model", String, nullable=False),
+    Column("lora", JSON, nullable=False, comment="rank, seed, alpha, train_attn, train_mlp, train_unembed"),
+    Column("optimizer", String, nullable=False),
+    Column("origin_path", String, comment="tinker:// path that the log begins at"),
+    Column("origin_folder", String, comment="storage key of the same; kept as long as the log"),
+    Column("user_metadata", JSON, nullable=False),
+    Column("status", String, nullable=False, comment="creating, active, failed, unloaded"),
+    Column("next_seq", BigInteger, nullable=False, comment="first seq_id that is not settled"),
+    Column("step", Integer, nullable=False, comment="optimizer steps taken"),
+    Column("pending_loss", Double, nullable=False, comment="sums since the last optimizer step"),
+    Column("pending_tokens", BigInteger, nullable=False),
+    Column("pending_seconds", Double, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("last_request_at", Double, nullable=False),
+    Index(None, "owner", "created_at"),
+    Index(None, "session_id"),
+    Index(None, "origin_folder"),
+)
+
+futures = Table(
+    "futures",
+    metadata,
+    Column("request_id", String, primary_key=True, comment="a function of the natural key"),
+    Column("owner", String, nullable=False),
+    Column("engine", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("run_id", String, ForeignKey("runs.run_id")),
+    Column("sampler_id", String),
+    Column("seq_id", BigInteger, nullable=False),
+    Column("status", String, nullable=False, comment="queued, running, done, failed"),
+    Column("epoch", BigInteger, comment="of the engine that it was sent to"),
+    Column("attempts", Integer, nullable=False, comment="times that it was sent to an engine"),
+    Column("context", JSON, nullable=False, comment="what settling needs: names, paths, ids"),
+    Column("folder", String, comment="storage key that this operation reads or writes"),
+    Column("error", String),
+    Column("error_category", String),
+    Column("error_id", String),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    UniqueConstraint("run_id", "seq_id"),
+    Index("ix_futures_open", "engine", "created_at", sqlite_where=text("status in ('queued', 'running')"),
+          postgresql_where=text("status in ('queued', 'running')")),
+    Index("uq_futures_running", "run_id", unique=True,
+          sqlite_where=text("status = 'running' and run_id is not null"),
+          postgresql_where=text("status = 'running' and run_id is not null")),
+    Index(None, "owner", "created_at"),
+    Index(None, "folder"),
+)
+
+inputs = Table(
+    "inputs",
+    metadata,
+    Column("request_id", String, primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+
+results = Table(
+    "results",
+    metadata,
+    Column("request_id", String, primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("run_id", String, ForeignKey("runs.run_id"), primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("seq_id", BigInteger, nullable=False),
+    Column("loss", Double, nullable=False, comment="sum over the tokens since the last step"),
+    Column("tokens", BigInteger, nullable=False),
+    Column("grad_norm", Double),
+    Column("learning_rate", Double),
+    Column("seconds", Double, nullable=False, comment="engine time of the step and its passes"),
+    Column("finished_at", Double, nullable=False),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("path", String, primary_key=True, comment="tinker://run/kind/name"),
+    Column("owner", String, nullable=False),
+    Column("run_id", String, ForeignKey("runs.run_id"), nullable=False),
+    Column("kind", String, nullable=False, comment="weights, sampler_weights"),
+    Column("name", String, nullable=False),
+    Column("folder", String, nullable=False, comment="storage key"),
+    Column("base_model", String, nullable=False),
+    Column("lora", JSON, nullable=False),
+    Column("has_optimizer", Boolean, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("public", Boolean, nullable=False),
+    Column("user_metadata", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Index(None, "owner", "created_at"),
+    Index(None, "run_id"),
+    Index(None, "folder"),
+)
+
+samplers = Table(
+    "samplers",
+    metadata,
+    Column("sampler_id", String, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("session_id", String, ForeignKey("sessions.session_id"), nullable=False),
+    Column("engine", String, nullable=False),
+    Column("base_model", String, nullable=False),
+    Column("run_id", String, comment="whose weights, if any"),
+    Column("path", String, comment="tinker:// path, for named weights"),
+    Column("folder", String, comment="storage key of the adapter; none: the base model"),
+    Column("created_at", Double, nullable=False),
+    Index(None, "session_id"),
+    Index(None, "folder"),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("engine", String, primary_key=True),
+    Column("holder", String, nullable=False, comment="the gateway process that dispatches for this engine"),
+    Column("epoch", BigInteger, nullable=False, comment="raised at each start of the engine"),
+    Column("expires_at", Double, nullable=False),
+)

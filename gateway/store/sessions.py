@@ -1,0 +1,96 @@
+"""Sessions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Row, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.store import schema
+from gateway.store.database import Database
+from gateway.store.dialect import insert_or_ignore, now
+from gateway.store.records import Session
+
+S = schema.sessions
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a session, as its client put it."""
+
+    session_id: str
+    reason: str
+    detail: str | None
+
+
+class SessionStore:
+    """The sessions of all owners."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create(self, session: Session) -> Session:
+        """Store a session, or return the one that a first try of the same request has stored."""
+        return await self._database.write(insert_sessions, session)
+
+    async def get(self, session_id: str) -> Session | None:
+        async with self._database.read() as connection:
+            row = (await connection.execute(select(S).where(S.c.session_id == session_id))).first()
+        return session_of(row) if row is not None else None
+
+    async def beat(self, session_id: str) -> None:
+        """Its client is alive."""
+        await self._database.write(touch_sessions, session_id)
+
+    async def finish(self, finish: Finish) -> None:
+        """The first finish of a session counts."""
+        await self._database.write(finish_sessions, finish)
+
+    async def page(
+        self, *, limit: int, before: tuple[float, str] | None = None, offset: int = 0, **equal: str | None
+    ) -> list[Session]:
+        """Newest first; `equal` filters by column; `before` is (created_at, session_id) of the last row seen."""
+        query = select(S).order_by(S.c.created_at.desc(), S.c.session_id.desc()).limit(limit).offset(offset)
+        for column, value in equal.items():
+            if value is not None:
+                query = query.where(S.c[column] == value)
+        if before is not None:
+            created_at, session_id = before
+            older = (S.c.created_at == created_at) & (S.c.session_id < session_id)
+            query = query.where((S.c.created_at < created_at) | older)
+        async with self._database.read() as connection:
+            return [session_of(row) for row in await connection.execute(query)]
+
+
+def session_of(row: Row[Any]) -> Session:
+    """The record of a row."""
+    return Session(**row._mapping)
+
+
+async def insert_sessions(connection: AsyncConnection, sessions: list[Session]) -> list[Session]:
+    """Each session, or the earlier one of the same owner and idempotency key."""
+    await connection.execute(insert_or_ignore(connection, S), [asdict(session) for session in sessions])
+    stored = []
+    for session in sessions:
+        same = S.c.session_id == session.session_id
+        if session.idempotency_key is not None:
+            same = (S.c.owner == session.owner) & (S.c.idempotency_key == session.idempotency_key)
+        stored.append(session_of((await connection.execute(select(S).where(same))).one()))
+    return stored
+
+
+async def touch_sessions(connection: AsyncConnection, session_ids: list[str]) -> list[None]:
+    await connection.execute(update(S).where(S.c.session_id.in_(session_ids)).values(heartbeat_at=now()))
+    return [None] * len(session_ids)
+
+
+async def finish_sessions(connection: AsyncConnection, finishes: list[Finish]) -> list[None]:
+    for finish in finishes:
+        await connection.execute(
+            update(S)
+            .where(S.c.session_id == finish.session_id, S.c.finished_at.is_(None))
+            .values(finished_at=now(), finish_reason=finish.reason, finish_detail=finish.detail)
+        )
+    return [None] * len(finishes)

@@ -1,0 +1,181 @@
+"""Settling: the outcome of a future and all that comes with it, in one transaction.
+
+The future's own row decides: if it is not running in the epoch that the outcome belongs to, somebody else has taken
+over and nothing of the outcome is stored. That is the whole of the fence on the database's side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import bindparam, case, insert, literal, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.store import schema
+from gateway.store.checkpoints import folder_in_use, insert_checkpoint
+from gateway.store.dialect import for_update, insert_or_ignore, now
+from gateway.store.records import FutureStatus, Outcome, RunStatus, Settled
+from gateway.store.samplers import insert_samplers
+
+F = schema.futures
+R = schema.runs
+
+_SETTLE_FUTURE = (
+    update(F)
+    .where(F.c.request_id == bindparam("key"))
+    .values(
+        status=bindparam("to_status"),
+        error=bindparam("to_error"),
+        error_category=bindparam("to_category"),
+        error_id=bindparam("to_error_id"),
+        finished_at=bindparam("at"),
+    )
+)
+
+_RECORD_STEP = insert(schema.steps).from_select(
+    ["run_id", "step", "seq_id", "loss", "tokens", "grad_norm", "learning_rate", "seconds", "finished_at"],
+    select(
+        R.c.run_id,
+        R.c.step + 1,
+        bindparam("seq", type_=schema.steps.c.seq_id.type),
+        R.c.pending_loss,
+        R.c.pending_tokens,
+        bindparam("grad_norm", type_=schema.steps.c.grad_norm.type),
+        bindparam("learning_rate", type_=schema.steps.c.learning_rate.type),
+        R.c.pending_seconds + bindparam("seconds", type_=schema.steps.c.seconds.type),
+        bindparam("at", type_=schema.steps.c.finished_at.type),
+    ).where(R.c.run_id == bindparam("key")),
+)
+
+_FINISH_STEP = (
+    update(R)
+    .where(R.c.run_id == bindparam("key"))
+    .values(step=R.c.step + 1, pending_loss=0.0, pending_tokens=0, pending_seconds=0.0)
+)
+
+_ADD_TO_STEP = (
+    update(R)
+    .where(R.c.run_id == bindparam("key"))
+    .values(
+        pending_loss=R.c.pending_loss + bindparam("loss"),
+        pending_tokens=R.c.pending_tokens + bindparam("tokens"),
+        pending_seconds=R.c.pending_seconds + bindparam("seconds"),
+    )
+)
+
+_ADVANCE_RUN = (
+    update(R)
+    .where(R.c.run_id == bindparam("key"))
+    .values(
+        next_seq=case((R.c.next_seq > bindparam("seq"), R.c.next_seq), else_=bindparam("seq") + literal(1)),
+        status=case((R.c.status == RunStatus.CREATING, bindparam("created_as")), else_=R.c.status),
+        last_request_at=bindparam("at"),
+    )
+)
+
+
+async def settle_futures(connection: AsyncConnection, outcomes: list[Outcome]) -> list[Settled | None]:
+    """Store several outcomes; None for each that is not its sender's to settle any more."""
+    settleable = await _settleable(connection, outcomes)
+    at = now()
+    answers: list[Settled | None] = []
+    stored: list[Outcome] = []
+    for outcome in outcomes:
+        if outcome.future.request_id not in settleable:
+            answers.append(None)
+            continue
+        settleable.discard(outcome.future.request_id)
+        outcome, orphan = await _store_checkpoint(connection, outcome)
+        stored.append(outcome)
+        future = replace(
+            outcome.future,
+            status=FutureStatus.FAILED if outcome.failed else FutureStatus.DONE,
+            error=outcome.error,
+            error_category=outcome.error_category,
+            error_id=outcome.error_id,
+            finished_at=at,
+        )
+        answers.append(Settled(future, outcome.result, orphan))
+    if stored:
+        await _store_outcomes(connection, stored, at)
+        await _advance_runs(connection, stored, at)
+    return answers
+
+
+async def _settleable(connection: AsyncConnection, outcomes: list[Outcome]) -> set[str]:
+    """Those futures that are open and of the epoch that their outcome was computed in."""
+    epochs = {outcome.future.request_id: outcome.future.epoch for outcome in outcomes}
+    query = select(F.c.request_id, F.c.status, F.c.epoch).where(F.c.request_id.in_(list(epochs)))
+    rows = await connection.execute(for_update(connection, query))
+    open_statuses = (FutureStatus.QUEUED, FutureStatus.RUNNING)
+    return {row.request_id for row in rows if row.status in open_statuses and row.epoch == epochs[row.request_id]}
+
+
+async def _store_checkpoint(connection: AsyncConnection, outcome: Outcome) -> tuple[Outcome, str | None]:
+    """Register what a save has written. A name that is taken makes the operation fail, as its owner was promised."""
+    checkpoint = outcome.checkpoint
+    if checkpoint is None or outcome.failed:
+        return outcome, None
+    inserted, replaced = await insert_checkpoint(connection, checkpoint, overwrite=outcome.overwrite)
+    if not inserted:
+        message = (
+            f"a checkpoint named {checkpoint.name!r} exists already in this run ({checkpoint.path}); "
+            "choose another name or delete it first"
+            + (", or pass overwrite=True" if checkpoint.has_optimizer else "")
+        )
+        failed = replace(outcome, result=None, error=message, error_category="user", sampler=None, checkpoint=None)
+        return failed, checkpoint.folder
+    if replaced is not None and not await folder_in_use(connection, replaced):
+        return outcome, replaced
+    return outcome, None
+
+
+async def _store_outcomes(connection: AsyncConnection, outcomes: list[Outcome], at: float) -> None:
+    rows = [
+        {
+            "key": outcome.future.request_id,
+            "to_status": FutureStatus.FAILED if outcome.failed else FutureStatus.DONE,
+            "to_error": outcome.error,
+            "to_category": outcome.error_category,
+            "to_error_id": outcome.error_id,
+            "at": at,
+        }
+        for outcome in outcomes
+    ]
+    await connection.execute(_SETTLE_FUTURE, rows)
+    bodies = [{"request_id": o.future.request_id, "body": o.result} for o in outcomes if o.result is not None]
+    if bodies:
+        await connection.execute(insert_or_ignore(connection, schema.results), bodies)
+    samplers = [outcome.sampler for outcome in outcomes if outcome.sampler is not None and not outcome.failed]
+    if samplers:
+        await insert_samplers(connection, samplers)
+
+
+async def _advance_runs(connection: AsyncConnection, outcomes: list[Outcome], at: float) -> None:
+    """Move each run past its operation, and keep the sums that become the metrics of its next step."""
+    advances: list[dict[str, Any]] = []
+    passes: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        future, summary = outcome.future, outcome.summary
+        if future.run_id is None:
+            continue
+        created_as = RunStatus.FAILED if outcome.failed and future.kind == "create_run" else RunStatus.ACTIVE
+        advances.append({"key": future.run_id, "seq": future.seq_id, "created_as": created_as, "at": at})
+        seconds = summary.get("seconds", 0.0)
+        if outcome.failed:
+            continue
+        if future.kind == "forward_backward":
+            sums = {"loss": summary.get("loss", 0.0), "tokens": int(summary.get("tokens", 0)), "seconds": seconds}
+            passes.append({"key": future.run_id, **sums})
+        elif future.kind == "optim_step":
+            numbers = {name: summary.get(name) for name in ("grad_norm", "learning_rate")}
+            steps.append({"key": future.run_id, "seq": future.seq_id, "seconds": seconds, "at": at, **numbers})
+    if passes:
+        await connection.execute(_ADD_TO_STEP, passes)
+    if steps:
+        await connection.execute(_RECORD_STEP, steps)
+        await connection.execute(_FINISH_STEP, [{"key": step["key"]} for step in steps])
+    if advances:
+        await connection.execute(_ADVANCE_RUN, advances)

@@ -1,0 +1,34 @@
+"""The database behind one class."""
+
+from __future__ import annotations
+
+from gateway.store.checkpoints import CheckpointStore
+from gateway.store.database import Database
+from gateway.store.futures import FutureStore
+from gateway.store.keys import KeyStore
+from gateway.store.leases import LeaseStore
+from gateway.store.runs import RunStore
+from gateway.store.samplers import SamplerStore
+from gateway.store.sessions import SessionStore
+
+
+class Store:
+    """One attribute for each kind of record. Methods raise StoreUnavailable when the database does not answer."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.keys = KeyStore(database)
+        self.sessions = SessionStore(database)
+        self.runs = RunStore(database)
+        self.futures = FutureStore(database)
+        self.checkpoints = CheckpointStore(database)
+        self.samplers = SamplerStore(database)
+        self.leases = LeaseStore(database)
+
+    def start(self) -> None:
+        """Start accepting writes; call it in the running loop."""
+        self.database.start()
+
+    async def close(self) -> None:
+        """Finish the writes under way and close every connection."""
+        await self.database.close()
