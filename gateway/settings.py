@@ -115,10 +115,17 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
             raise ConfigurationError(f"{variable} is no setting of Tandem; known are {', '.join(sorted(known))}")
         values[name] = _from_text(variable, text) if name in _STRUCTURED else text
     try:
-        settings = msgspec.convert(values, Settings, strict=False)
+        settings = msgspec.convert(values, Settings, strict=False, dec_hook=_decoded)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"settings: {error}") from error
     return _checked(settings)
+
+
+def _decoded(wanted: type, value: Any) -> Any:
+    """A folder is written as text, in a variable and in TOML."""
+    if wanted is Path and isinstance(value, str):
+        return Path(value)
+    raise ValueError(f"expected {wanted.__name__}, got {type(value).__name__}")
 
 
 _STRUCTURED = {"engines", "allowed_hosts"}
