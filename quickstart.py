@@ -1,0 +1,199 @@
+"""See Tandem work, with one command: `python3 quickstart.py`.
+
+Makes `.venv` and installs into it, starts the gateway on its embedded database, fine-tunes the built-in model through
+the official SDK (cookbook/sl_loop.py), samples before and after, and leaves the gateway running until Ctrl-C.
+Needs nothing but Python 3.11 or newer.
+"""
+
+import argparse
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+
+import bootstrap
+from bootstrap import ROOT, say
+
+HOST = "127.0.0.1"
+READY_WITHIN_S = 600.0
+"""Seconds for the gateway to load its model; as long as the gateway itself gives an engine."""
+STOP_WITHIN_S = 30.0
+"""Seconds for the gateway to finish what it does, before it is killed."""
+
+
+class QuickstartError(Exception):
+    """What went wrong, and what to do about it."""
+
+
+class Gateway:
+    """A gateway process of this script's own; its log goes to a file in the data folder."""
+
+    def __init__(self, python: Path, port: int, data: Path) -> None:
+        self.url = f"http://{HOST}:{port}"
+        self.log = data / "gateway.log"
+        self._command = [str(python), "-m", "uvicorn", "gateway.app:app", "--host", HOST, "--port", str(port)]
+        self._data = data
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers. Raises QuickstartError with the end of its log when it does not."""
+        self._data.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with self.log.open("ab") as log:
+            # A session of its own: Ctrl-C reaches this script alone, which then stops the gateway in good order.
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=bootstrap.environment(TANDEM_DATA_DIR=str(self._data)),
+            )
+        say(f"Starting the gateway (its log: {self.log}) …")
+        while not self._is_ready():
+            if self._process.poll() is not None:
+                raise QuickstartError(f"The gateway stopped while starting.\n{self._last_lines()}")
+            if time.monotonic() - started > READY_WITHIN_S:
+                raise QuickstartError(
+                    f"The gateway was not ready in {READY_WITHIN_S:.0f} s.\n{self._last_lines()}"
+                )
+            time.sleep(0.2)
+        say(f"The gateway is ready after {time.monotonic() - started:.0f} s: {self.url}")
+
+    def wait(self) -> None:
+        """Return when it has ended by itself, which it should not. Raises QuickstartError."""
+        if self._process is not None:
+            code = self._process.wait()
+            raise QuickstartError(f"The gateway ended (exit code {code}).\n{self._last_lines()}")
+
+    def stop(self) -> None:
+        """Ask it to end, and see that it does."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        say("Stopping the gateway …")
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(STOP_WITHIN_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self._process.kill()
+            self._process.wait()
+            say("It did not end in time and was killed; nothing that it had accepted is lost.")
+        else:
+            say("Stopped. What was trained is kept in the data folder.")
+
+    def _is_ready(self) -> bool:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(f"{self.url}/readyz", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _last_lines(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-20:]
+        return "\n".join([f"The end of its log, {self.log}:", *(f"    {line}" for line in lines)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this with signals ignored
+        signal.signal(name, _interrupt)
+    gateway: Gateway | None = None
+    in_foreground = False
+    try:
+        _require_free_port(options.port)
+        python = bootstrap.install(frozenset({"hf", "sdk"}))
+        gateway = Gateway(python, options.port, options.data.resolve())
+        gateway.start()
+        if options.train:
+            _run_recipe(python, gateway.url)
+        if not options.exit:
+            say(_what_next(gateway.url))
+            in_foreground = True
+            gateway.wait()
+    except (QuickstartError, bootstrap.InstallError) as error:
+        say(f"\n{error}")
+        return 1
+    except KeyboardInterrupt:
+        say("")
+        return 0 if in_foreground else 130
+    finally:
+        if gateway is not None:
+            gateway.stop()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Install Tandem, start it, and watch a model being fine-tuned."
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port of the gateway (default: 8000)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT / "data",
+        help="folder for the database and checkpoints (default: ./data)",
+    )
+    parser.add_argument(
+        "--no-train", dest="train", action="store_false", help="start the gateway without the training run"
+    )
+    parser.add_argument(
+        "--exit", action="store_true", help="stop the gateway when the training run has ended"
+    )
+    return parser
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Make every way of asking this script to stop a KeyboardInterrupt."""
+    raise KeyboardInterrupt
+
+
+def _require_free_port(port: int) -> None:
+    """Raise QuickstartError unless the gateway can listen there."""
+    if not 0 < port < 65536:
+        raise QuickstartError(f"--port is {port}; a port is a number from 1 to 65535.")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise QuickstartError(
+                f"Port {port} cannot be used ({error.strerror}). If another Tandem runs there, stop it, or choose "
+                f"another port: python3 quickstart.py --port {port + 1 if port < 65535 else 8000}"
+            ) from error
+
+
+def _run_recipe(python: Path, url: str) -> None:
+    """Run the supervised recipe with its output passing through. Raises QuickstartError when it fails."""
+    recipe = ["cookbook/sl_loop.py", "--base-url", url]
+    say(f"Running {' '.join(recipe)}\n")
+    started = time.monotonic()
+    code = subprocess.run(
+        [str(python), *recipe], cwd=ROOT, stdin=subprocess.DEVNULL, check=False, env=bootstrap.environment()
+    ).returncode
+    if code:
+        raise QuickstartError(f"The recipe failed (exit code {code}); what it printed above says why.")
+    say(f"\nTrained and sampled in {time.monotonic() - started:.0f} s.")
+
+
+def _what_next(url: str) -> str:
+    return f"""
+The gateway keeps running at {url}; stop it with Ctrl-C. Meanwhile, in another terminal:
+
+  .venv/bin/python cookbook/rl_loop.py --base-url {url}         teach it arithmetic by reward
+  .venv/bin/python cookbook/openai_sample.py --base-url {url}   sample with the openai client
+  .venv/bin/tandem --url {url} runs                             list what has been trained
+
+Every route is described at {url}/docs
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

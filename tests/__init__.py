@@ -1,0 +1,1 @@
+"""The tests. `python3 check.py` installs what they need and runs them."""

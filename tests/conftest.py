@@ -1,0 +1,50 @@
+"""Fixtures for every test: a real PostgreSQL, one server for the whole run, one database for each test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.postgres import PostgresServer
+
+
+@pytest.fixture(scope="session")
+def pg_server() -> Iterator[PostgresServer]:
+    """The server, started by the first test that needs it."""
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def _pg_template(pg_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database with the current schema, made by the operator's own command; each test gets a copy."""
+    name = pg_server.create_database()
+    environment = {
+        **os.environ,
+        "TANDEM_DATABASE_URL": pg_server.url(name),
+        "TANDEM_DATA_DIR": str(tmp_path_factory.mktemp("migrate")),
+    }
+    command = [sys.executable, "-m", "gateway.migrate"]
+    subprocess.run(command, check=True, env=environment, timeout=60, stdout=subprocess.DEVNULL)
+    return name
+
+
+@pytest.fixture
+def pg_url(pg_server: PostgresServer, _pg_template: str) -> Iterator[str]:
+    """URL of a database of this test's own, with the current schema."""
+    name = pg_server.create_database(template=_pg_template)
+    yield pg_server.url(name)
+    pg_server.drop_database(name)
+
+
+@pytest.fixture
+def empty_pg_url(pg_server: PostgresServer) -> Iterator[str]:
+    """URL of a database of this test's own, with nothing in it."""
+    name = pg_server.create_database()
+    yield pg_server.url(name)
+    pg_server.drop_database(name)
