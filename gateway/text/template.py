@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -40,7 +40,7 @@ _TEMPLATE_FAILURES = (
 class _GenerationBlock(Extension):
     """`{% generation %}…{% endgeneration %}` marks what the assistant wrote; for rendering it is only a scope."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -1,0 +1,152 @@
+"""The bodies of requests: which fields there are, which values they take, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 64
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 512
+
+Temperature = Annotated[float, Meta(ge=0, le=2, description="0 is greedy.")]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, description="Draw from that many best tokens only; -1 and 0 are off.")]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES, description="Choices for each prompt.")]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="The same request gives the same tokens.")]
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """With `include_usage` a last event carries the counts of tokens."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    model: Annotated[
+        str, Meta(min_length=1, description="A base model, or the `tinker://` path of a checkpoint.")
+    ]
+    n: Choices = 1
+    seed: Seed | None = None
+    stop: str | list[str] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = -1
+    ignore_eos: Annotated[
+        bool, Meta(description="Whether to go on behind an end-of-sequence token; not OpenAI's.")
+    ] = False
+    skip_special_tokens: Annotated[
+        bool, Meta(description="Whether special tokens are left out of the text; not OpenAI's.")
+    ] = True
+    return_token_ids: Annotated[
+        bool, Meta(description="Whether the answer holds `prompt_token_ids` and `token_ids`; not OpenAI's.")
+    ] = False
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, always as a sequence."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_Sampling, frozen=True, kw_only=True):
+    """`POST /completions`. A prompt is text or token ids; several prompts are a list of either."""
+
+    prompt: str | list[str | int | list[int]]
+    max_tokens: (
+        Annotated[int, Meta(ge=0, description="0, together with `echo`, only scores the prompt.")] | None
+    ) = None
+    logprobs: (
+        Annotated[int, Meta(ge=0, le=5, description="That many alternatives at each position.")] | None
+    ) = None
+    echo: bool = False
+    best_of: int | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a conversation. Text parts of a content are joined as they are."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]]
+    name: str | None = None
+
+
+class ChatRequest(_Sampling, frozen=True, kw_only=True):
+    """`POST /chat/completions`. The model's chat template makes the prompt."""
+
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1, description="Up to the context's end when absent.")] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, description="The same as `max_tokens`.")] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20, description="Needs `logprobs`.")] | None = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any], Meta(description="Variables for the chat template; not OpenAI's.")
+    ] = {}
+
+
+AnyRequest = CompletionRequest | ChatRequest
+R = TypeVar("R", CompletionRequest, ChatRequest)
+
+HARMLESS = frozenset(
+    {
+        "user",
+        "metadata",
+        "parallel_tool_calls",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
+)
+"""Fields that ask for nothing here: they are accepted whatever they hold."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "suffix": ("",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",),
+    "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "include_stop_str_in_output": (False,),
+}
+"""Fields that cannot be honoured, with the values that ask for nothing and are accepted."""
+
+
+def schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """JSON schema of a struct for OpenAPI, with nothing to look up elsewhere."""
+    found = msgspec.json.schema(kind)
+    return _inlined(found, found.get("$defs", {}))  # type: ignore[no-any-return]
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inlined(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
+    return {key: _inlined(value, definitions) for key, value in node.items() if key != "$defs"}

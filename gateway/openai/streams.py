@@ -1,0 +1,108 @@
+"""Server-sent events, and answers that nobody waits for any more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from engines.interface import UserError
+from gateway.errors import TandemError
+from gateway.openai.continuation import Piece
+from gateway.openai.errors import error_reply
+from gateway.openai.rendering import Rendering
+from gateway.openai.sampling import Usage
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns. It is cancelled when the client hangs up; then ClientDisconnect is raised.
+
+    The request's body must have been read.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_hangs_up(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _hangs_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """A stream whose source is closed at its end, whatever ends it; also when the client hangs up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        # A proxy that buffers would hold the events back.
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events), anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                await _hangs_up(receive)
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            await self.stream_response(send)
+            tasks.cancel_scope.cancel()
+
+
+async def events(
+    rendering: Rendering,
+    first: Piece,
+    rest: AsyncGenerator[Piece, None],
+    usage: Usage,
+    *,
+    include_usage: bool,
+) -> AsyncGenerator[bytes, None]:
+    """The events of an answer whose first piece is there already, up to `[DONE]` or the error that ends it."""
+    async with aclosing(rest):
+        for opening in rendering.opening():
+            yield _event(opening)
+        try:
+            if (event := rendering.event(first)) is not None:
+                yield _event(event)
+            async for piece in rest:
+                if (event := rendering.event(piece)) is not None:
+                    yield _event(event)
+            if include_usage:
+                yield _event(rendering.closing(usage))
+            yield b"data: [DONE]\n\n"
+        except (TandemError, UserError) as error:
+            yield _event(error_reply(error)[1])
+        except (
+            Exception
+        ) as error:  # the status line is sent, so this is the last place that can tell the client
+            error_id = secrets.token_hex(4)
+            logger.exception("stream failed, error id %s", error_id)
+            yield _event(error_reply(error)[1])
+
+
+def _event(body: msgspec.Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
