@@ -1,1 +1,4 @@
-"""The gateway: authenticates, validates, stores, waits, answers. It computes nothing and imports no framework that does."""
+"""The gateway: authenticates, validates, stores, waits, answers.
+
+It computes nothing, and imports no framework that does.
+"""

@@ -11,21 +11,23 @@ import contextlib
 import itertools
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
 
 from engines import messages
 from engines.interface import EngineConfig, EngineInfo, UserError
-from engines.messages import Outcome, RunAddress, SampleDelta
-from engines.operations import OperationKind, SampleResult, decode_result, encode
-from engines.operations import SampleRequest as SampleRequest
-from gateway.errors import EngineLost
+from engines.messages import RunAddress, SampleDelta
+from engines.operations import OperationKind
+from gateway.errors import EngineFailed, EngineLost
 from gateway.settings import engine_environment
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STOP_S = 10.0
 
@@ -53,7 +55,7 @@ class EngineProcess:
         self._tasks: list[asyncio.Task[None]] = []
         self._ids = itertools.count(1)
         self._calls: dict[int, asyncio.Future[tuple[messages.Performed, list[bytes]]]] = {}
-        self._samples: dict[int, asyncio.Queue[SampleDelta | SampleResult | Exception]] = {}
+        self._samples: dict[int, asyncio.Queue[SampleDelta | bytes | Exception]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -81,26 +83,33 @@ class EngineProcess:
         return engine
 
     async def perform(
-        self, kind: OperationKind, runs: Sequence[RunAddress], payloads: Sequence[bytes], *, replay: bool = False
+        self,
+        kind: OperationKind,
+        runs: Sequence[RunAddress],
+        payloads: Sequence[bytes],
+        *,
+        replay: bool = False,
     ) -> tuple[messages.Performed, list[bytes]]:
         """One operation of each of several runs: their outcomes, and the results of those that succeeded.
 
         Raises EngineLost if the process dies first; then it is not known which of them were applied.
         """
         call_id = next(self._ids)
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[tuple[messages.Performed, list[bytes]]] = (
+            asyncio.get_running_loop().create_future()
+        )
         self._calls[call_id] = answer
         header = messages.Perform(call_id, self.config.epoch, kind, list(runs), replay=replay)
         await self._send(header, *payloads)
         return await answer
 
-    async def sample(self, body: bytes, *, stream: bool = False) -> AsyncIterator[SampleDelta | SampleResult]:
-        """Deltas, if asked for, then the result. Closing the iterator early cancels the sample.
+    async def sample(self, body: bytes, *, stream: bool = False) -> AsyncGenerator[SampleDelta | bytes, None]:
+        """Deltas, if asked for, then the encoded SampleResult. Closing the iterator early cancels the sample.
 
-        Raises UserError when the engine refuses the request and EngineLost when it dies.
+        Raises UserError when the engine refuses the request, EngineFailed when it fails and EngineLost when it dies.
         """
         call_id = next(self._ids)
-        queue: asyncio.Queue[SampleDelta | SampleResult | Exception] = asyncio.Queue()
+        queue: asyncio.Queue[SampleDelta | bytes | Exception] = asyncio.Queue()
         self._samples[call_id] = queue
         finished = False
         try:
@@ -186,9 +195,7 @@ class EngineProcess:
     async def _accept(self, message: messages.FromEngine, payloads: list[bytes]) -> None:
         match message:
             case messages.Performed():
-                answer = self._calls.pop(message.call_id, None)
-                if answer is not None and not answer.done():
-                    answer.set_result((message, payloads))
+                _resolve(self._calls.pop(message.call_id, None), (message, payloads))
             case messages.SampleDelta():
                 self._put(message.call_id, message)
             case messages.Sampled():
@@ -200,24 +207,21 @@ class EngineProcess:
             case messages.Ready():
                 self.info = message.info
                 self.tokenizer_files = dict(zip(message.tokenizer_files, payloads, strict=True))
-                if not self._ready.done():
-                    self._ready.set_result(None)
+                _resolve(self._ready, None)
             case messages.LoadFailed():
-                if not self._ready.done():
-                    self._ready.set_exception(EngineStartFailed(message.message))
+                _fail(self._ready, EngineStartFailed(message.message))
 
     async def _greet(self, hello: messages.Hello) -> None:
         if hello.protocol == messages.PROTOCOL:
             await self._send(messages.Load(self.config))
-        elif not self._ready.done():
-            self._ready.set_exception(
-                EngineStartFailed(
-                    f"{self._python} has engine protocol {hello.protocol}, this gateway {messages.PROTOCOL}; "
-                    "install the same version of Tandem in both environments"
-                )
-            )
+            return
+        problem = (
+            f"{self._python} has engine protocol {hello.protocol}, this gateway {messages.PROTOCOL}; "
+            "install the same version of Tandem in both environments"
+        )
+        _fail(self._ready, EngineStartFailed(problem))
 
-    def _put(self, call_id: int, item: SampleDelta | SampleResult | Exception) -> None:
+    def _put(self, call_id: int, item: SampleDelta | bytes | Exception) -> None:
         queue = self._samples.get(call_id)
         if queue is not None:
             queue.put_nowait(item)
@@ -228,30 +232,28 @@ class EngineProcess:
             return
         self.lost.set_result(cause)
         error = EngineLost(f"engine {self.config.name} is gone: {cause}")
-        if not self._ready.done():
-            self._ready.set_exception(error)
-            self._ready.exception()  # retrieved here too, so that asyncio does not warn when nobody waits
+        _fail(self._ready, error)
         for answer in self._calls.values():
-            if not answer.done():
-                answer.set_exception(error)
+            _fail(answer, error)
         self._calls.clear()
         for queue in self._samples.values():
             queue.put_nowait(error)
 
 
-def _sample_outcome(message: messages.Sampled, payloads: list[bytes]) -> SampleResult | Exception:
+def _resolve(waiting: asyncio.Future[T] | None, answer: T) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(answer)
+
+
+def _fail(waiting: asyncio.Future[Any], error: Exception) -> None:
+    if not waiting.done():
+        waiting.set_exception(error)
+        waiting.exception()  # retrieved here too, so that asyncio does not warn when nobody waits
+
+
+def _sample_outcome(message: messages.Sampled, payloads: list[bytes]) -> bytes | Exception:
     if message.failure is not None:
         if message.failure.category == "user":
             return UserError(message.failure.message)
-        return EngineFailure(message.failure)
-    result = decode_result(payloads[0])
-    assert isinstance(result, SampleResult)
-    return result
-
-
-class EngineFailure(Exception):
-    """The engine failed at a sample through no fault of its sender; details are in its log under `error_id`."""
-
-    def __init__(self, failure: messages.Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
+        return EngineFailed(message.failure.message, error_id=message.failure.error_id)
+    return payloads[0]

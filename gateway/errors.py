@@ -78,6 +78,13 @@ class Unprocessable(TandemError):
     code = "unprocessable"
 
 
+class TooManyRequests(TandemError):
+    """A queue of this caller's is full; it empties by itself."""
+
+    status = 429
+    code = "too_many_requests"
+
+
 class EngineUnavailable(TandemError):
     """The engine for this model is starting, restarting or has failed to load; trying again later may help."""
 
@@ -90,6 +97,17 @@ class EngineLost(TandemError):
 
     status = 503
     code = "engine_lost"
+
+
+class EngineFailed(TandemError):
+    """The engine could not finish this request; its log says why, under the id in the message."""
+
+    status = 500
+    code = "engine_failed"
+
+    def __init__(self, message: str, *, error_id: str | None = None) -> None:
+        super().__init__(message)
+        self.error_id = error_id
 
 
 class StoreUnavailable(TandemError):

@@ -50,7 +50,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SQLAlchemy URL: `postgresql+asyncpg://user@host/name`; empty: SQLite in `data_dir`."""
     sqlite_synchronous: Literal["FULL", "NORMAL"] = "FULL"
     """FULL: an accepted operation survives a power loss. NORMAL: it survives the death of any process."""
-    engines: tuple[EngineSettings, ...] = (EngineSettings(name="tiny", base_model="tandem/tiny", model=_TINY),)
+    engines: tuple[EngineSettings, ...] = (
+        EngineSettings(name="tiny", base_model="tandem/tiny", model=_TINY),
+    )
     """The engine processes to start, and the base models they serve."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Host names by which local clients may call while no API keys are configured."""
@@ -112,7 +114,9 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         if not variable.startswith(_PREFIX) or variable in (_PREFIX + "CONFIG", *_CLIENT_VARIABLES):
             continue
         if name not in known:
-            raise ConfigurationError(f"{variable} is no setting of Tandem; known are {', '.join(sorted(known))}")
+            raise ConfigurationError(
+                f"{variable} is no setting of Tandem; known are {', '.join(sorted(known))}"
+            )
         values[name] = _from_text(variable, text) if name in _STRUCTURED else text
     try:
         settings = msgspec.convert(values, Settings, strict=False, dec_hook=_decoded)

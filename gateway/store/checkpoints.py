@@ -41,7 +41,9 @@ class CheckpointStore:
                 query = query.where(C.c[column] == value)
         if before is not None:
             created_at, path = before
-            query = query.where((C.c.created_at < created_at) | ((C.c.created_at == created_at) & (C.c.path < path)))
+            query = query.where(
+                (C.c.created_at < created_at) | ((C.c.created_at == created_at) & (C.c.path < path))
+            )
         async with self._database.read() as connection:
             rows = await connection.execute(query.limit(limit).offset(offset))
             return [checkpoint_of(row) for row in rows]
@@ -83,7 +85,9 @@ async def insert_checkpoint(
     connection: AsyncConnection, checkpoint: Checkpoint, *, overwrite: bool
 ) -> tuple[bool, str | None]:
     """Whether the name was free, or could be overwritten; and the folder that was replaced."""
-    row = (await connection.execute(select(C.c.folder, C.c.expires_at).where(C.c.path == checkpoint.path))).first()
+    row = (
+        await connection.execute(select(C.c.folder, C.c.expires_at).where(C.c.path == checkpoint.path))
+    ).first()
     expired = row is not None and row.expires_at is not None and row.expires_at <= now()
     if row is not None and row.folder != checkpoint.folder and not (overwrite or expired):
         return False, None

@@ -60,6 +60,7 @@ class Database:
             self._writers = create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True)
         self._pending: list[_Write[Any, Any]] = []
         self._wake = asyncio.Event()
+        self._closing = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -74,10 +75,9 @@ class Database:
     async def close(self) -> None:
         """Commit what has been handed in, then close every connection."""
         if self._task is not None:
-            while self._pending:
-                await asyncio.sleep(0.01)
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            self._closing = True
+            self._wake.set()
+            await self._task
         await self._readers.dispose()
         await self._writers.dispose()
 
@@ -102,7 +102,7 @@ class Database:
         return outcome
 
     async def _write_forever(self) -> None:
-        while True:
+        while not self._closing:
             await self._wake.wait()
             self._wake.clear()
             while self._pending:
@@ -113,14 +113,15 @@ class Database:
         """One transaction for all; if anything in it fails, each alone, so that only the culprit is told."""
         try:
             answers = await self._transaction(group)
+        except StoreUnavailable as error:
+            _refuse(group, error)
+            return
         except Exception as error:  # boundary: the error goes to the caller who waits for this write
-            if len(group) > 1:
+            if len(group) == 1:
+                _refuse(group, error)
+            else:
                 for write in group:
                     await self._commit_group([write])
-            elif not group[0].outcome.done():
-                group[0].outcome.set_exception(error)
-            else:
-                log.error("a write failed after its caller had left: %s", error)
             return
         for write, answer in zip(group, answers, strict=True):
             if write.then is not None:
@@ -137,12 +138,20 @@ class Database:
         return answers
 
 
+def _refuse(group: list[_Write[Any, Any]], error: Exception) -> None:
+    for write in group:
+        if not write.outcome.done():
+            write.outcome.set_exception(error)
+        else:
+            log.error("a write failed after its caller had left: %s", error)
+
+
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
     """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
     try:
         yield
-    except (OSError, asyncio.TimeoutError) as error:
+    except (TimeoutError, OSError) as error:
         raise StoreUnavailable(f"the database does not answer: {error}") from error
     except DBAPIError as error:
         if error.connection_invalidated or _is_outage(error):
@@ -155,8 +164,19 @@ def translated_errors() -> Iterator[None]:
 def _is_outage(error: DBAPIError) -> bool:
     """Whether a driver's error speaks of the server or the disk, not of the statement."""
     text = str(error.orig).lower()
-    signs = ("disk is full", "disk full", "no space left", "database is locked", "readonly database", "i/o error",
-             "connection", "shutting down", "starting up", "too many clients", "unable to open")
+    signs = (
+        "disk is full",
+        "disk full",
+        "no space left",
+        "database is locked",
+        "readonly database",
+        "i/o error",
+        "connection",
+        "shutting down",
+        "starting up",
+        "too many clients",
+        "unable to open",
+    )
     return any(sign in text for sign in signs)
 
 
@@ -167,7 +187,12 @@ def _configure_sqlite(engine: AsyncEngine, synchronous: str, *, begin: bool) -> 
     def on_connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver must not begin transactions by itself
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", f"synchronous={synchronous}", "foreign_keys=ON", "busy_timeout=30000"):
+        for pragma in (
+            "journal_mode=WAL",
+            f"synchronous={synchronous}",
+            "foreign_keys=ON",
+            "busy_timeout=30000",
+        ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 

@@ -47,9 +47,12 @@ class FutureStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def submit(self, submission: Submission, then: Callable[[None], None] | None = None) -> None:
-        """Accept a call; `then` runs right after the commit. Repeating a known natural key changes nothing."""
-        await self._database.write(insert_submissions, submission, then)
+    async def submit(self, submission: Submission, then: Callable[[bool], None] | None = None) -> bool:
+        """Accept a call; whether it is new. Repeating a known natural key changes nothing.
+
+        `then` is called with the same answer right after the commit.
+        """
+        return await self._database.write(insert_submissions, submission, then)
 
     async def claim(self, claim: Claim) -> dict[str, bytes]:
         """Mark futures as running; return the inputs of those that could be, by request_id."""
@@ -88,8 +91,9 @@ class FutureStore:
         return await self._all(query)
 
     async def of_run_from(self, run_id: str, seq_id: int) -> list[Future]:
-        """The entries of a log from a number on, in order, whatever became of them."""
-        return await self._all(select(F).where(F.c.run_id == run_id, F.c.seq_id >= seq_id).order_by(F.c.seq_id))
+        """The entries of a log from a number on, in order, whatever became of them; and older ones that are open."""
+        unsettled = (F.c.seq_id >= seq_id) | F.c.status.in_(OPEN)
+        return await self._all(select(F).where(F.c.run_id == run_id, unsettled).order_by(F.c.seq_id))
 
     async def applied_to_run(
         self, run_id: str, after: int, before: int, kinds: Sequence[str], limit: int
@@ -136,17 +140,22 @@ def future_of(row: Row[Any]) -> Future:
     return Future(**{**values, "status": FutureStatus(values["status"])})
 
 
-async def insert_submissions(connection: AsyncConnection, submissions: list[Submission]) -> list[None]:
-    """Runs, futures and inputs of several submissions."""
+async def insert_submissions(connection: AsyncConnection, submissions: list[Submission]) -> list[bool]:
+    """Runs, futures and inputs of several submissions; whether each is new."""
     runs = [submission.run for submission in submissions if submission.run is not None]
     if runs:
         await insert_runs(connection, runs)
     rows = [asdict(submission.future) for submission in submissions]
-    await connection.execute(insert_or_ignore(connection, F), rows)
-    bodies = [{"request_id": s.future.request_id, "body": s.body} for s in submissions if s.future.open]
+    statement = insert_or_ignore(connection, F).returning(F.c.request_id)
+    new = set((await connection.execute(statement, rows)).scalars())
+    bodies = [
+        {"request_id": submission.future.request_id, "body": submission.body}
+        for submission in submissions
+        if submission.future.open and submission.future.request_id in new
+    ]
     if bodies:
         await connection.execute(insert_or_ignore(connection, schema.inputs), bodies)
-    return [None] * len(submissions)
+    return [submission.future.request_id in new for submission in submissions]
 
 
 async def claim_futures(connection: AsyncConnection, claims: list[Claim]) -> list[dict[str, bytes]]:
@@ -157,10 +166,14 @@ async def claim_futures(connection: AsyncConnection, claims: list[Claim]) -> lis
         statement = (
             update(F)
             .where(F.c.request_id.in_(claim.request_ids), F.c.status.in_(OPEN), not_newer)
-            .values(status=FutureStatus.RUNNING, epoch=claim.epoch, attempts=F.c.attempts + 1, started_at=now())
+            .values(
+                status=FutureStatus.RUNNING, epoch=claim.epoch, attempts=F.c.attempts + 1, started_at=now()
+            )
             .returning(F.c.request_id)
         )
         claimed = list((await connection.execute(statement)).scalars())
-        bodies = await connection.execute(select(schema.inputs).where(schema.inputs.c.request_id.in_(claimed)))
+        bodies = await connection.execute(
+            select(schema.inputs).where(schema.inputs.c.request_id.in_(claimed))
+        )
         answers.append({row.request_id: row.body for row in bodies})
     return answers

@@ -43,7 +43,9 @@ async def _take(connection: AsyncConnection, requests: list[LeaseRequest]) -> li
     for request in requests:
         fresh = {"engine": request.engine, "holder": request.holder, "epoch": 0, "expires_at": 0.0}
         await connection.execute(insert_or_ignore(connection, L), fresh)
-        row = (await connection.execute(for_update(connection, select(L).where(L.c.engine == request.engine)))).one()
+        row = (
+            await connection.execute(for_update(connection, select(L).where(L.c.engine == request.engine)))
+        ).one()
         if row.holder != request.holder and row.expires_at > now():
             epochs.append(None)
             continue

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway.store import schema
 from gateway.store.checkpoints import folder_in_use, insert_checkpoint
 from gateway.store.dialect import for_update, insert_or_ignore, now
-from gateway.store.records import FutureStatus, Outcome, RunStatus, Settled
+from gateway.store.records import Future, FutureStatus, Outcome, RunStatus, Settled
 from gateway.store.samplers import insert_samplers
 
 F = schema.futures
@@ -86,21 +86,24 @@ async def settle_futures(connection: AsyncConnection, outcomes: list[Outcome]) -
             answers.append(None)
             continue
         settleable.discard(outcome.future.request_id)
-        outcome, orphan = await _store_checkpoint(connection, outcome)
-        stored.append(outcome)
-        future = replace(
-            outcome.future,
-            status=FutureStatus.FAILED if outcome.failed else FutureStatus.DONE,
-            error=outcome.error,
-            error_category=outcome.error_category,
-            error_id=outcome.error_id,
-            finished_at=at,
-        )
-        answers.append(Settled(future, outcome.result, orphan))
+        final, orphan = await _store_checkpoint(connection, outcome)
+        stored.append(final)
+        answers.append(Settled(_finished(final, at), final.result, orphan))
     if stored:
         await _store_outcomes(connection, stored, at)
         await _advance_runs(connection, stored, at)
     return answers
+
+
+def _finished(outcome: Outcome, at: float) -> Future:
+    return replace(
+        outcome.future,
+        status=FutureStatus.FAILED if outcome.failed else FutureStatus.DONE,
+        error=outcome.error,
+        error_category=outcome.error_category,
+        error_id=outcome.error_id,
+        finished_at=at,
+    )
 
 
 async def _settleable(connection: AsyncConnection, outcomes: list[Outcome]) -> set[str]:
@@ -109,7 +112,9 @@ async def _settleable(connection: AsyncConnection, outcomes: list[Outcome]) -> s
     query = select(F.c.request_id, F.c.status, F.c.epoch).where(F.c.request_id.in_(list(epochs)))
     rows = await connection.execute(for_update(connection, query))
     open_statuses = (FutureStatus.QUEUED, FutureStatus.RUNNING)
-    return {row.request_id for row in rows if row.status in open_statuses and row.epoch == epochs[row.request_id]}
+    return {
+        row.request_id for row in rows if row.status in open_statuses and row.epoch == epochs[row.request_id]
+    }
 
 
 async def _store_checkpoint(connection: AsyncConnection, outcome: Outcome) -> tuple[Outcome, str | None]:
@@ -124,7 +129,9 @@ async def _store_checkpoint(connection: AsyncConnection, outcome: Outcome) -> tu
             "choose another name or delete it first"
             + (", or pass overwrite=True" if checkpoint.has_optimizer else "")
         )
-        failed = replace(outcome, result=None, error=message, error_category="user", sampler=None, checkpoint=None)
+        failed = replace(
+            outcome, result=None, error=message, error_category="user", sampler=None, checkpoint=None
+        )
         return failed, checkpoint.folder
     if replaced is not None and not await folder_in_use(connection, replaced):
         return outcome, replaced
@@ -167,11 +174,17 @@ async def _advance_runs(connection: AsyncConnection, outcomes: list[Outcome], at
         if outcome.failed:
             continue
         if future.kind == "forward_backward":
-            sums = {"loss": summary.get("loss", 0.0), "tokens": int(summary.get("tokens", 0)), "seconds": seconds}
+            sums = {
+                "loss": summary.get("loss", 0.0),
+                "tokens": int(summary.get("tokens", 0)),
+                "seconds": seconds,
+            }
             passes.append({"key": future.run_id, **sums})
         elif future.kind == "optim_step":
             numbers = {name: summary.get(name) for name in ("grad_norm", "learning_rate")}
-            steps.append({"key": future.run_id, "seq": future.seq_id, "seconds": seconds, "at": at, **numbers})
+            steps.append(
+                {"key": future.run_id, "seq": future.seq_id, "seconds": seconds, "at": at, **numbers}
+            )
     if passes:
         await connection.execute(_ADD_TO_STEP, passes)
     if steps:

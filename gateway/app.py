@@ -1,0 +1,161 @@
+"""The application: `uvicorn gateway.app:app` starts it all."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import resource
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import IO
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from gateway import admin, openai, tinker
+from gateway.auth import Keys
+from gateway.errors import ConfigurationError, TandemError
+from gateway.fleet import Fleet
+from gateway.futures import Futures
+from gateway.health import router as health
+from gateway.migrate import prepare
+from gateway.openai_backend import FleetBackend
+from gateway.settings import Settings, load_settings
+from gateway.state import Gateway
+from gateway.store import Store
+from gateway.store.database import Database
+from gateway.store.records import Future, Settled
+
+log = logging.getLogger(__name__)
+
+_FILES_NEEDED = 4096
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """An application with these settings, or with those of the environment."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        chosen = settings if settings is not None else load_settings()
+        async with running_gateway(chosen) as gateway:
+            app.state.gateway = gateway
+            app.state.keys = gateway.keys
+            app.state.backend = FleetBackend(gateway, time.time())
+            yield
+
+    app = FastAPI(
+        title="Tandem",
+        summary="Train and sample adapters on shared base models.",
+        description="Speaks the Tinker API, the OpenAI API, and an admin API of its own.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.include_router(health)
+    app.include_router(tinker.router)
+    app.include_router(admin.router)
+    for prefix in ("/v1", "/oai/api/v1"):
+        app.include_router(openai.router, prefix=prefix)
+    app.add_exception_handler(TandemError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_bug)
+    return app
+
+
+@asynccontextmanager
+async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    """Everything behind the routes, started in order and stopped in reverse."""
+    logging.getLogger("gateway").setLevel(settings.log_level)
+    _check_file_limit()
+    settings.storage_dir.mkdir(parents=True, exist_ok=True)
+    lock = _lock_data_dir(settings) if settings.embedded else None
+    database = Database(settings.url, sqlite_synchronous=settings.sqlite_synchronous)
+    store = Store(database)
+    try:
+        await prepare(database, settings)
+        store.start()
+        gateway = _assemble(settings, store)
+        gateway.fleet.start()
+        try:
+            yield gateway
+        finally:
+            await gateway.fleet.stop()
+    finally:
+        await store.close()
+        if lock is not None:
+            lock.close()
+
+
+def _assemble(settings: Settings, store: Store) -> Gateway:
+    """Futures and fleet know each other: what is accepted goes to an engine, what is settled wakes who waits."""
+
+    def accepted(future: Future) -> None:
+        fleet.accept(future)
+
+    def settled(outcome: Settled | None) -> None:
+        futures.settled(outcome)
+
+    futures = Futures(store, accepted, settings.result_cache_bytes)
+    fleet = Fleet(settings, store, futures.opened, settled)
+    return Gateway(settings, store, futures, fleet, Keys(store, settings.allowed_hosts))
+
+
+def _lock_data_dir(settings: Settings) -> IO[str]:
+    """SQLite has one writer: a second gateway process on the same data is refused, not discovered later."""
+    lock = (settings.data_dir / "gateway.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise ConfigurationError(
+            f"another gateway process uses {settings.data_dir}. The embedded database serves one process: stop the "
+            "other one, start without --workers, set TANDEM_DATA_DIR to another folder, or use Postgres"
+        ) from error
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _check_file_limit() -> None:
+    """Each waiting client holds a connection; the soft limit of open files is raised as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < _FILES_NEEDED:
+        log.warning(
+            "only %d files may be open, so about %d clients can wait at a time; see `ulimit -n`",
+            hard,
+            hard - 64,
+        )
+
+
+def _answer_error(request: Request, error: Exception) -> Response:
+    """The one place where an error of ours becomes an answer."""
+    assert isinstance(error, TandemError)
+    body = {"detail": error.message, "code": error.code}
+    if error.param is not None:
+        body["param"] = error.param
+    return JSONResponse(body, error.status)
+
+
+def _answer_http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: an unknown path, a method that a path does not have."""
+    assert isinstance(error, HTTPException)
+    if request.url.path.startswith(("/v1/", "/oai/")):
+        return openai.render_error(error)
+    return JSONResponse({"detail": f"{error.detail}: {request.method} {request.url.path}"}, error.status_code)
+
+
+def _answer_bug(request: Request, error: Exception) -> Response:
+    """Nobody's plan: the log has the traceback under an id, the client gets the id."""
+    error_id = secrets.token_hex(6)
+    log.error("%s %s failed (%s)", request.method, request.url.path, error_id, exc_info=error)
+    return JSONResponse(
+        {"detail": f"the server failed to answer this request; its log says why under {error_id}"}, 500
+    )
+
+
+app = create_app()

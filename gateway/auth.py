@@ -1,0 +1,125 @@
+"""Who calls: API keys, and what holds while there are none.
+
+With keys, each maps to an owner; only hashes are stored. Without keys every caller is the one local owner, and only
+programs on this machine are served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import secrets
+import time
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from gateway.errors import Forbidden, Unauthorized
+from gateway.store import Store
+from gateway.store.records import ApiKey
+
+LOCAL_OWNER = "local"
+_REFRESH_S = 2.0
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The owner a request is made for. An admin sees everybody's things in the admin API."""
+
+    owner: str
+    admin: bool
+
+
+class Keys:
+    """The configured keys, read again when they are some seconds old, so that a new or removed key counts at once."""
+
+    def __init__(self, store: Store, allowed_hosts: tuple[str, ...]) -> None:
+        self._store = store
+        self._allowed_hosts = allowed_hosts
+        self._keys: dict[str, ApiKey] = {}
+        self._read_at = float("-inf")
+
+    async def caller(self, request: Request) -> Caller:
+        """Who calls. Raises Unauthorized or Forbidden."""
+        if time.monotonic() - self._read_at > _REFRESH_S:
+            self._keys = {key.key_hash: key for key in await self._store.keys.all()}
+            self._read_at = time.monotonic()
+        if not self._keys:
+            self._refuse_strangers(request)
+            return Caller(LOCAL_OWNER, admin=True)
+        key = self._keys.get(hash_key(presented_key(request)))
+        if key is None:
+            raise Unauthorized(
+                "this API key is not known here; send one in X-API-Key, or as a Bearer token, that "
+                "`python -m gateway.keys add OWNER` has made"
+            )
+        return Caller(key.owner, key.admin)
+
+    def _refuse_strangers(self, request: Request) -> None:
+        """Without keys: loopback peers only, not through a proxy, not on behalf of a foreign web page."""
+        explanation = (
+            "no API keys are configured, so only programs on this machine are served, directly; "
+            "make a key with `python -m gateway.keys add OWNER` to serve others"
+        )
+        client = request.client
+        if client is None or not _is_loopback(client.host):
+            raise Forbidden(
+                f"{explanation} (this request comes from {client.host if client else 'an unknown peer'})"
+            )
+        for header in _FORWARDED:
+            if header in request.headers:
+                raise Forbidden(f"{explanation} (this request was forwarded: it has the header {header})")
+        for header in ("host", "origin"):
+            value = request.headers.get(header)
+            if value is not None and _host_of(value) not in self._allowed_hosts:
+                raise Forbidden(f"{explanation} (the header {header} names {value!r})")
+
+
+async def caller_of(request: Request) -> Caller:
+    """Dependency: who calls."""
+    keys: Keys = request.app.state.keys
+    return await keys.caller(request)
+
+
+async def owner_of(request: Request) -> str:
+    """Dependency: the owner that the request is made for."""
+    return (await caller_of(request)).owner
+
+
+def presented_key(request: Request) -> str:
+    """The key that a request carries. Raises Unauthorized when it carries none."""
+    key = request.headers.get("x-api-key")
+    if key is None:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else None
+    if not key:
+        raise Unauthorized(
+            "an API key is needed: send it in the header X-API-Key, or as `Authorization: Bearer KEY`"
+        )
+    return key
+
+
+def new_key() -> str:
+    """A fresh key. The official SDK accepts only keys that begin with `tml-`."""
+    return "tml-" + secrets.token_urlsafe(32)
+
+
+def hash_key(key: str) -> str:
+    """What is stored of a key. It is random and long, so a plain hash is enough."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_of(value: str) -> str:
+    """The host of a Host or Origin header, without scheme and port."""
+    authority = value.rpartition("//")[2]
+    if authority.startswith("["):
+        return authority.partition("]")[0] + "]"
+    return authority.partition(":")[0].lower()

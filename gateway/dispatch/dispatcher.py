@@ -1,0 +1,112 @@
+"""Feeds one engine, in two lanes side by side: the runs' operations and the samples.
+
+The database is the truth. Whenever something unexpected happens (the engine dies, the database does not answer, an
+outcome is refused because its epoch is over), everything in memory is forgotten and read again: what was not settled is
+still open, and a run that the engine does not have is built again from its log before its next operation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from gateway.dispatch.sampling import SamplingLane
+from gateway.dispatch.training import Interrupted, TrainingLane
+from gateway.engine_process import EngineProcess
+from gateway.errors import EngineLost, StoreUnavailable
+from gateway.settings import Settings
+from gateway.store import Store
+from gateway.store.records import Future, Settled
+from gateway.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+_PAUSE_S = 0.2
+
+
+class Dispatcher:
+    """Feeds the engine of one supervisor. `on_opened` is told of open futures found in the database, `on_settled` of
+    every outcome right after its commit."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        store: Store,
+        settings: Settings,
+        on_opened: Callable[[Future], None],
+        on_settled: Callable[[Settled | None], None],
+    ) -> None:
+        self.supervisor = supervisor
+        self.training = TrainingLane(store, settings, on_settled)
+        self.sampling = SamplingLane(store, settings, on_settled)
+        self._store = store
+        self._on_opened = on_opened
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        return self.supervisor.engine.name
+
+    def start(self) -> None:
+        """Start feeding; call it in the running loop."""
+        self._task = asyncio.create_task(self._feed_forever(), name=f"dispatch-{self.name}")
+
+    async def stop(self) -> None:
+        """Stop feeding. What is under way stays open in the database."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self.sampling.cancel()
+
+    def accept(self, future: Future) -> None:
+        """A future of this engine has become durable."""
+        if future.run_id is None:
+            self.sampling.accept(future)
+        else:
+            self.training.accept(future)
+
+    async def drop_run(self, run_id: str) -> None:
+        """Free a run's memory in the engine; its log stays."""
+        self.training.resident.discard(run_id)
+        process = self.supervisor.process
+        if process is not None and not process.lost.done():
+            await process.drop_run(run_id)
+
+    async def _feed_forever(self) -> None:
+        while True:
+            engine = await self.supervisor.ready()
+            try:
+                await self._reload()
+                await self._feed(engine)
+            except* (EngineLost, StoreUnavailable, Interrupted) as group:
+                causes = "; ".join(str(error) for error in group.exceptions)
+                log.warning("engine %s: starting over from the database: %s", self.name, causes)
+            except* (
+                Exception
+            ):  # boundary: a bug must not silence an engine for good; it is logged, memory is rebuilt
+                log.exception("engine %s: unexpected error while feeding it", self.name)
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _reload(self) -> None:
+        """Forget what is in memory, then read what this engine owes; what arrives meanwhile is kept."""
+        await self.sampling.reset()
+        self.training.reset()
+        for future in await self._store.futures.open_of_engine(self.name):
+            self._on_opened(future)
+            if future.run_id is None:
+                self.sampling.accept(future)
+            else:
+                self.training.reopen(future.run_id)
+
+    async def _feed(self, engine: EngineProcess) -> None:
+        async with asyncio.TaskGroup() as lanes:
+            lanes.create_task(self.training.feed(engine))
+            lanes.create_task(self.sampling.feed(engine))
+            lanes.create_task(_raise_when_lost(engine))
+
+
+async def _raise_when_lost(engine: EngineProcess) -> None:
+    cause = await asyncio.shield(engine.lost)
+    raise EngineLost(f"engine {engine.config.name} is gone: {cause}")

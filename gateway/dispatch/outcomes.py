@@ -1,0 +1,81 @@
+"""From what an engine answers to what is stored: outcomes with their checkpoints and samplers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from engines import messages
+from engines.operations import SaveWeightsResult, decode_result
+from gateway.store.records import Checkpoint, CheckpointKind, Future, Outcome, Sampler
+
+
+def outcomes_of(batch: list[Future], performed: messages.Performed, payloads: list[bytes]) -> list[Outcome]:
+    """One outcome for each future of a batch, in order; `payloads` has the results of those that succeeded."""
+    results = iter(payloads)
+    outcomes = []
+    for future, answer in zip(batch, performed.outcomes, strict=True):
+        if answer.failure is not None:
+            outcomes.append(
+                failed(future, answer.failure.category, answer.failure.message, answer.failure.error_id)
+            )
+        else:
+            outcomes.append(succeeded(future, next(results), answer.summary))
+    return outcomes
+
+
+def failed(future: Future, category: str, message: str, error_id: str | None = None) -> Outcome:
+    """The outcome of an operation that had no effect."""
+    return Outcome(future, error=message, error_category=category, error_id=error_id)
+
+
+def succeeded(future: Future, result: bytes, summary: dict[str, float]) -> Outcome:
+    """The outcome of an operation that took effect, with what it brings into being."""
+    outcome = Outcome(future, result=result, summary=summary)
+    if future.kind != "save_weights":
+        return outcome
+    saved = decode_result(result)
+    assert isinstance(saved, SaveWeightsResult)
+    context = future.context
+    if (entry := context.get("checkpoint")) is not None:
+        checkpoint = _checkpoint(future, entry, saved.size_bytes)
+        outcome = replace(outcome, checkpoint=checkpoint, overwrite=entry["overwrite"])
+    if (entry := context.get("sampler")) is not None:
+        outcome = replace(outcome, sampler=_sampler(future, entry))
+    return outcome
+
+
+def _checkpoint(future: Future, entry: dict[str, Any], size_bytes: int) -> Checkpoint:
+    now = time.time()
+    ttl = entry["ttl_seconds"]
+    return Checkpoint(
+        path=entry["path"],
+        owner=future.owner,
+        run_id=future.run_id or "",
+        kind=CheckpointKind(entry["kind"]),
+        name=entry["name"],
+        folder=future.folder or "",
+        base_model=entry["base_model"],
+        lora=entry["lora"],
+        has_optimizer=entry["has_optimizer"],
+        size_bytes=size_bytes,
+        public=False,
+        user_metadata=entry["user_metadata"],
+        created_at=now,
+        expires_at=None if ttl is None else now + ttl,
+    )
+
+
+def _sampler(future: Future, entry: dict[str, Any]) -> Sampler:
+    return Sampler(
+        sampler_id=entry["sampler_id"],
+        owner=future.owner,
+        session_id=entry["session_id"],
+        engine=entry["engine"],
+        base_model=entry["base_model"],
+        run_id=future.run_id,
+        path=None,
+        folder=future.folder,
+        created_at=time.time(),
+    )

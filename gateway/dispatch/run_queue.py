@@ -1,0 +1,158 @@
+"""What waits for an engine: the logs' next operations and the samples, owners in turn.
+
+Pure bookkeeping in memory, rebuilt from the database at any time. A log's order is kept here; that only one operation
+of it runs at a time is also kept by the schema.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from gateway.store.records import Future
+
+
+@dataclass(slots=True)
+class RunQueue:
+    """The unsettled end of one log. `next_seq` is the number whose turn it is."""
+
+    run_id: str
+    owner: str
+    next_seq: int
+    waiting: dict[int, Future] = field(default_factory=dict)
+    running: bool = False
+    gap_since: float | None = None
+
+    def add(self, future: Future) -> None:
+        """Queue an entry; one behind the log's head, or known already, changes nothing. A rejected one only consumes
+        its number."""
+        if future.seq_id >= self.next_seq and future.seq_id not in self.waiting:
+            self.waiting[future.seq_id] = future
+            self._skip_settled()
+
+    def head(self) -> Future | None:
+        """The operation that may run now."""
+        return None if self.running else self.waiting.get(self.next_seq)
+
+    def advance(self) -> None:
+        """The head has been settled."""
+        self.waiting.pop(self.next_seq, None)
+        self.next_seq += 1
+        self.running = False
+        self._skip_settled()
+
+    def gap(self, now: float) -> float:
+        """Seconds for which entries have been waiting for a number that has not arrived."""
+        if self.running or not self.waiting or self.next_seq in self.waiting:
+            self.gap_since = None
+            return 0.0
+        if self.gap_since is None:
+            self.gap_since = now
+        return now - self.gap_since
+
+    def abandon_gap(self) -> list[Future]:
+        """Take out everything that waits behind a gap; the log goes on behind the last of them."""
+        abandoned = [self.waiting[seq] for seq in sorted(self.waiting)]
+        self.next_seq = abandoned[-1].seq_id + 1
+        self.waiting.clear()
+        self.gap_since = None
+        return [future for future in abandoned if future.open]
+
+    def _skip_settled(self) -> None:
+        while (future := self.waiting.get(self.next_seq)) is not None and not future.open:
+            del self.waiting[self.next_seq]
+            self.next_seq += 1
+
+
+class Turns:
+    """Keys grouped by owner, handed out one owner after the other, each owner's in order of arrival."""
+
+    def __init__(self) -> None:
+        self._owners: OrderedDict[str, deque[str]] = OrderedDict()
+        self._present: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._present)
+
+    def add(self, owner: str, key: str) -> None:
+        """Queue a key; one that is queued already keeps its place."""
+        if key not in self._present:
+            self._present.add(key)
+            self._owners.setdefault(owner, deque()).append(key)
+
+    def take(self) -> str | None:
+        """The next key; its owner goes to the end of the line."""
+        if not self._owners:
+            return None
+        owner, keys = next(iter(self._owners.items()))
+        key = keys.popleft()
+        self._present.discard(key)
+        if keys:
+            self._owners.move_to_end(owner)
+        else:
+            del self._owners[owner]
+        return key
+
+    def count(self, owner: str) -> int:
+        """How many keys of an owner wait."""
+        return len(self._owners.get(owner, ()))
+
+
+class TrainingQueue:
+    """The run queues of one engine."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, RunQueue] = {}
+        self._ready = Turns()
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def open_run(self, run_id: str, owner: str, next_seq: int, futures: Iterable[Future]) -> RunQueue:
+        """Start to keep the order of a run, with what is known of its log from `next_seq` on."""
+        queue = self.runs[run_id] = RunQueue(run_id, owner, next_seq)
+        for future in futures:
+            queue.add(future)
+        self._mark(queue)
+        return queue
+
+    def add(self, future: Future) -> None:
+        """Queue an operation of a run that is open here."""
+        queue = self.runs[future.run_id or ""]
+        queue.add(future)
+        self._mark(queue)
+
+    def take_batch(self, largest: int) -> list[Future]:
+        """Heads of different runs, all of one kind. One that an engine has died over before goes alone."""
+        batch: list[Future] = []
+        passed_over: list[RunQueue] = []
+        while len(batch) < largest and (run_id := self._ready.take()) is not None:
+            queue = self.runs[run_id]
+            head = queue.head()
+            if head is None:
+                continue
+            if batch and (head.kind != batch[0].kind or head.attempts):
+                passed_over.append(queue)
+                continue
+            queue.running = True
+            batch.append(head)
+            if head.attempts:
+                break
+        for queue in passed_over:
+            self._mark(queue)
+        return batch
+
+    def settled(self, future: Future) -> None:
+        """A batch's operation has its outcome; the run's next one may follow."""
+        queue = self.runs[future.run_id or ""]
+        queue.advance()
+        self._mark(queue)
+
+    def gaps(self, now: float, timeout_s: float) -> list[RunQueue]:
+        """Runs that have waited too long for a missing number."""
+        return [queue for queue in self.runs.values() if queue.gap(now) > timeout_s]
+
+    def _mark(self, queue: RunQueue) -> None:
+        if queue.head() is not None:
+            self._ready.add(queue.owner, queue.run_id)

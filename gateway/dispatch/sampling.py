@@ -1,0 +1,112 @@
+"""The lane of the samples: no order among them, owners in turn, repeated when the engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from engines.interface import UserError
+from gateway.dispatch.outcomes import failed, succeeded
+from gateway.dispatch.run_queue import Turns
+from gateway.dispatch.training import Interrupted, worn_out
+from gateway.engine_process import EngineProcess
+from gateway.errors import EngineFailed, EngineLost
+from gateway.settings import Settings
+from gateway.store import Store
+from gateway.store.futures import Claim
+from gateway.store.records import Future, Outcome, Settled
+
+log = logging.getLogger(__name__)
+
+
+class SamplingLane:
+    """The samples of one engine: most wait here, some are in the engine's batch."""
+
+    def __init__(
+        self, store: Store, settings: Settings, on_settled: Callable[[Settled | None], None]
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._on_settled = on_settled
+        self._waiting: dict[str, Future] = {}
+        self._turns = Turns()
+        self._active: set[asyncio.Task[None]] = set()
+        self._broken: BaseException | None = None
+        self._wake = asyncio.Event()
+
+    def accept(self, future: Future) -> None:
+        """Queue a sample that has become durable."""
+        if future.open:
+            self._waiting[future.request_id] = future
+            self._turns.add(future.owner, future.request_id)
+            self._wake.set()
+
+    async def reset(self) -> None:
+        """Forget everything and cancel what is under way."""
+        await self.cancel()
+        self._waiting.clear()
+        self._turns = Turns()
+        self._broken = None
+
+    async def cancel(self) -> None:
+        """Leave what is under way; it stays open in the database."""
+        tasks = list(self._active)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def waiting_of(self, owner: str) -> int:
+        """Samples of an owner that have not been handed to the engine."""
+        return self._turns.count(owner)
+
+    async def feed(self, engine: EngineProcess) -> None:
+        """Until the engine is lost or a write fails."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if engine.lost.done():
+                raise EngineLost(engine.lost.result())
+            if self._broken is not None:
+                raise Interrupted(f"a sample's outcome could not be stored: {self._broken}")
+            for future, body in await self._claim(engine):
+                task = asyncio.create_task(self._sample(engine, future, body))
+                self._active.add(task)
+                task.add_done_callback(self._done)
+
+    async def _claim(self, engine: EngineProcess) -> list[tuple[Future, bytes]]:
+        """As many samples as there is room for in the engine, owners in turn."""
+        room = self._settings.samples_in_engine - len(self._active)
+        batch: list[Future] = []
+        while len(batch) < room and (request_id := self._turns.take()) is not None:
+            batch.append(self._waiting.pop(request_id))
+        if not batch:
+            return []
+        epoch = engine.config.epoch
+        inputs = await self._store.futures.claim(Claim(tuple(future.request_id for future in batch), epoch))
+        claimed = [replace(future, epoch=epoch, attempts=future.attempts + 1) for future in batch]
+        return [(future, inputs[future.request_id]) for future in claimed if future.request_id in inputs]
+
+    async def _sample(self, engine: EngineProcess, future: Future, body: bytes) -> None:
+        outcome = worn_out(future, self._settings) or await self._outcome(engine, future, body)
+        if outcome is not None:
+            await self._store.futures.settle(outcome, self._on_settled)
+
+    async def _outcome(self, engine: EngineProcess, future: Future, body: bytes) -> Outcome | None:
+        try:
+            [result] = [item async for item in engine.sample(body)]
+        except UserError as error:
+            return failed(future, "user", str(error))
+        except EngineFailed as error:
+            return failed(future, "server", error.message, error.error_id)
+        except EngineLost:
+            return None  # still open in the database: it is read again and repeated
+        assert isinstance(result, bytes)
+        return succeeded(future, result, {})
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._active.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._broken = task.exception()
+        self._wake.set()

@@ -1,0 +1,207 @@
+"""The lane of the runs' operations: claim → call → settle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from engines.messages import RunAddress
+from engines.operations import OperationKind
+from gateway.dispatch.outcomes import failed, outcomes_of
+from gateway.dispatch.recovery import RestoreFailed, restore_run
+from gateway.dispatch.run_queue import RunQueue, TrainingQueue
+from gateway.engine_process import EngineProcess
+from gateway.errors import EngineLost
+from gateway.settings import Settings
+from gateway.store import Store
+from gateway.store.futures import Claim
+from gateway.store.records import Future, Outcome, Settled
+
+log = logging.getLogger(__name__)
+
+_LARGEST_BATCH = 64
+
+
+class Interrupted(Exception):
+    """What is in memory and what is in the database have come apart; start over from the database."""
+
+
+class TrainingLane:
+    """The operations of all runs of one engine, each run's in order."""
+
+    def __init__(
+        self, store: Store, settings: Settings, on_settled: Callable[[Settled | None], None]
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._on_settled = on_settled
+        self._queue = TrainingQueue()
+        self._unopened: set[str] = set()
+        self._broken: Exception | None = None
+        self._wake = asyncio.Event()
+        self.resident: set[str] = set()
+
+    def accept(self, future: Future) -> None:
+        """Queue an operation that has become durable."""
+        run_id = future.run_id or ""
+        queue = self._queue.runs.get(run_id)
+        if queue is None and future.kind == "create_run":
+            self._queue.open_run(run_id, future.owner, 0, [future])
+        elif queue is None:
+            self._unopened.add(run_id)
+        elif future.seq_id < queue.next_seq:
+            self._fail_late(queue, future)
+        else:
+            self._queue.add(future)
+        self._wake.set()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._queue = TrainingQueue()
+        self._unopened.clear()
+        self._broken = None
+        self.resident.clear()
+
+    def reopen(self, run_id: str) -> None:
+        """A run has open operations in the database."""
+        self._unopened.add(run_id)
+        self._wake.set()
+
+    def waiting_in_run(self, run_id: str) -> int:
+        """Operations of a run that wait or run."""
+        queue = self._queue.runs.get(run_id)
+        return len(queue.waiting) if queue is not None else 0
+
+    async def feed(self, engine: EngineProcess) -> None:
+        """Until the engine is lost, or what is in memory cannot be trusted any more."""
+        while True:
+            await self._work_or_time(engine)
+            await self._open_runs()
+            self._fail_gaps()
+            batch = await self._claim(engine)
+            if batch:
+                self._settle(await self._call(engine, batch))
+
+    async def _work_or_time(self, engine: EngineProcess) -> None:
+        """Wait until there may be something to do: an operation, a broken write, or a gap to look after."""
+        if not (self._queue or self._unopened or self._broken):
+            with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps
+                await asyncio.wait_for(self._wake.wait(), min(self._settings.gap_timeout_s / 4, 5.0))
+            self._wake.clear()
+        if engine.lost.done():
+            raise EngineLost(engine.lost.result())
+        if self._broken is not None:
+            raise Interrupted(f"an outcome could not be stored: {self._broken}") from self._broken
+
+    async def _open_runs(self) -> None:
+        """Read the ends of logs that have got an operation and are not known here yet."""
+        while self._unopened:
+            run_id = self._unopened.pop()
+            run = await self._store.runs.get(run_id)
+            if run is not None and run_id not in self._queue.runs:
+                entries = await self._store.futures.of_run_from(run_id, run.next_seq)
+                queue = self._queue.open_run(run_id, run.owner, run.next_seq, entries)
+                for future in entries:
+                    if future.seq_id < run.next_seq:
+                        self._fail_late(queue, future)
+
+    async def _claim(self, engine: EngineProcess) -> list[tuple[Future, bytes]]:
+        """The next operation of each of several runs, all of one kind, with their inputs."""
+        batch = self._queue.take_batch(_LARGEST_BATCH)
+        if not batch:
+            return []
+        epoch = engine.config.epoch
+        inputs = await self._store.futures.claim(Claim(tuple(future.request_id for future in batch), epoch))
+        if len(inputs) < len(batch):
+            raise Interrupted("an operation that was to be claimed has its outcome already, or a newer owner")
+        claimed = [replace(future, epoch=epoch, attempts=future.attempts + 1) for future in batch]
+        return [(future, inputs[future.request_id]) for future in claimed]
+
+    async def _call(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> list[Outcome]:
+        """Have the engine perform a batch, after giving it the runs that it does not have."""
+        outcomes: list[Outcome] = []
+        ready: list[tuple[Future, bytes]] = []
+        for future, body in batch:
+            refusal = worn_out(future, self._settings) or await self._make_resident(engine, future)
+            if refusal is not None:
+                outcomes.append(refusal)
+            else:
+                ready.append((future, body))
+        if ready:
+            outcomes += await self._perform(engine, ready)
+        return outcomes
+
+    async def _perform(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> list[Outcome]:
+        futures = [future for future, _ in batch]
+        kind: OperationKind = futures[0].kind  # type: ignore[assignment]
+        addresses = [RunAddress(future.run_id or "", future.seq_id) for future in futures]
+        performed, payloads = await engine.perform(kind, addresses, [body for _, body in batch])
+        outcomes = outcomes_of(futures, performed, payloads)
+        if kind == "create_run":
+            self.resident.update(outcome.future.run_id or "" for outcome in outcomes if not outcome.failed)
+        self.resident.difference_update(performed.lost_runs)
+        return outcomes
+
+    async def _make_resident(self, engine: EngineProcess, future: Future) -> Outcome | None:
+        """See to it that the engine has the run; an outcome if that is impossible."""
+        run_id = future.run_id or ""
+        if run_id in self.resident or future.kind == "create_run":
+            return None
+        try:
+            await restore_run(self._store, engine, run_id, future.seq_id)
+        except RestoreFailed as error:
+            return failed(future, error.category, str(error))
+        self.resident.add(run_id)
+        return None
+
+    def _settle(self, outcomes: list[Outcome]) -> None:
+        """Store the outcomes. Each run's next operation may be claimed at once: writes keep their order."""
+        for outcome in outcomes:
+            self._queue.settled(outcome.future)
+            self._write(outcome)
+
+    def _fail_gaps(self) -> None:
+        """What waits behind a number that does not come fails; nothing is skipped silently."""
+        timeout_s = self._settings.gap_timeout_s
+        for queue in self._queue.gaps(asyncio.get_running_loop().time(), timeout_s):
+            missing = queue.next_seq
+            for future in queue.abandon_gap():
+                message = (
+                    f"operation {missing} of run {queue.run_id} has not arrived within {timeout_s:.0f} s, "
+                    f"so operation {future.seq_id}, which comes after it, was not performed"
+                )
+                self._write(failed(future, "user", message))
+
+    def _fail_late(self, queue: RunQueue, future: Future) -> None:
+        """An operation whose turn is over: its number was given up, or it was sent under another name before."""
+        if future.open:
+            message = (
+                f"operation {future.seq_id} of run {queue.run_id} came after operation {queue.next_seq - 1} had been "
+                "settled, so it was not performed"
+            )
+            self._write(failed(future, "user", message))
+
+    def _write(self, outcome: Outcome) -> None:
+        self._store.futures.settle(outcome, self._settled).add_done_callback(self._written)
+
+    def _settled(self, settled: Settled | None) -> None:
+        if settled is None:
+            self._broken = Interrupted("its epoch is over")
+        self._on_settled(settled)
+
+    def _written(self, write: asyncio.Future[Settled | None]) -> None:
+        if not write.cancelled() and isinstance(error := write.exception(), Exception):
+            self._broken = error
+            self._wake.set()
+
+
+def worn_out(future: Future, settings: Settings) -> Outcome | None:
+    """A call that engines keep dying over fails, so that everything else can go on."""
+    if future.attempts <= settings.max_attempts:
+        return None
+    deaths = future.attempts - 1
+    log.error("%s failed: the engine died %d times while it was performed", future.request_id, deaths)
+    return failed(future, "server", f"the engine died {deaths} times while it performed this operation")

@@ -1,0 +1,69 @@
+"""All engines of this gateway: which one serves a base model, and handing it what was accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from typing import Literal
+
+from gateway.dispatch import Dispatcher
+from gateway.errors import NotFound
+from gateway.settings import EngineSettings, Settings
+from gateway.store import Store
+from gateway.store.records import Future, Settled
+from gateway.supervisor import Supervisor
+
+
+class Fleet:
+    """The engines of the settings, each with its supervisor and dispatcher."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        on_opened: Callable[[Future], None],
+        on_settled: Callable[[Settled | None], None],
+    ) -> None:
+        holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.dispatchers: dict[str, Dispatcher] = {}
+        for engine in settings.engines:
+            supervisor = Supervisor(engine, settings, store, holder)
+            self.dispatchers[engine.name] = Dispatcher(supervisor, store, settings, on_opened, on_settled)
+
+    def start(self) -> None:
+        """Start every engine; call it in the running loop."""
+        for dispatcher in self.dispatchers.values():
+            dispatcher.supervisor.start()
+            dispatcher.start()
+
+    async def stop(self) -> None:
+        """Stop feeding, then stop the processes. What is open stays in the database."""
+        await asyncio.gather(*(dispatcher.stop() for dispatcher in self.dispatchers.values()))
+        await asyncio.gather(*(dispatcher.supervisor.stop() for dispatcher in self.dispatchers.values()))
+
+    def accept(self, future: Future) -> None:
+        """A future has become durable."""
+        dispatcher = self.dispatchers.get(future.engine)
+        if dispatcher is not None:
+            dispatcher.accept(future)
+
+    def base_models(self) -> list[str]:
+        """Names of the base models that are served."""
+        return list(dict.fromkeys(d.supervisor.engine.base_model for d in self.dispatchers.values()))
+
+    def for_base_model(self, base_model: str, role: Literal["train", "sample"]) -> Dispatcher:
+        """The engine that trains or samples a base model. Raises NotFound naming what is served."""
+        for dispatcher in self.dispatchers.values():
+            engine: EngineSettings = dispatcher.supervisor.engine
+            if engine.base_model == base_model and role in engine.roles:
+                return dispatcher
+        engines = [dispatcher.supervisor.engine for dispatcher in self.dispatchers.values()]
+        served = ", ".join(engine.base_model for engine in engines if role in engine.roles) or "none"
+        verb = "trained" if role == "train" else "sampled"
+        raise NotFound(
+            f"base model {base_model!r} is not {verb} here; available: {served}",
+            param="base_model",
+        )

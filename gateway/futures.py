@@ -1,0 +1,139 @@
+"""Accepting calls and waiting for what becomes of them.
+
+Waiting happens in memory: a settled future wakes whoever waits for it, with its result at hand. Only what was settled
+longer ago, or by another process, is read from the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+from gateway.errors import NotFound
+from gateway.store import Store
+from gateway.store.futures import Submission
+from gateway.store.records import Future, Settled
+
+_RECHECK_S = 1.0
+
+
+class Futures:
+    """The accepted calls of this gateway process. `on_accepted` hands each to its engine's dispatcher."""
+
+    def __init__(self, store: Store, on_accepted: Callable[[Future], None], cache_bytes: int) -> None:
+        self._store = store
+        self._on_accepted = on_accepted
+        self._recent = RecentlySettled(cache_bytes)
+        self._waiters: dict[str, set[asyncio.Future[Settled]]] = {}
+        self._owners: dict[str, str] = {}
+
+    async def submit(self, submission: Submission) -> None:
+        """Returns when the call is durable. A repeated submit of the same natural key is the first one."""
+        future = submission.future
+        if future.request_id in self._owners or self._recent.get(future.request_id) is not None:
+            return
+        await self._store.futures.submit(submission, lambda new: self._accepted(future) if new else None)
+
+    async def outcome(self, request_id: str, owner: str, hold_s: float) -> Settled | None:
+        """The outcome, waiting for it up to `hold_s` seconds; None if it is still open then.
+
+        Raises NotFound for a future that does not exist or is somebody else's.
+        """
+        settled = self._recent.get(request_id)
+        if settled is None:
+            settled = await self._wait(request_id, owner, hold_s)
+        if settled is not None and settled.future.owner != owner:
+            raise _unknown(request_id)
+        return settled
+
+    def settled(self, settled: Settled | None) -> None:
+        """Wake who waits. Called right after the commit."""
+        if settled is None:
+            return
+        request_id = settled.future.request_id
+        self._owners.pop(request_id, None)
+        self._recent.add(settled)
+        for waiter in self._waiters.pop(request_id, ()):
+            if not waiter.done():
+                waiter.set_result(settled)
+
+    def opened(self, future: Future) -> None:
+        """An open future from before this process started is known here from now on."""
+        self._owners[future.request_id] = future.owner
+
+    def _accepted(self, future: Future) -> None:
+        if future.open:
+            self._owners[future.request_id] = future.owner
+        self._on_accepted(future)
+
+    async def _wait(self, request_id: str, owner: str, hold_s: float) -> Settled | None:
+        """Wait for a wake-up; look into the database when this process does not know the future."""
+        deadline = asyncio.get_running_loop().time() + hold_s
+        with self._waiting_for(request_id) as waiter:
+            while not waiter.done():
+                known_owner = self._owners.get(request_id)
+                if known_owner is None:
+                    settled = await self._look_up(request_id, owner)
+                    if settled is not None:
+                        return settled
+                elif known_owner != owner:
+                    raise _unknown(request_id)
+                left = deadline - asyncio.get_running_loop().time()
+                if left <= 0:
+                    return None
+                await asyncio.wait({waiter}, timeout=left if known_owner else min(left, _RECHECK_S))
+            return waiter.result()
+
+    @contextlib.contextmanager
+    def _waiting_for(self, request_id: str) -> Iterator[asyncio.Future[Settled]]:
+        waiter: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(request_id, set())
+        waiters.add(waiter)
+        try:
+            yield waiter
+        finally:
+            waiters.discard(waiter)
+            if not waiters and self._waiters.get(request_id) is waiters:
+                del self._waiters[request_id]
+
+    async def _look_up(self, request_id: str, owner: str) -> Settled | None:
+        future = await self._store.futures.get(request_id)
+        if future is None or future.owner != owner:
+            raise _unknown(request_id)
+        if future.open:
+            return None
+        return Settled(future, await self._store.futures.result(request_id))
+
+
+class RecentlySettled:
+    """The newest outcomes, as many as fit; almost every result is fetched right after it was made."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity = capacity_bytes
+        self._size = 0
+        self._settled: OrderedDict[str, Settled] = OrderedDict()
+
+    def get(self, request_id: str) -> Settled | None:
+        return self._settled.get(request_id)
+
+    def add(self, settled: Settled) -> None:
+        previous = self._settled.pop(settled.future.request_id, None)
+        self._size += _weight(settled) - (_weight(previous) if previous is not None else 0)
+        self._settled[settled.future.request_id] = settled
+        while self._size > self._capacity and self._settled:
+            _, oldest = self._settled.popitem(last=False)
+            self._size -= _weight(oldest)
+
+
+_RECORD_BYTES = 2000
+"""What a record weighs beside its result, roughly."""
+
+
+def _weight(settled: Settled) -> int:
+    return _RECORD_BYTES + len(settled.result or b"")
+
+
+def _unknown(request_id: str) -> NotFound:
+    return NotFound(f"there is no future {request_id!r}", param="request_id")

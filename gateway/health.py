@@ -1,0 +1,35 @@
+"""Liveness and readiness, two questions: does the process answer, and would a request be served."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from gateway.state import gateway_of
+from gateway.supervisor import EngineState
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz")
+@router.get("/api/v1/healthz")
+async def healthz() -> dict[str, str]:
+    """The process answers. Says nothing about engines; see /readyz."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """200 when the database answers and every engine has loaded its model, else 503 with the state of each."""
+    gateway = gateway_of(request)
+    await gateway.store.keys.all()
+    supervisors = [dispatcher.supervisor for dispatcher in gateway.fleet.dispatchers.values()]
+    engines = {
+        supervisor.engine.name: _describe(supervisor.state, supervisor.problem) for supervisor in supervisors
+    }
+    ready = all(supervisor.state is EngineState.READY for supervisor in supervisors)
+    return JSONResponse({"ready": ready, "engines": engines}, 200 if ready else 503)
+
+
+def _describe(state: EngineState, problem: str | None) -> str:
+    return f"{state}: {problem}" if problem and state is not EngineState.READY else str(state)

@@ -1,0 +1,67 @@
+"""Models by name and samples from the fleet, as the OpenAI routes need them. Nothing of this is stored."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
+
+from engines.messages import SampleDelta
+from engines.operations import AdapterRef, SampleRequest, SampleResult, decode_result, encode
+from gateway.checkpoints import SCHEME, readable_checkpoint
+from gateway.dispatch import Dispatcher
+from gateway.errors import EngineUnavailable
+from gateway.openai import ServedModel, Target
+from gateway.state import Gateway
+from gateway.supervisor import EngineState
+
+
+class FleetBackend:
+    """The fleet behind the OpenAI routes."""
+
+    def __init__(self, gateway: Gateway, started_at: float) -> None:
+        self._gateway = gateway
+        self._started_at = int(started_at)
+        self._room = asyncio.Semaphore(gateway.settings.samples_in_engine)
+
+    async def models(self, owner: str) -> list[ServedModel]:
+        """Every base model that can be sampled; the same for all owners."""
+        served: dict[str, ServedModel] = {}
+        for dispatcher in self._gateway.fleet.dispatchers.values():
+            supervisor = dispatcher.supervisor
+            if "sample" in supervisor.engine.roles:
+                context = supervisor.info.max_context if supervisor.info is not None else None
+                ready = supervisor.state is EngineState.READY
+                name = supervisor.engine.base_model
+                served.setdefault(name, ServedModel(name, self._started_at, ready, context))
+        return list(served.values())
+
+    async def resolve(self, owner: str, model: str) -> Target:
+        """A base model, or a checkpoint of the owner's (or a public one) on its base model."""
+        base_model, adapter = model, None
+        if model.startswith(SCHEME):
+            checkpoint = await readable_checkpoint(self._gateway.store, owner, model, param="model")
+            base_model, adapter = checkpoint.base_model, AdapterRef(checkpoint.folder, checkpoint.folder)
+        dispatcher = self._gateway.fleet.for_base_model(base_model, "sample")
+        supervisor = dispatcher.supervisor
+        supervisor.now()
+        if supervisor.text is None or supervisor.info is None:
+            raise EngineUnavailable(f"the engine of {base_model} is starting; try again in a moment")
+        return Target(base_model, adapter, supervisor.text, supervisor.info, dispatcher)
+
+    async def sample(
+        self, target: Target, request: SampleRequest, *, stream: bool
+    ) -> AsyncGenerator[SampleDelta | SampleResult, None]:
+        """Straight to the engine; closing the generator cancels."""
+        dispatcher = cast(Dispatcher, target.engine)
+        async with self._room:
+            process = dispatcher.supervisor.now()
+            async with aclosing(process.sample(encode(request), stream=stream)) as events:
+                async for event in events:
+                    if isinstance(event, SampleDelta):
+                        yield event
+                    else:
+                        result = decode_result(event)
+                        assert isinstance(result, SampleResult)
+                        yield result

@@ -1,0 +1,105 @@
+"""What the routes work with: one object that the application keeps, reached by one dependency."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar, cast
+
+from fastapi import Request
+
+from gateway.auth import Keys
+from gateway.errors import Gone, NotFound
+from gateway.fleet import Fleet
+from gateway.futures import Futures
+from gateway.settings import Settings
+from gateway.store import Store
+from gateway.store.records import Run, RunStatus, Sampler, Session
+
+T = TypeVar("T")
+
+
+class Remembered(Generic[T]):
+    """Records by id whose owner, engine and model never change, so that one look into the database is enough."""
+
+    def __init__(self, look_up: Callable[[str], Awaitable[T | None]], largest: int = 10_000) -> None:
+        self._look_up = look_up
+        self._largest = largest
+        self._records: OrderedDict[str, T] = OrderedDict()
+
+    async def get(self, key: str) -> T | None:
+        """The record, from memory or from the database."""
+        record = self._records.get(key)
+        if record is None:
+            record = await self._look_up(key)
+            if record is not None:
+                self._records[key] = record
+                if len(self._records) > self._largest:
+                    self._records.popitem(last=False)
+        return record
+
+    def forget(self, key: str) -> None:
+        """Something of the record has changed."""
+        self._records.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The running parts of one gateway process."""
+
+    settings: Settings
+    store: Store
+    futures: Futures
+    fleet: Fleet
+    keys: Keys
+    known_sessions: Remembered[Session] = field(init=False)
+    known_runs: Remembered[Run] = field(init=False)
+    known_samplers: Remembered[Sampler] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "known_sessions", Remembered(self.store.sessions.get))
+        object.__setattr__(self, "known_runs", Remembered(self.store.runs.get))
+        object.__setattr__(self, "known_samplers", Remembered(self.store.samplers.get))
+
+    async def session(self, owner: str, session_id: str) -> Session:
+        """An owner's session. Raises NotFound."""
+        session = await self.known_sessions.get(session_id)
+        if session is None or session.owner != owner:
+            raise NotFound(f"there is no session {session_id!r}", param="session_id")
+        return session
+
+    async def live_session(self, owner: str, session_id: str) -> Session:
+        """An owner's session that is not finished. Raises NotFound and Gone."""
+        session = await self.session(owner, session_id)
+        if session.finished_at is not None:
+            raise Gone(f"session {session_id} is finished; create a new one", param="session_id")
+        return session
+
+    async def run(self, owner: str, run_id: str) -> Run:
+        """An owner's run. Raises NotFound."""
+        run = await self.known_runs.get(run_id)
+        if run is None or run.owner != owner:
+            raise NotFound(f"there is no run {run_id!r}", param="model_id")
+        return run
+
+    async def live_run(self, owner: str, run_id: str) -> Run:
+        """An owner's run that takes operations. Raises NotFound and Gone."""
+        run = await self.run(owner, run_id)
+        if run.status is RunStatus.UNLOADED:
+            raise Gone(
+                f"run {run_id} has been unloaded; begin a new one from a checkpoint of it", param="model_id"
+            )
+        return run
+
+    async def sampler(self, owner: str, sampler_id: str) -> Sampler:
+        """An owner's sampler. Raises NotFound."""
+        sampler = await self.known_samplers.get(sampler_id)
+        if sampler is None or sampler.owner != owner:
+            raise NotFound(f"there is no sampling session {sampler_id!r}", param="sampling_session_id")
+        return sampler
+
+
+def gateway_of(request: Request) -> Gateway:
+    """Dependency: the running gateway."""
+    return cast(Gateway, request.app.state.gateway)

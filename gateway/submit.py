@@ -1,0 +1,232 @@
+"""Accepting calls, whatever dialect they came in: what is checked, drawn and recorded before an id is answered.
+
+Everything here is neutral: operations and sample requests of `engines.operations`, records of the store.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from engines.operations import (
+    AdapterRef,
+    CreateRun,
+    Forward,
+    ForwardBackward,
+    LoadWeights,
+    LoraSpec,
+    OptimStep,
+    SampleRequest,
+    SaveWeights,
+    encode,
+)
+from gateway.checkpoints import checkpoint_path
+from gateway.errors import BadRequest, TooManyRequests
+from gateway.state import Gateway
+from gateway.store.futures import Submission
+from gateway.store.records import Checkpoint, CheckpointKind, Future, FutureStatus, Run, Sampler, Session
+
+RunOperation = ForwardBackward | Forward | OptimStep | SaveWeights | LoadWeights
+
+KIND_OF: dict[type, str] = {
+    ForwardBackward: "forward_backward",
+    Forward: "forward",
+    OptimStep: "optim_step",
+    SaveWeights: "save_weights",
+    LoadWeights: "load_weights",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """What a client asks for when it begins a run; `origin` is the checkpoint that it begins at."""
+
+    session: Session
+    model_seq_id: int
+    base_model: str
+    lora: LoraSpec
+    user_metadata: dict[str, Any]
+    origin: Checkpoint | None = None
+    with_optimizer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """Weights to save under a name (`name` set) or as an unnamed sampler (`sampler_id` set)."""
+
+    kind: CheckpointKind
+    name: str | None = None
+    overwrite: bool = False
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
+    sampler_id: str | None = None
+    session_id: str | None = None
+
+
+def draw_seed() -> int:
+    """A seed for a request that brings none, drawn once and stored with it."""
+    return secrets.randbits(63)
+
+
+def run_id_of(session_id: str, model_seq_id: int) -> str:
+    """The id that the SDK computes by itself; never another."""
+    return f"{session_id}:train:{model_seq_id}"
+
+
+def sampler_id_of(session_id: str, sampling_session_seq_id: int) -> str:
+    """The id of a session's n-th sampler."""
+    return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+async def submit_run(gateway: Gateway, new: NewRun) -> Future:
+    """Begin a run; its creation is slot 0 of its log. Raises NotFound when its base model is not trained here."""
+    engine = gateway.fleet.for_base_model(new.base_model, "train").supervisor.engine
+    origin_folder = new.origin.folder if new.origin is not None else None
+    now = time.time()
+    run = Run(
+        run_id=run_id_of(new.session.session_id, new.model_seq_id),
+        owner=new.session.owner,
+        session_id=new.session.session_id,
+        model_seq_id=new.model_seq_id,
+        engine=engine.name,
+        base_model=new.base_model,
+        lora=_lora_json(new.lora),
+        optimizer="adamw",
+        origin_path=new.origin.path if new.origin is not None else None,
+        origin_folder=origin_folder,
+        user_metadata=new.user_metadata,
+        created_at=now,
+        last_request_at=now,
+    )
+    operation = CreateRun(new.lora, folder=origin_folder, optimizer_state=new.with_optimizer)
+    future = _future(run, 0, "create_run", {"path": run.origin_path}, None)
+    await gateway.futures.submit(Submission(future, encode(operation), run))
+    return future
+
+
+async def submit_operation(gateway: Gateway, run: Run, seq_id: int, operation: RunOperation) -> Future:
+    """Append an operation to a run's log. Raises BadRequest and TooManyRequests."""
+    folder = operation.folder if isinstance(operation, LoadWeights) else None
+    future = _future(run, seq_id, KIND_OF[type(operation)], {}, folder)
+    return await _append(gateway, run, future, encode(operation))
+
+
+async def submit_load(
+    gateway: Gateway, run: Run, seq_id: int, checkpoint: Checkpoint, *, optimizer: bool
+) -> Future:
+    """Append the loading of a checkpoint; the log keeps its files from now on."""
+    operation = LoadWeights(checkpoint.folder, optimizer_state=optimizer)
+    future = _future(run, seq_id, "load_weights", {"path": checkpoint.path}, checkpoint.folder)
+    return await _append(gateway, run, future, encode(operation))
+
+
+async def submit_save(gateway: Gateway, run: Run, seq_id: int, save: SaveRequest) -> Future:
+    """Append a save. The folder that it will write to is decided here, so that a repetition writes to the same."""
+    folder = f"checkpoints/{secrets.token_hex(16)}"
+    with_optimizer = save.kind is CheckpointKind.TRAINING
+    context: dict[str, Any] = {}
+    if save.name is not None:
+        context["checkpoint"] = {
+            "path": checkpoint_path(run.run_id, save.kind, save.name),
+            "kind": save.kind,
+            "name": save.name,
+            "base_model": run.base_model,
+            "lora": run.lora,
+            "has_optimizer": with_optimizer,
+            "user_metadata": save.user_metadata or {},
+            "ttl_seconds": save.ttl_seconds,
+            "overwrite": save.overwrite,
+        }
+    if save.sampler_id is not None:
+        engine = gateway.fleet.for_base_model(run.base_model, "sample").supervisor.engine
+        context["sampler"] = {
+            "sampler_id": save.sampler_id,
+            "session_id": save.session_id,
+            "engine": engine.name,
+            "base_model": run.base_model,
+        }
+    operation = SaveWeights(folder, optimizer_state=with_optimizer)
+    future = _future(run, seq_id, "save_weights", context, folder)
+    return await _append(gateway, run, future, encode(operation))
+
+
+async def submit_rejection(gateway: Gateway, run: Run, seq_id: int, kind: str, message: str) -> Future:
+    """Record an operation that cannot be performed as failed: its sender learns why, and its number is consumed."""
+    future = _future(run, seq_id, kind, {}, None)
+    now = time.time()
+    failed = replace(
+        future, status=FutureStatus.FAILED, error=message, error_category="user", finished_at=now
+    )
+    return await _append(gateway, run, failed, b"")
+
+
+async def submit_sample(gateway: Gateway, sampler: Sampler, seq_id: int, request: SampleRequest) -> Future:
+    """Accept a sample. Raises TooManyRequests when too many of its owner's wait already."""
+    dispatcher = gateway.fleet.for_base_model(sampler.base_model, "sample")
+    waiting = dispatcher.sampling.waiting_of(sampler.owner)
+    if waiting >= gateway.settings.max_queued_samples:
+        raise TooManyRequests(f"{waiting} samples of yours wait already; retry when some of them are done")
+    if sampler.folder is not None:
+        request = msgspec.structs.replace(request, adapter=AdapterRef(sampler.folder, sampler.folder))
+    future = _sample_future(sampler, dispatcher.name, seq_id)
+    await gateway.futures.submit(Submission(future, encode(request)))
+    return future
+
+
+async def submit_rejected_sample(gateway: Gateway, sampler: Sampler, seq_id: int, message: str) -> Future:
+    """Record a sample that cannot be served as failed."""
+    future = _sample_future(sampler, sampler.engine, seq_id)
+    now = time.time()
+    failed = replace(
+        future, status=FutureStatus.FAILED, error=message, error_category="user", finished_at=now
+    )
+    await gateway.futures.submit(Submission(failed, b""))
+    return failed
+
+
+async def _append(gateway: Gateway, run: Run, future: Future, body: bytes) -> Future:
+    if future.seq_id < 1:
+        raise BadRequest(
+            f"seq_id is {future.seq_id}; operations of a run are numbered from 1", param="seq_id"
+        )
+    waiting = gateway.fleet.dispatchers[run.engine].training.waiting_in_run(run.run_id)
+    if waiting >= gateway.settings.max_queued_per_run:
+        raise TooManyRequests(
+            f"{waiting} operations of run {run.run_id} wait already; retry when some are done"
+        )
+    await gateway.futures.submit(Submission(future, body))
+    return future
+
+
+def _future(run: Run, seq_id: int, kind: str, context: dict[str, Any], folder: str | None) -> Future:
+    return Future(
+        request_id=f"{run.run_id}:{seq_id}",
+        owner=run.owner,
+        engine=run.engine,
+        kind=kind,
+        seq_id=seq_id,
+        created_at=time.time(),
+        run_id=run.run_id,
+        context=context,
+        folder=folder,
+    )
+
+
+def _sample_future(sampler: Sampler, engine: str, seq_id: int) -> Future:
+    return Future(
+        request_id=f"{sampler.sampler_id}:{seq_id}",
+        owner=sampler.owner,
+        engine=engine,
+        kind="sample",
+        seq_id=seq_id,
+        created_at=time.time(),
+        sampler_id=sampler.sampler_id,
+    )
+
+
+def _lora_json(lora: LoraSpec) -> dict[str, Any]:
+    return {name: getattr(lora, name) for name in lora.__struct_fields__}

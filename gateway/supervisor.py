@@ -1,0 +1,159 @@
+"""Keeps one engine running: takes its lease, starts it with a new epoch, notices its death, starts it again.
+
+The state says what an operator sees; `engine()` hands out the process for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+
+from engines.interface import EngineConfig, EngineInfo
+from gateway.engine_process import EngineProcess, EngineStartFailed
+from gateway.errors import EngineUnavailable, StoreUnavailable
+from gateway.settings import EngineSettings, Settings
+from gateway.store import Store
+from gateway.store.leases import LeaseRequest
+from gateway.text import TextCodec
+
+log = logging.getLogger(__name__)
+
+_LONGEST_DELAY_S = 60.0
+_STEADY_S = 60.0
+
+
+class EngineState(enum.StrEnum):
+    """What an engine is doing."""
+
+    WAITING = "waiting"  # another gateway dispatches for it
+    STARTING = "starting"  # its process loads the model
+    READY = "ready"  # it takes work
+    DOWN = "down"  # it died or could not start; it is started again after a pause
+    STOPPED = "stopped"  # the gateway shuts down
+
+
+class Supervisor:
+    """One engine of the settings."""
+
+    def __init__(self, engine: EngineSettings, settings: Settings, store: Store, holder: str) -> None:
+        self.engine = engine
+        self.state = EngineState.STARTING
+        self.problem: str | None = None
+        self.starts = 0
+        self.epoch = 0
+        self.info: EngineInfo | None = None
+        self.text: TextCodec | None = None
+        self.process: EngineProcess | None = None
+        self._settings = settings
+        self._store = store
+        self._holder = holder
+        self._changed = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start supervising; call it in the running loop."""
+        self._task = asyncio.create_task(self._supervise(), name=f"supervise-{self.engine.name}")
+
+    async def stop(self) -> None:
+        """Stop the process and give the lease back."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self.process is not None:
+            await self.process.stop()
+        await self._become(EngineState.STOPPED)
+
+    async def ready(self) -> EngineProcess:
+        """The running process; waits for it as long as it takes."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.state is EngineState.READY)
+        assert self.process is not None
+        return self.process
+
+    def now(self) -> EngineProcess:
+        """The running process; raises EngineUnavailable, saying what the engine is doing instead."""
+        if self.state is EngineState.READY and self.process is not None:
+            return self.process
+        raise EngineUnavailable(
+            f"the engine of {self.engine.base_model} is {self.state}"
+            + (f" ({self.problem})" if self.problem else "")
+            + "; try again in a moment"
+        )
+
+    async def _supervise(self) -> None:
+        failures = 0
+        loop = asyncio.get_running_loop()
+        while True:
+            started_at = loop.time()
+            try:
+                await self._live()
+            except (EngineStartFailed, StoreUnavailable) as error:
+                self.problem = str(error)
+            failures = 0 if loop.time() - started_at > _STEADY_S else failures + 1
+            delay = min(self._settings.engine_restart_delay_s * 2 ** (failures - 1), _LONGEST_DELAY_S)
+            log.warning(
+                "engine %s is down: %s; starting it again in %.1f s", self.engine.name, self.problem, delay
+            )
+            await self._become(EngineState.DOWN)
+            await asyncio.sleep(delay)
+
+    async def _live(self) -> None:
+        """One life of the engine, from lease to death."""
+        self.epoch = await self._take_lease()
+        await self._become(EngineState.STARTING)
+        self.starts += 1
+        self.process = await EngineProcess.start(
+            self._config(), self.engine.python, self._settings.engine_start_timeout_s
+        )
+        self.info = self.process.info
+        self.text = await asyncio.to_thread(TextCodec.from_files, self.process.tokenizer_files)
+        self.problem = None
+        log.info("engine %s is ready: %s on %s", self.engine.name, self.engine.base_model, self.info.device)
+        await self._become(EngineState.READY)
+        try:
+            self.problem = await self._until_lost(self.process)
+        finally:
+            await self.process.kill()
+
+    def _config(self) -> EngineConfig:
+        engine, settings = self.engine, self._settings
+        return EngineConfig(
+            name=engine.name,
+            plugin=engine.plugin,
+            base_model=engine.base_model,
+            model=engine.model or engine.base_model,
+            roles=engine.roles,
+            storage=str(settings.storage_dir.resolve()),
+            epoch=self.epoch,
+            options=engine.options,
+            owner_timeout_s=settings.engine_owner_timeout_s,
+        )
+
+    async def _until_lost(self, process: EngineProcess) -> str:
+        """Keep the lease while the process lives; why it is over."""
+        while True:
+            done, _ = await asyncio.wait({process.lost}, timeout=self._settings.lease_s / 3)
+            if done:
+                return process.lost.result()
+            try:
+                if not await self._store.leases.renew(self._lease_request()):
+                    return "another gateway has taken over its lease"
+            except StoreUnavailable as error:
+                log.warning("engine %s: the lease could not be renewed: %s", self.engine.name, error)
+
+    async def _take_lease(self) -> int:
+        while True:
+            epoch = await self._store.leases.take(self._lease_request())
+            if epoch is not None:
+                return epoch
+            await self._become(EngineState.WAITING)
+            await asyncio.sleep(self._settings.lease_s / 3)
+
+    def _lease_request(self) -> LeaseRequest:
+        return LeaseRequest(self.engine.name, self._holder, self._settings.lease_s)
+
+    async def _become(self, state: EngineState) -> None:
+        async with self._changed:
+            self.state = state
+            self._changed.notify_all()
