@@ -96,9 +96,8 @@ class PostgresServer:
 
     def _start(self, programs: Path, durable: bool) -> subprocess.Popen[bytes]:
         account = self._account()
-        if account and not str(programs).startswith("/usr/"):
-            # A wheel may lie in root's home, which the server's account cannot enter.
-            programs = Path(shutil.copytree(programs.parent, self.folder / "programs", symlinks=True)) / "bin"
+        if account and not programs.is_relative_to("/usr"):
+            programs = self._copied(programs)
         data = self.folder / "data"
         initdb = [f"{programs}/initdb", "-D", f"{data}", "-A", "trust", "-U", "postgres", "--no-sync"]
         subprocess.run(
@@ -127,6 +126,16 @@ class PostgresServer:
                 raise RuntimeError(f"PostgreSQL did not start:\n{(self.folder / 'log').read_text()}")
             time.sleep(0.02)
         return process
+
+    def _copied(self, programs: Path) -> Path:
+        """A wheel's programs and libraries, where the server's account can reach them (root's home it cannot enter)."""
+        package = programs.parents[1]
+        copy = self.folder / "programs" / package.name / programs.parent.name
+        shutil.copytree(programs.parent, copy, symlinks=True)
+        libraries = package.with_name(f"{package.name}.libs")
+        if libraries.exists():
+            shutil.copytree(libraries, self.folder / "programs" / libraries.name, symlinks=True)
+        return copy / "bin"
 
     def _account(self) -> dict[str, Any]:
         """How to start a program: PostgreSQL refuses to run as root, so root hands over to another account."""

@@ -1,0 +1,1 @@
+"""The project itself: its limits, its layers, its set-up commands."""
