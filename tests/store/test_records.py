@@ -1,0 +1,95 @@
+"""Sessions, runs, keys, samplers and leases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gateway.store import Store
+from gateway.store.futures import Submission
+from gateway.store.leases import LeaseRequest
+from gateway.store.records import ApiKey, RunStatus, Sampler
+from gateway.store.sessions import Finish
+from tests.store.conftest import a_run, a_session, an_operation
+
+
+async def test_a_retried_session_is_the_first_one(store: Store) -> None:
+    first = await store.sessions.create(a_session(idempotency_key="k"))
+    again = await store.sessions.create(a_session(idempotency_key="k"))
+    assert again.session_id == first.session_id
+    other = await store.sessions.create(a_session(idempotency_key="k", owner="bob"))
+    assert other.session_id != first.session_id
+
+
+async def test_sessions_keep_what_they_were_given(store: Store) -> None:
+    session = a_session(user_metadata={"a": [1, "ü"]}, tags=["x"], project_id="p", display_name="d")
+    await store.sessions.create(session)
+    assert await store.sessions.get(session.session_id) == session
+
+
+async def test_the_first_finish_counts(store: Store) -> None:
+    session = await store.sessions.create(a_session())
+    await store.sessions.finish(Finish(session.session_id, "success", None))
+    await store.sessions.finish(Finish(session.session_id, "errored", "later"))
+    after = await store.sessions.get(session.session_id)
+    assert after is not None
+    assert (after.finish_reason, after.finish_detail) == ("success", None)
+    assert after.finished_at is not None
+
+
+async def test_a_heartbeat_is_noted(store: Store) -> None:
+    session = await store.sessions.create(a_session(heartbeat_at=5.0))
+    await store.sessions.beat(session.session_id)
+    after = await store.sessions.get(session.session_id)
+    assert after is not None
+    assert after.heartbeat_at > 5.0
+
+
+async def test_a_run_is_inserted_once_and_can_be_unloaded(store: Store) -> None:
+    session = await store.sessions.create(a_session())
+    run = a_run(session, user_metadata={"n": 1})
+    for rank in (8, 16):
+        changed = replace(run, lora={"rank": rank})
+        await store.futures.submit(Submission(an_operation(run, 0, "create_run"), b"x", changed))
+    stored = await store.runs.get(run.run_id)
+    assert stored == run
+    await store.runs.unload(run.run_id)
+    after = await store.runs.get(run.run_id)
+    assert after is not None
+    assert after.status is RunStatus.UNLOADED
+    assert [r.run_id for r in await store.runs.of_session(session.session_id)] == [run.run_id]
+    assert await store.runs.count("alice") == 1
+    assert await store.runs.page(limit=5, owner="bob") == []
+
+
+async def test_keys_come_and_go(store: Store) -> None:
+    key = ApiKey("h" * 64, "alice", False, "laptop", 1.0)
+    await store.keys.add(key)
+    assert await store.keys.all() == [key]
+    assert await store.keys.remove(key.key_hash)
+    assert not await store.keys.remove(key.key_hash)
+    assert await store.keys.all() == []
+
+
+async def test_a_sampler_never_changes(store: Store) -> None:
+    session = await store.sessions.create(a_session())
+    sampler = Sampler("p:sample:0", "alice", session.session_id, "e", "m", None, None, "checkpoints/1", 1.0)
+    await store.samplers.create(sampler)
+    await store.samplers.create(replace(sampler, folder="checkpoints/2"))
+    assert await store.samplers.get("p:sample:0") == sampler
+    assert await store.samplers.of_session(session.session_id) == [sampler]
+
+
+async def test_a_lease_has_one_holder_and_each_start_a_higher_epoch(store: Store) -> None:
+    mine = LeaseRequest("e", "me", 60)
+    yours = LeaseRequest("e", "you", 60)
+    assert await store.leases.take(mine) == 1
+    assert await store.leases.take(yours) is None
+    assert await store.leases.take(mine) == 2
+    assert await store.leases.renew(mine)
+    assert not await store.leases.renew(yours)
+
+
+async def test_an_expired_lease_can_be_taken(store: Store) -> None:
+    assert await store.leases.take(LeaseRequest("e", "me", -1)) == 1
+    assert await store.leases.take(LeaseRequest("e", "you", 60)) == 2
+    assert not await store.leases.renew(LeaseRequest("e", "me", 60))
