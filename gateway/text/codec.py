@@ -171,23 +171,26 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _add_missing(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     """Add the tokens that only the configuration declares, in the order that gives them their ids."""
-    numbered = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    more = extra.values() if isinstance(extra, dict) else extra
-    declared = [_added(entry) for _, entry in numbered]
-    declared += [_added(token) for token in [*_special_tokens(config).values(), *more]]
+    texts = _special_tokens(config)
+    named = [config[name] for name in texts]
+    by_id = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    groups = [
+        [entry for _, entry in by_id],
+        [*named, *(extra.values() if isinstance(extra, dict) else extra)],
+    ]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    missing: dict[str, AddedToken] = {}
-    for token in declared:
-        if token.content not in known:
-            missing.setdefault(token.content, token)
-    tokenizer.add_tokens(list(missing.values()))
+    for group in groups:
+        tokens = [_added(entry, named=_content(entry) in texts.values()) for entry in group]
+        # Within a group the last declaration of a token counts; across groups the first.
+        tokenizer.add_tokens([token for token in tokens if token.content not in known])
+        known |= {_content(entry) for entry in group}
 
 
-def _added(entry: str | Mapping[str, Any]) -> AddedToken:
+def _added(entry: str | Mapping[str, Any], *, named: bool) -> AddedToken:
+    """A token as it is declared; one with a name is special whatever its declaration says."""
     if isinstance(entry, str):
         return AddedToken(entry, special=True)
-    flags = {
-        name: bool(entry[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in entry
-    }
-    return AddedToken(_content(entry), special=bool(entry.get("special", True)), **flags)
+    names = ("single_word", "lstrip", "rstrip", "normalized")
+    flags = {name: bool(entry[name]) for name in names if name in entry}
+    return AddedToken(_content(entry), special=named or bool(entry.get("special", True)), **flags)
