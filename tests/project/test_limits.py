@@ -12,7 +12,7 @@ NESTING = 4
 RECIPE_LINES = 250
 
 EXCEPTIONS = {
-    "migrations/versions/0001_the_first_schema.py upgrade": "one table after the other; there is nothing to nest or name",
+    "migrations/versions/0001_the_first_schema.py upgrade": "one table after another, without logic",
 }
 """What may exceed a limit: the path of a file or `path name` of a function, and why it reads better so."""
 

@@ -22,14 +22,16 @@ MACHINE_PATHS = re.compile(
 def unexplained_broad_excepts(module: Module) -> Iterator[str]:
     """Handlers of every error that neither pass it on nor say why they may end it.
 
-    The reason stands on their line: `# boundary: ` and what becomes of the error, or another one of four words or more.
+    The reason stands on their line or the next: `# boundary: ` and what becomes of the error, or another reason of
+    four words or more.
     """
     for node in ast.walk(module.tree):
         if not isinstance(node, ast.ExceptHandler):
             continue
         caught = {"BaseException"} if node.type is None else set(re.findall(r"\w+", ast.unparse(node.type)))
         passes_on = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
-        explained = re.search(r"# *(?:boundary: \S+|(?:\S+ +){3}\S+)", module.lines[node.lineno - 1])
+        head = "\n".join(module.lines[node.lineno - 1 : max(node.lineno, node.body[0].lineno - 1)])
+        explained = re.search(r"# *(?:boundary: \S+|(?:\S+ +){3}\S+)", head)
         if caught & {"Exception", "BaseException"} and not passes_on and not explained:
             yield f"{module.path}:{node.lineno}"
 
@@ -122,6 +124,7 @@ def test_every_package_says_what_it_is() -> None:
     [
         ("try:\n  f()\nexcept Exception:\n  g()", 1, 0),
         ("try:\n  f()\nexcept Exception:  # boundary: the caller is told\n  g()", 0, 0),
+        ("try:\n  f()\nexcept Exception:\n  # boundary: the caller is told\n  g()", 0, 0),
         ("try:\n  f()\nexcept Exception:  # oh well\n  g()", 1, 0),
         ("try:\n  f()\nexcept (OSError, BaseException) as e:\n  g(e)", 1, 0),
         ("try:\n  f()\nexcept:\n  g()\n  raise", 0, 0),
