@@ -1,0 +1,81 @@
+"""check.py: every check runs, and one that fails is not overlooked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import bootstrap
+import check
+from tests.project.source import ROOT
+
+PASSES = ["-c", "print('all is well')"]
+FAILS = ["-c", "print('line 3: not well'); print(); raise SystemExit(4)"]
+
+
+@pytest.fixture(autouse=True)
+def _prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is installed; the checks are run by this interpreter."""
+    monkeypatch.setattr(check, "_prepare", lambda: Path(sys.executable))
+
+
+def test_all_passing_is_success(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(check, "CHECKS", {"lint": PASSES, "types": PASSES})
+    assert check.main([]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("passed") == 2
+    assert "FAILED" not in printed
+
+
+def test_a_failure_is_shown_and_the_rest_still_runs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "CHECKS", {"lint": FAILS, "types": PASSES})
+    assert check.main([]) == 1
+    summary = capfd.readouterr().out.partition("── summary")[2].splitlines()
+    assert summary[1].startswith("lint    FAILED")
+    assert summary[1].endswith("line 3: not well")
+    assert summary[2].startswith("types   passed")
+
+
+def test_only_what_is_named_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(check, "CHECKS", {"lint": FAILS, "types": PASSES})
+    assert check.main(["types"]) == 0
+    assert "lint" not in capfd.readouterr().out
+
+
+def test_quick_leaves_out_slow_tests(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "CHECKS", {"tests": ["-c", "import sys; print('told', sys.argv[1:])"]})
+    check.main(["--quick"])
+    assert "told ['-m', 'not slow']" in capfd.readouterr().out
+    check.main([])
+    assert "told []" in capfd.readouterr().out
+
+
+def test_an_unknown_check_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        check.main(["typos"])
+    assert refusal.value.code == 2
+    assert "no such check: typos; there are lint, format, types, layers, tests" in capsys.readouterr().err
+
+
+def test_a_failed_installation_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> Path:
+        raise bootstrap.InstallError("Could not install torch.")
+
+    monkeypatch.setattr(check, "_prepare", fail)
+    assert check.main([]) == 1
+    assert capsys.readouterr().out.strip() == "Could not install torch."
+
+
+def test_continuous_integration_runs_it() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert 'exec python3 check.py "$@" </dev/null' in script.read_text()
