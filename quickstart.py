@@ -115,8 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.train:
             _run_recipe(python, gateway.url)
         if not options.exit:
-            say(_what_next(gateway.url))
             in_foreground = True
+            say(_what_next(gateway.url))
             gateway.wait()
     except (QuickstartError, bootstrap.InstallError) as error:
         say(f"\n{error}")
