@@ -23,7 +23,9 @@ from gateway.openai.requests import (
 )
 
 _AT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<where>[^`]*)`)?", re.DOTALL)
+_FIELD = re.compile(r"field `([^`]*)`")
 _SHOWN = 80
+"""Characters of a value that an error repeats."""
 
 
 def parse(body: bytes, kind: type[R]) -> R:
@@ -97,7 +99,8 @@ def _explained(error: msgspec.ValidationError, sent: dict[str, Any], prefix: str
     """The error of a conversion in terms of the field: what is allowed, and what came."""
     match = _AT.fullmatch(str(error))
     what, where = (match["what"], match["where"] or "") if match else (str(error), "")
-    param = ".".join(part for part in (prefix, where) if part) or None
+    named = _FIELD.search(what)
+    param = ".".join(part for part in (prefix, where, named[1] if named else "") if part) or None
     top = re.split(r"[.\[]", where)[0]
     came = f" It came as {_shown(sent[top])}." if top in sent else ""
     at = f"Invalid {param!r}: " if param else ""

@@ -22,8 +22,8 @@ Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="The same requ
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """With `include_usage` a last event carries the counts of tokens."""
 
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +56,7 @@ class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the counts of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class CompletionRequest(_Sampling, frozen=True, kw_only=True):

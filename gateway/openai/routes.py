@@ -11,10 +11,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from gateway.auth import owner_of
 from gateway.errors import NotFound
 from gateway.openai.backend import Backend, ServedModel, backend_of
-from gateway.openai.continuation import Piece
 from gateway.openai.errors import ErrorReply, OpenAIRoute
 from gateway.openai.parse import parse
-from gateway.openai.plan import Plan, plan_chat, plan_completion
+from gateway.openai.plan import Plan, off_loop, plan_chat, plan_completion
 from gateway.openai.rendering import ChatRendering, CompletionRendering, Rendering
 from gateway.openai.replies import ChatReply, CompletionReply, Identity, ModelList, ModelReply
 from gateway.openai.requests import ChatRequest, CompletionRequest, schema
@@ -99,15 +98,16 @@ async def _answer(
     pieces = carry_out(backend, plan, usage)
     if plan.stream:
         # With the first piece at hand, what is refused at once is still answered with its own status.
-        first = await while_connected(request, anext(pieces))
+        first = await while_connected(request.receive, anext(pieces))
         return EventStream(events(rendering, first, pieces, usage, include_usage=include_usage))
 
-    async def all_pieces() -> list[Piece]:
+    async def whole() -> Response:
         async with aclosing(pieces):
-            return [piece async for piece in pieces]
+            found = [piece async for piece in pieces]
+        size = sum(len(piece.tokens) for piece in found)
+        return await off_loop(size, lambda: _json(rendering.whole(found, usage)))
 
-    found = await while_connected(request, all_pieces())
-    return _json(rendering.whole(found, usage))
+    return await while_connected(request.receive, whole())
 
 
 def _model(served: ServedModel) -> ModelReply:

@@ -9,9 +9,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-import anyio
 import msgspec
-from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -20,6 +18,7 @@ from engines.interface import UserError
 from gateway.errors import TandemError
 from gateway.openai.continuation import Piece
 from gateway.openai.errors import error_reply
+from gateway.openai.plan import off_loop
 from gateway.openai.rendering import Rendering
 from gateway.openai.sampling import Usage
 
@@ -28,13 +27,13 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What the work returns. It is cancelled when the client hangs up; then ClientDisconnect is raised.
 
-    The request's body must have been read.
+    The request's body must have been read: what comes behind it from `receive` is that the client is gone.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hangs_up(request.receive))
+    gone = asyncio.ensure_future(_hangs_up(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -62,15 +61,14 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events), anyio.create_task_group() as tasks:
-
-            async def watch() -> None:
-                await _hangs_up(receive)
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            await self.stream_response(send)
-            tasks.cancel_scope.cancel()
+        async with aclosing(self._events):
+            try:
+                await while_connected(receive, self.stream_response(send))
+            except (
+                ClientDisconnect,
+                OSError,
+            ):  # OSError: the server noticed it first, when it sent something
+                logger.debug("a client hung up during its stream")
 
 
 async def events(
@@ -86,11 +84,9 @@ async def events(
         for opening in rendering.opening():
             yield _event(opening)
         try:
-            if (event := rendering.event(first)) is not None:
-                yield _event(event)
-            async for piece in rest:
-                if (event := rendering.event(piece)) is not None:
-                    yield _event(event)
+            async for piece in _following(first, rest):
+                if event := await off_loop(len(piece.tokens), _shown, rendering, piece):
+                    yield event
             if include_usage:
                 yield _event(rendering.closing(usage))
             yield b"data: [DONE]\n\n"
@@ -102,6 +98,18 @@ async def events(
             error_id = secrets.token_hex(4)
             logger.exception("stream failed, error id %s", error_id)
             yield _event(error_reply(error)[1])
+
+
+async def _following(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def _shown(rendering: Rendering, piece: Piece) -> bytes:
+    """The event of a piece; b"" when it has nothing to tell."""
+    event = rendering.event(piece)
+    return b"" if event is None else _event(event)
 
 
 def _event(body: msgspec.Struct) -> bytes:

@@ -173,7 +173,10 @@ class ScriptedBackend:
 
     async def _events(self, request: SampleRequest, stream: bool) -> AsyncGenerator[SampleEvent, None]:
         scripts = [self.script(request, index) for index in range(request.num_samples)]
-        events: list[SampleEvent] = [*(self._deltas(scripts, request) if stream else []), self._result(scripts, request)]
+        events: list[SampleEvent] = [
+            *(self._deltas(scripts, request) if stream else []),
+            self._result(scripts, request),
+        ]
         for count, event in enumerate(events):
             await asyncio.sleep(0)
             if self.failure is not None and count == self.fail_after:
