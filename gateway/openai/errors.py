@@ -56,8 +56,9 @@ _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 _OURS = (TandemError, UserError, HTTPException, RequestValidationError)
 
 
-def error_reply(error: Exception) -> tuple[int, ErrorReply]:
-    """HTTP status and body for an error; one that is nobody's plan is 500 and keeps its text to itself."""
+def error_reply(error: Exception, error_id: str | None = None) -> tuple[int, ErrorReply]:
+    """HTTP status and body for an error. One that is nobody's plan is 500 and keeps its text to itself; `error_id`
+    is what to look for in the log."""
     if isinstance(error, TandemError):
         code = "model_not_found" if isinstance(error, NotFound) else error.code
         return _reply(error.status, error.message, error.param, code)
@@ -69,7 +70,8 @@ def error_reply(error: Exception) -> tuple[int, ErrorReply]:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:])
         return _reply(400, f"Invalid {param!r}: {first['msg']}.", param, "invalid_value")
-    return _reply(500, "The server failed to answer this request; its log says why.", None, "internal_error")
+    where = f" under the error id {error_id}" if error_id else ""
+    return _reply(500, f"The server failed; its log says why{where}.", None, "internal_error")
 
 
 def _reply(status: int, message: str, param: str | None, code: str | None) -> tuple[int, ErrorReply]:
@@ -77,9 +79,9 @@ def _reply(status: int, message: str, param: str | None, code: str | None) -> tu
     return status, ErrorReply(ErrorDetail(message, kind, param, code))
 
 
-def render_error(error: Exception) -> Response:
+def render_error(error: Exception, error_id: str | None = None) -> Response:
     """The answer to a request that failed with this error."""
-    status, reply = error_reply(error)
+    status, reply = error_reply(error, error_id)
     return Response(msgspec.json.encode(reply), status, media_type="application/json")
 
 

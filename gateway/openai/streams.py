@@ -64,10 +64,8 @@ class EventStream(StreamingResponse):
         async with aclosing(self._events):
             try:
                 await while_connected(receive, self.stream_response(send))
-            except (
-                ClientDisconnect,
-                OSError,
-            ):  # OSError: the server noticed it first, when it sent something
+            except (ClientDisconnect, OSError):
+                # OSError is how some servers tell it to whoever sends.
                 logger.debug("a client hung up during its stream")
 
 
@@ -94,10 +92,10 @@ async def events(
             yield _event(error_reply(error)[1])
         except (
             Exception
-        ) as error:  # the status line is sent, so this is the last place that can tell the client
+        ) as error:  # broad: the status line is sent, so no handler can tell the client any more
             error_id = secrets.token_hex(4)
             logger.exception("stream failed, error id %s", error_id)
-            yield _event(error_reply(error)[1])
+            yield _event(error_reply(error, error_id)[1])
 
 
 async def _following(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:

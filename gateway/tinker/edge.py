@@ -1,0 +1,100 @@
+"""Between HTTP and this dialect: bounded bodies in, JSON out, and how a route declares both in the OpenAPI page."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+
+from gateway.errors import BadRequest, PayloadTooLarge, Unprocessable
+from gateway.settings import Settings
+from gateway.state import gateway_of
+from gateway.tinker.bodies import decompress
+
+T = TypeVar("T")
+
+_BEGINNING = 1024
+_DRAINED = 4
+
+WORTH_A_THREAD = 64 * 1024
+"""Bytes from which a conversion is done in a worker thread; below it the hop costs more than the work."""
+
+
+async def read_body(request: Request) -> bytes:
+    """The decompressed body. Raises PayloadTooLarge, UnsupportedMediaType, BadRequest."""
+    settings = gateway_of(request).settings
+    body = await _read_bounded(request, settings)
+    encoding = request.headers.get("content-encoding")
+    if encoding is None:
+        return body
+    return await in_thread_if_large(body, lambda: decompress(body, encoding, settings.max_decompressed_bytes))
+
+
+class BodyTooLarge(PayloadTooLarge):
+    """Over the limit. `beginning` is what came first of it, for finding out whose operation this was to be."""
+
+    def __init__(self, limit: int, beginning: bytes) -> None:
+        super().__init__(
+            f"the body is larger than {limit} bytes (setting max_body_bytes); send it in smaller parts"
+        )
+        self.beginning = beginning
+
+
+async def _read_bounded(request: Request, settings: Settings) -> bytes:
+    limit = settings.max_body_bytes
+    chunks: list[bytes] = []
+    beginning = b""
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            chunks.append(chunk)
+            continue
+        beginning = beginning or b"".join(chunks)[:_BEGINNING] or chunk[:_BEGINNING]
+        chunks.clear()
+        if size > _DRAINED * limit:  # most clients read the answer only after they have sent everything
+            break
+    if size > limit:
+        raise BodyTooLarge(limit, beginning)
+    return b"".join(chunks)
+
+
+async def in_thread_if_large(body: bytes, convert: Callable[[], T]) -> T:
+    """Convert at once, or in a worker thread when the body is large."""
+    if len(body) < WORTH_A_THREAD:
+        return convert()
+    return await asyncio.to_thread(convert)
+
+
+async def json_body(request: Request, schema: type[T]) -> T:
+    """The body as a struct. Raises BadRequest when it is not JSON and Unprocessable naming the field otherwise."""
+    body = await read_body(request)
+    return parse_json(body, schema)
+
+
+def parse_json(body: bytes, schema: type[T]) -> T:
+    """A struct from JSON. Raises BadRequest and Unprocessable."""
+    try:
+        return msgspec.json.decode(body, type=schema)
+    except msgspec.ValidationError as error:
+        raise Unprocessable(f"the body does not fit: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+
+
+def json_reply(value: object) -> Response:
+    """A value as a JSON answer, with its length, which the SDK needs to trust it."""
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def takes(schema: type[Any], *, media_type: str = "application/json") -> dict[str, Any]:
+    """OpenAPI description of a body that the route reads itself."""
+    if media_type != "application/json":
+        content: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+    else:
+        (reference,), components = msgspec.json.schema_components([schema], ref_template="#/$defs/{name}")
+        content = {"schema": {**reference, "$defs": components}}
+    return {"requestBody": {"required": True, "content": {media_type: content}}}

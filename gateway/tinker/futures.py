@@ -1,0 +1,54 @@
+"""Fetching results."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from gateway.auth import owner_of
+from gateway.state import Gateway, gateway_of
+from gateway.store.records import FutureStatus
+from gateway.supervisor import EngineState
+from gateway.tinker import results, schemas
+from gateway.tinker.edge import in_thread_if_large, json_body, takes
+
+router = APIRouter()
+
+Owner = Annotated[str, Depends(owner_of)]
+Running = Annotated[Gateway, Depends(gateway_of)]
+
+
+@router.post("/retrieve_future", openapi_extra=takes(schemas.RetrieveFuture))
+async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> Response:
+    """The outcome of a promise: waits for it some while, then says `try_again`. Can be fetched more than once."""
+    body = await json_body(request, schemas.RetrieveFuture)
+    unloaded_run = body.request_id.removesuffix(":unload")
+    if unloaded_run != body.request_id:
+        run = await gateway.run(owner, unloaded_run)
+        return _json({"model_id": run.run_id, "type": "unload_model"})
+    settled = await gateway.futures.outcome(body.request_id, owner, gateway.settings.hold_s)
+    if settled is None:
+        return _json(results.pending(body.request_id, *_queue_state(gateway)))
+    if settled.future.status is FutureStatus.FAILED or settled.result is None:
+        return _json(results.failure(settled.future))
+    future, result = settled.future, settled.result
+    protobuf = results.PROTOBUF in request.headers.get("accept", "")
+    content, media_type = await in_thread_if_large(
+        result, lambda: results.render(future, result, protobuf=protobuf)
+    )
+    return Response(content, media_type=media_type)
+
+
+def _queue_state(gateway: Gateway) -> tuple[str, str | None]:
+    """Why it takes long, as far as the client can be told."""
+    for dispatcher in gateway.fleet.dispatchers.values():
+        supervisor = dispatcher.supervisor
+        if supervisor.state is not EngineState.READY:
+            return "paused_capacity", f"the engine of {supervisor.engine.base_model} is {supervisor.state}"
+    return "active", None
+
+
+def _json(value: dict[str, object]) -> Response:
+    return Response(json.dumps(value).encode(), media_type=results.JSON)

@@ -1,0 +1,157 @@
+"""Training runs and checkpoints, as the REST client and the `tinker` command line list and change them."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from gateway.auth import owner_of
+from gateway.checkpoints import checkpoint_path, delete_checkpoint, owned_checkpoint
+from gateway.errors import NotFound
+from gateway.state import Gateway, gateway_of
+from gateway.store.records import Checkpoint, CheckpointKind, Run, RunStatus
+from gateway.tinker import schemas
+from gateway.tinker.edge import json_body, json_reply, takes
+
+router = APIRouter()
+
+Owner = Annotated[str, Depends(owner_of)]
+Running = Annotated[Gateway, Depends(gateway_of)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0, le=10**9)]
+
+_WIRE_TYPE = {CheckpointKind.TRAINING: "training", CheckpointKind.SAMPLER: "sampler"}
+
+
+@router.get("/training_runs")
+async def list_training_runs(
+    owner: Owner, gateway: Running, limit: Limit = 20, offset: Offset = 0
+) -> dict[str, Any]:
+    """The caller's runs, newest first."""
+    runs = await gateway.store.runs.page(limit=limit, offset=offset, owner=owner)
+    total = await gateway.store.runs.count(owner)
+    cursor = {"offset": offset, "limit": limit, "total_count": total}
+    return {"training_runs": await _runs_json(gateway, runs), "cursor": cursor}
+
+
+@router.get("/training_runs/{run_id}")
+async def get_training_run(run_id: str, owner: Owner, gateway: Running) -> dict[str, Any]:
+    """One run."""
+    await gateway.run(owner, run_id)
+    run = await gateway.store.runs.get(run_id)
+    assert run is not None
+    return (await _runs_json(gateway, [run]))[0]
+
+
+@router.get("/training_runs/{run_id}/checkpoints")
+async def list_checkpoints(run_id: str, owner: Owner, gateway: Running) -> dict[str, Any]:
+    """All checkpoints of a run, newest first."""
+    await gateway.run(owner, run_id)
+    checkpoints = await gateway.store.checkpoints.page(limit=100_000, owner=owner, run_id=run_id)
+    return {"checkpoints": [_checkpoint_json(checkpoint) for checkpoint in checkpoints]}
+
+
+@router.get("/checkpoints")
+async def list_user_checkpoints(
+    owner: Owner, gateway: Running, limit: Limit = 100, offset: Offset = 0
+) -> dict[str, Any]:
+    """The caller's checkpoints, newest first."""
+    checkpoints = await gateway.store.checkpoints.page(limit=limit, offset=offset, owner=owner)
+    total = await gateway.store.checkpoints.count(owner)
+    cursor = {"offset": offset, "limit": limit, "total_count": total}
+    return {"checkpoints": [_checkpoint_json(checkpoint) for checkpoint in checkpoints], "cursor": cursor}
+
+
+@router.post("/training_runs/{run_id}/checkpoints/{kind}/{name}/publish")
+async def publish_checkpoint(run_id: str, kind: str, name: str, owner: Owner, gateway: Running) -> Response:
+    """Let everybody load a checkpoint. Repeating it changes nothing."""
+    checkpoint = await _owned(gateway, owner, run_id, kind, name)
+    await gateway.store.checkpoints.set_public(checkpoint.path, True)
+    return json_reply({})
+
+
+@router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}/publish")
+async def unpublish_checkpoint(run_id: str, kind: str, name: str, owner: Owner, gateway: Running) -> Response:
+    """Only the owner may load it again. Repeating it changes nothing."""
+    checkpoint = await _owned(gateway, owner, run_id, kind, name)
+    await gateway.store.checkpoints.set_public(checkpoint.path, False)
+    return json_reply({})
+
+
+@router.put("/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl", openapi_extra=takes(schemas.SetTtl))
+async def set_checkpoint_ttl(
+    request: Request, run_id: str, kind: str, name: str, owner: Owner, gateway: Running
+) -> Response:
+    """Let a checkpoint expire that many seconds from now; null keeps it."""
+    body = await json_body(request, schemas.SetTtl)
+    checkpoint = await _owned(gateway, owner, run_id, kind, name)
+    expires_at = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
+    await gateway.store.checkpoints.set_expiry(checkpoint.path, expires_at)
+    return json_reply({})
+
+
+@router.delete("/training_runs/{run_id}/checkpoints/{kind}/{name}")
+async def remove_checkpoint(run_id: str, kind: str, name: str, owner: Owner, gateway: Running) -> Response:
+    """Delete a checkpoint; runs that began at it, and samplers made from it, are not affected."""
+    checkpoint = await _owned(gateway, owner, run_id, kind, name)
+    await delete_checkpoint(gateway.store, gateway.settings, checkpoint.path)
+    return json_reply({})
+
+
+async def _owned(gateway: Gateway, owner: str, run_id: str, kind: str, name: str) -> Checkpoint:
+    if kind not in set(CheckpointKind):
+        raise NotFound(f"there is no checkpoint {kind}/{name} of run {run_id}")
+    return await owned_checkpoint(gateway.store, owner, checkpoint_path(run_id, CheckpointKind(kind), name))
+
+
+async def _runs_json(gateway: Gateway, runs: list[Run]) -> list[dict[str, Any]]:
+    latest = await gateway.store.checkpoints.latest_of_runs([run.run_id for run in runs])
+    return [_run_json(run, latest) for run in runs]
+
+
+def _run_json(run: Run, latest: dict[tuple[str, str], Checkpoint]) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "training_run_id": run.run_id,
+        "base_model": run.base_model,
+        "model_owner": run.owner,
+        "is_lora": True,
+        "lora_rank": run.lora["rank"],
+        "corrupted": run.status is RunStatus.FAILED,
+        "last_request_time": _moment(run.last_request_at),
+        "user_metadata": {name: _as_text(value) for name, value in run.user_metadata.items()},
+    }
+    for field, kind in (
+        ("last_checkpoint", CheckpointKind.TRAINING),
+        ("last_sampler_checkpoint", CheckpointKind.SAMPLER),
+    ):
+        checkpoint = latest.get((run.run_id, kind))
+        if checkpoint is not None:
+            body[field] = _checkpoint_json(checkpoint)
+    return body
+
+
+def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "checkpoint_id": checkpoint.checkpoint_id,
+        "checkpoint_type": _WIRE_TYPE[checkpoint.kind],
+        "time": _moment(checkpoint.created_at),
+        "tinker_path": checkpoint.path,
+        "size_bytes": checkpoint.size_bytes,
+        "public": checkpoint.public,
+        "user_metadata": checkpoint.user_metadata,
+    }
+    if checkpoint.expires_at is not None:
+        body["expires_at"] = _moment(checkpoint.expires_at)
+    return body
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _as_text(value: object) -> str:
+    """The SDK reads metadata as text only; one number would break a whole listing."""
+    return value if isinstance(value, str) else str(value)

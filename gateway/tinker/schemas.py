@@ -1,0 +1,252 @@
+"""JSON bodies of the Tinker dialect.
+
+Lenient where SDK versions differ: `type` may be missing anywhere, every optional field may be null, and what is left
+out has the SDK's default. Strict where a field changes numbers: such structs refuse unknown fields by name, so that
+nothing a newer SDK asks for is silently not done. Bodies that only open a connection ignore unknown fields.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Id = Annotated[str, Meta(min_length=1, max_length=300)]
+Text = Annotated[str, Meta(max_length=10_000)]
+SeqId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+TrainingSeqId = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._=+@-]+$")]
+Ttl = Annotated[int, Meta(ge=3600, le=10 * 366 * 86400)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**64 - 1)]
+UserMetadata = dict[str, Any]
+TextMetadata = dict[str, str]
+
+
+class Lenient(msgspec.Struct, kw_only=True):
+    """Unknown fields mean nothing here."""
+
+
+class Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Unknown fields would change the result, and are refused by name."""
+
+    type: str | None = None
+
+
+# ---------------------------------------------------------------------------- connection
+
+
+class ClientConfig(Lenient):
+    sdk_version: str | None = None
+
+
+class CreateSession(Lenient):
+    tags: list[Text] | None = None
+    user_metadata: UserMetadata | None = None
+    sdk_version: Text | None = None
+    project_id: Text | None = None
+    display_name: Text | None = None
+
+
+class SessionHeartbeat(Lenient):
+    session_id: Id
+
+
+class FinishReason(Lenient):
+    type: Literal["success", "errored", "interrupted"]
+
+
+class FinishSession(Lenient):
+    reason: FinishReason | None = None
+    detail: Text | None = None
+
+
+class Telemetry(Lenient):
+    """Accepted and not kept: its events can hold keys and prompts."""
+
+    events: list[Any] = []
+
+
+# ---------------------------------------------------------------------------- training
+
+
+class LoraConfig(Strict):
+    rank: int = 32
+    seed: Seed | None = None
+    train_unembed: bool | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+
+
+class OptimizerConfig(Lenient):
+    """Families are told apart by `type`; only adamw is trained here."""
+
+    type: str = "adamw"
+
+
+class CreateModel(Strict):
+    session_id: Id
+    model_seq_id: SeqId
+    base_model: Id
+    lora_config: LoraConfig | None = None
+    optimizer_config: OptimizerConfig | None = None
+    user_metadata: UserMetadata | None = None
+
+
+class GetInfo(Lenient):
+    model_id: Id
+
+
+class UnloadModel(Lenient):
+    model_id: Id
+
+
+class OperationEnvelope(Lenient):
+    """Where an operation belongs, whatever else its body holds."""
+
+    model_id: Id
+    seq_id: TrainingSeqId
+
+
+class AdamParams(Strict):
+    """Defaults are the SDK's. Null is no number: it is what a client's NaN becomes in JSON."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class OptimStepBody(Strict):
+    model_id: Id
+    seq_id: TrainingSeqId
+    adam_params: AdamParams | None = None
+    optimizer_params: dict[str, Any] | None = None
+
+
+class TensorData(Strict):
+    data: list[float] | list[int]
+    dtype: Literal["int64", "float32"]
+    shape: list[int] | None = None
+    sparse_crow_indices: list[int] | None = None
+    sparse_col_indices: list[int] | None = None
+
+
+class ModelInputChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """`type` may be missing; a chunk of text is one that has `tokens`."""
+
+    type: str | None = None
+    tokens: list[int] | None = None
+
+
+class ModelInput(Strict):
+    chunks: list[ModelInputChunk]
+
+
+class JsonDatum(Strict):
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData]
+
+
+class PassInput(Strict):
+    data: list[JsonDatum]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] | None = None
+
+
+class ForwardBackwardBody(Strict):
+    model_id: Id
+    seq_id: TrainingSeqId
+    forward_backward_input: PassInput | None = None
+    forward_input: PassInput | None = None
+
+
+# ---------------------------------------------------------------------------- weights
+
+
+class SaveWeights(Strict):
+    model_id: Id
+    seq_id: TrainingSeqId
+    path: Name
+    ttl_seconds: Ttl | None = None
+    overwrite: bool | None = None
+    user_metadata: TextMetadata | None = None
+
+
+class SaveWeightsForSampler(Strict):
+    model_id: Id
+    seq_id: TrainingSeqId
+    path: Name | None = None
+    sampling_session_seq_id: SeqId | None = None
+    kind: str | None = None
+    ttl_seconds: Ttl | None = None
+    user_metadata: TextMetadata | None = None
+
+
+class LoadWeights(Strict):
+    path: Id
+    optimizer: bool | None = None
+    session_id: Id | None = None
+    model_seq_id: SeqId | None = None
+    model_id: Id | None = None
+    seq_id: TrainingSeqId | None = None
+    base_model: Id | None = None
+    optimizer_config: OptimizerConfig | None = None
+    user_metadata: UserMetadata | None = None
+    weights_access_token: Text | None = None
+
+
+class WeightsInfo(Lenient):
+    tinker_path: Id
+
+
+class SetTtl(Lenient):
+    ttl_seconds: Ttl | None = None
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+class CreateSamplingSession(Strict):
+    session_id: Id
+    sampling_session_seq_id: SeqId
+    base_model: Id | None = None
+    model_path: Id | None = None
+
+
+class SamplingParams(Strict):
+    max_tokens: int | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+class SampleEnvelope(Lenient):
+    """Where a sample belongs, whatever else its body holds."""
+
+    sampling_session_id: Id
+    seq_id: SeqId
+
+
+class SampleBody(Strict):
+    sampling_session_id: Id
+    seq_id: SeqId
+    prompt: ModelInput
+    sampling_params: SamplingParams | None = None
+    num_samples: int | None = None
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int | None = None
+    topk_sample_logprobs: int | None = None
+    target_prompt_logprobs: Any = None
+    prompt_alt_tokens_k: int | None = None
+    prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool | None = None
+
+
+class RetrieveFuture(Lenient):
+    request_id: Id
+    allow_metadata_only: bool | None = None

@@ -1,0 +1,107 @@
+"""Runs and what trains them. Every call here answers with a promise; its result comes from retrieve_future."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from gateway.auth import owner_of
+from gateway.state import Gateway, gateway_of
+from gateway.store.records import Future, Run
+from gateway.submit import NewRun, draw_seed, submit_operation, submit_run
+from gateway.tinker import requests, schemas
+from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
+from gateway.tinker.operations import accept_json, accept_or_reject, body_of_pass, promise
+from gateway.tinker.results import PROTOBUF
+
+router = APIRouter()
+
+Owner = Annotated[str, Depends(owner_of)]
+Running = Annotated[Gateway, Depends(gateway_of)]
+
+
+@router.post("/create_model", openapi_extra=takes(schemas.CreateModel))
+async def create_model(request: Request, owner: Owner, gateway: Running) -> Response:
+    """Begin a run with a fresh adapter."""
+    body = await json_body(request, schemas.CreateModel)
+    requests.require_adamw(body.optimizer_config)
+    session = await gateway.live_session(owner, body.session_id)
+    lora = requests.lora_of(body.lora_config, draw_seed)
+    new = NewRun(session, body.model_seq_id, body.base_model, lora, body.user_metadata or {})
+    return promise(await submit_run(gateway, new))
+
+
+@router.post("/get_info", openapi_extra=takes(schemas.GetInfo))
+async def get_info(request: Request, owner: Owner, gateway: Running) -> Response:
+    """What a run is."""
+    body = await json_body(request, schemas.GetInfo)
+    run = await gateway.run(owner, body.model_id)
+    info = gateway.fleet.dispatchers[run.engine].supervisor.info
+    return json_reply(
+        {
+            "type": "get_info",
+            "model_id": run.run_id,
+            "model_data": {
+                "arch": info.architecture if info is not None else None,
+                "model_name": run.base_model,
+                "tokenizer_id": run.base_model,
+            },
+            "model_name": run.base_model,
+            "is_lora": True,
+            "lora_rank": run.lora["rank"],
+            "optimizer_config": {"type": run.optimizer},
+        }
+    )
+
+
+@router.post("/forward_backward", openapi_extra=takes(schemas.ForwardBackwardBody, media_type=PROTOBUF))
+async def forward_backward(request: Request, owner: Owner, gateway: Running) -> Response:
+    """Gradients of a loss, or with `forward_only` only its numbers. Protobuf, or the JSON form of older SDKs."""
+    if not request.headers.get("content-type", "").startswith(PROTOBUF):
+        return await _json_pass(request, owner, gateway, "forward_backward")
+    body = await body_of_pass(request, gateway, owner)
+    message = await in_thread_if_large(body, lambda: requests.parse_forward_backward(body))
+    envelope = requests.envelope_of(message)
+    run = await gateway.live_run(owner, envelope.model_id)
+    kind = "forward" if envelope.forward_only else "forward_backward"
+
+    async def submit() -> Future:
+        operation = await in_thread_if_large(body, lambda: requests.pass_of(message))
+        return await submit_operation(gateway, run, envelope.seq_id, operation)
+
+    return await accept_or_reject(gateway, run, envelope.seq_id, kind, submit)
+
+
+@router.post("/forward", openapi_extra=takes(schemas.ForwardBackwardBody))
+async def forward(request: Request, owner: Owner, gateway: Running) -> Response:
+    """The numbers of a loss without its gradients, as older SDKs ask for them."""
+    return await _json_pass(request, owner, gateway, "forward")
+
+
+async def _json_pass(request: Request, owner: str, gateway: Gateway, kind: str) -> Response:
+    async def submit(run: Run, body: schemas.ForwardBackwardBody) -> Future:
+        return await submit_operation(gateway, run, body.seq_id, requests.pass_of_json(body))
+
+    return await accept_json(request, gateway, owner, schemas.ForwardBackwardBody, kind, submit)
+
+
+@router.post("/optim_step", openapi_extra=takes(schemas.OptimStepBody))
+async def optim_step(request: Request, owner: Owner, gateway: Running) -> Response:
+    """One optimizer step with the gradients that have been added up."""
+
+    async def submit(run: Run, body: schemas.OptimStepBody) -> Future:
+        return await submit_operation(gateway, run, body.seq_id, requests.optim_step_of(body))
+
+    return await accept_json(request, gateway, owner, schemas.OptimStepBody, "optim_step", submit)
+
+
+@router.post("/unload_model", openapi_extra=takes(schemas.UnloadModel))
+async def unload_model(request: Request, owner: Owner, gateway: Running) -> Response:
+    """End a run: its memory is freed, its checkpoints stay. Done when this is answered; the promise is fulfilled."""
+    body = await json_body(request, schemas.UnloadModel)
+    run = await gateway.run(owner, body.model_id)
+    await gateway.store.runs.unload(run.run_id)
+    gateway.known_runs.forget(run.run_id)
+    await gateway.fleet.dispatchers[run.engine].drop_run(run.run_id)
+    return json_reply({"request_id": f"{run.run_id}:unload", "model_id": run.run_id})

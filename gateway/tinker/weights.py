@@ -1,0 +1,152 @@
+"""Saving and loading weights."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from engines.interface import UserError
+from engines.operations import LoraSpec
+from gateway.auth import owner_of
+from gateway.checkpoints import readable_checkpoint
+from gateway.errors import BadRequest, Unprocessable
+from gateway.state import Gateway, gateway_of
+from gateway.store.records import CheckpointKind, Future, Run
+from gateway.submit import NewRun, SaveRequest, sampler_id_of, submit_load, submit_run, submit_save
+from gateway.tinker import requests, schemas
+from gateway.tinker.edge import json_body, json_reply, parse_json, read_body, takes
+from gateway.tinker.operations import accept_json, accept_or_reject, promise
+
+router = APIRouter()
+
+Owner = Annotated[str, Depends(owner_of)]
+Running = Annotated[Gateway, Depends(gateway_of)]
+
+
+@router.post("/save_weights", openapi_extra=takes(schemas.SaveWeights))
+async def save_weights(request: Request, owner: Owner, gateway: Running) -> Response:
+    """A named checkpoint with everything that training needs to go on."""
+
+    async def submit(run: Run, body: schemas.SaveWeights) -> Future:
+        save = SaveRequest(
+            CheckpointKind.TRAINING,
+            name=body.path,
+            overwrite=bool(body.overwrite),
+            ttl_seconds=body.ttl_seconds,
+            user_metadata=body.user_metadata,
+        )
+        return await submit_save(gateway, run, body.seq_id, save)
+
+    return await accept_json(request, gateway, owner, schemas.SaveWeights, "save_weights", submit)
+
+
+@router.post("/save_weights_for_sampler", openapi_extra=takes(schemas.SaveWeightsForSampler))
+async def save_weights_for_sampler(request: Request, owner: Owner, gateway: Running) -> Response:
+    """A named checkpoint for sampling, or an unnamed sampler of the weights as they are now."""
+
+    async def submit(run: Run, body: schemas.SaveWeightsForSampler) -> Future:
+        return await submit_save(gateway, run, body.seq_id, _sampler_save(run, body))
+
+    return await accept_json(request, gateway, owner, schemas.SaveWeightsForSampler, "save_weights", submit)
+
+
+def _sampler_save(run: Run, body: schemas.SaveWeightsForSampler) -> SaveRequest:
+    if body.kind not in (None, "snapshot"):
+        raise UserError(f"kind is {body.kind[:40]!r}; allowed is snapshot: samplers here are immutable")
+    if (body.path is None) == (body.sampling_session_seq_id is None):
+        raise UserError(
+            "give either path, a name for the checkpoint, or sampling_session_seq_id, for an unnamed one"
+        )
+    if body.sampling_session_seq_id is not None:
+        if body.ttl_seconds is not None or body.user_metadata is not None:
+            raise UserError("ttl_seconds and user_metadata belong to a checkpoint: give it a name in path")
+        sampler_id = sampler_id_of(run.session_id, body.sampling_session_seq_id)
+        return SaveRequest(CheckpointKind.SAMPLER, sampler_id=sampler_id, session_id=run.session_id)
+    return SaveRequest(
+        CheckpointKind.SAMPLER, name=body.path, ttl_seconds=body.ttl_seconds, user_metadata=body.user_metadata
+    )
+
+
+@router.post("/load_weights", openapi_extra=takes(schemas.LoadWeights))
+async def load_weights(request: Request, owner: Owner, gateway: Running) -> Response:
+    """Begin a run at a checkpoint (session_id and model_seq_id), or load one into a run (model_id and seq_id)."""
+    raw = await read_body(request)
+    body = parse_json(raw, schemas.LoadWeights)
+    if body.weights_access_token is not None:
+        raise BadRequest(
+            "weights_access_token is not served here; publish the checkpoint to let others load it"
+        )
+    if body.model_id is not None and body.seq_id is not None:
+        run = await gateway.live_run(owner, body.model_id)
+        seq_id = body.seq_id
+        return await accept_or_reject(
+            gateway, run, seq_id, "load_weights", lambda: _load_into(gateway, run, seq_id, body)
+        )
+    if body.session_id is None or body.model_seq_id is None:
+        raise Unprocessable(
+            "give session_id and model_seq_id to begin a run, or model_id and seq_id to load into one"
+        )
+    return promise(await _begin_at(gateway, owner, body.session_id, body.model_seq_id, body))
+
+
+async def _load_into(gateway: Gateway, run: Run, seq_id: int, body: schemas.LoadWeights) -> Future:
+    checkpoint = await readable_checkpoint(gateway.store, run.owner, body.path)
+    if checkpoint.base_model != run.base_model:
+        raise UserError(
+            f"{body.path} is of base model {checkpoint.base_model!r}, this run of {run.base_model!r}"
+        )
+    optimizer = _wants_optimizer(body, checkpoint.has_optimizer)
+    return await submit_load(gateway, run, seq_id, checkpoint, optimizer=optimizer)
+
+
+async def _begin_at(
+    gateway: Gateway, owner: str, session_id: str, model_seq_id: int, body: schemas.LoadWeights
+) -> Future:
+    requests.require_adamw(body.optimizer_config)
+    session = await gateway.live_session(owner, session_id)
+    checkpoint = await readable_checkpoint(gateway.store, owner, body.path)
+    if body.base_model is not None and body.base_model != checkpoint.base_model:
+        raise BadRequest(
+            f"base_model is {body.base_model!r}, but {body.path} is of {checkpoint.base_model!r}",
+            param="base_model",
+        )
+    new = NewRun(
+        session,
+        model_seq_id,
+        checkpoint.base_model,
+        LoraSpec(**checkpoint.lora),
+        body.user_metadata or {},
+        origin=checkpoint,
+        with_optimizer=_wants_optimizer(body, checkpoint.has_optimizer),
+    )
+    return await submit_run(gateway, new)
+
+
+def _wants_optimizer(body: schemas.LoadWeights, has_optimizer: bool) -> bool:
+    if body.optimizer and not has_optimizer:
+        raise BadRequest(
+            f"{body.path} was saved for sampling and has no optimizer state; load it without, or load one "
+            "that save_state has made",
+            param="optimizer",
+        )
+    return bool(body.optimizer)
+
+
+@router.post("/weights_info", openapi_extra=takes(schemas.WeightsInfo))
+async def weights_info(request: Request, owner: Owner, gateway: Running) -> Response:
+    """What a checkpoint is of."""
+    body = await json_body(request, schemas.WeightsInfo)
+    checkpoint = await readable_checkpoint(gateway.store, owner, body.tinker_path, param="tinker_path")
+    lora = checkpoint.lora
+    return json_reply(
+        {
+            "base_model": checkpoint.base_model,
+            "is_lora": True,
+            "lora_rank": lora["rank"],
+            "train_unembed": lora["train_unembed"],
+            "train_mlp": lora["train_mlp"],
+            "train_attn": lora["train_attn"],
+            "optimizer_config": {"type": "adamw"},
+        }
+    )
