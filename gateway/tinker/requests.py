@@ -253,11 +253,19 @@ def lora_of(config: schemas.LoraConfig | None, draw_seed: Callable[[], int]) -> 
     given = config if config is not None else schemas.LoraConfig()
     return LoraSpec(
         rank=given.rank,
-        seed=given.seed if given.seed is not None else draw_seed(),
+        seed=_seed(given.seed, draw_seed),
         train_attn=given.train_attn is not False,
         train_mlp=given.train_mlp is not False,
         train_unembed=given.train_unembed is not False,
     )
+
+
+def _seed(given: int | None, draw_seed: Callable[[], int]) -> int:
+    if given is None:
+        return draw_seed()
+    if not -(2**63) <= given < 2**64:
+        raise UserError(f"seed is {given}; it must fit into 64 bits")
+    return given
 
 
 def require_adamw(config: schemas.OptimizerConfig | None) -> None:
@@ -295,7 +303,7 @@ def sample_of(body: schemas.SampleBody, draw_seed: Callable[[], int]) -> SampleR
     return SampleRequest(
         prompt=tokens_of(body.prompt, "prompt"),
         num_samples=1 if body.num_samples is None else body.num_samples,
-        seed=draw_seed() if params.seed is None else params.seed,
+        seed=_seed(params.seed, draw_seed),
         max_tokens=params.max_tokens,
         temperature=1.0 if params.temperature is None else params.temperature,
         top_k=-1 if params.top_k is None else params.top_k,

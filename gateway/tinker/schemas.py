@@ -18,7 +18,6 @@ SeqId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TrainingSeqId = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._=+@-]+$")]
 Ttl = Annotated[int, Meta(ge=3600, le=10 * 366 * 86400)]
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**64 - 1)]
 UserMetadata = dict[str, Any]
 TextMetadata = dict[str, str]
 
@@ -72,7 +71,7 @@ class Telemetry(Lenient):
 
 class LoraConfig(Strict):
     rank: int = 32
-    seed: Seed | None = None
+    seed: int | None = None
     train_unembed: bool | None = None
     train_mlp: bool | None = None
     train_attn: bool | None = None
@@ -127,7 +126,7 @@ class OptimStepBody(Strict):
 
 
 class TensorData(Strict):
-    data: list[float] | list[int]
+    data: list[int | float]
     dtype: Literal["int64", "float32"]
     shape: list[int] | None = None
     sparse_crow_indices: list[int] | None = None
@@ -218,8 +217,8 @@ class CreateSamplingSession(Strict):
 
 class SamplingParams(Strict):
     max_tokens: int | None = None
-    seed: Seed | None = None
-    stop: str | list[str] | list[int] | None = None
+    seed: int | None = None
+    stop: str | list[str | int] | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
