@@ -1,0 +1,113 @@
+"""Attention over packed sequences, plugged into Transformers' registry of attention functions.
+
+A pass hands its layout to the model as the keyword `layout`; Transformers passes unknown keywords on to the attention
+function, which lets the layout compute. No attention mask is ever built: a layout knows which tokens see which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION = "tandem_layout"
+"""Name under which the attention function is registered. No mask function has that name, so none is built."""
+
+
+class Layout(Protocol):
+    """Who attends to whom in one pass."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """`query` is [B, heads, T, dim], `key` and `value` [B, key/value heads, T, dim]; gives [B, T, heads, dim]."""
+
+
+class Unsupported(Exception):
+    """The model asks its attention function for something that packed attention does not do."""
+
+
+class Group(NamedTuple):
+    """`count` neighbouring sequences of `length` tokens each, the first one at token `start` of the pack."""
+
+    start: int
+    count: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.length
+
+
+def group_equal(lengths: Sequence[int]) -> list[Group]:
+    """Neighbouring sequences of equal length are one group: they attend in one call, without padding."""
+    groups: list[Group] = []
+    start = 0
+    for length in lengths:
+        last = groups[-1] if groups else None
+        if last is not None and last.length == length:
+            groups[-1] = last._replace(count=last.count + 1)
+        else:
+            groups.append(Group(start, 1, length))
+        start += length
+    return groups
+
+
+class PackedLayout:
+    """Causal attention within each of several sequences that lie one after the other in a batch of one."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.groups = group_equal(lengths)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        parts = [_causal(group, query, key, value, scale) for group in self.groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _causal(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """The group's part of the result, [1, count * length, heads, dim]."""
+    rows = [_unpack(tensor, group) for tensor in (query, key, value)]
+    gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).reshape(1, group.count * group.length, query.shape[1], value.shape[-1])
+
+
+def _unpack(packed: Tensor, group: Group) -> Tensor:
+    """[1, heads, T, dim] to [count, heads, length, dim] without copying."""
+    part = packed[0, :, group.start : group.stop]
+    return part.unflatten(1, (group.count, group.length)).transpose(0, 1)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """The function that the models call, with the signature of Transformers' attention functions."""
+    if layout is None:
+        raise Unsupported("it does not pass keywords on to its attention function")
+    refused = [name for name in ("softcap", "s_aux", "position_bias") if extra.get(name) is not None]
+    if refused or attention_mask is not None:
+        raise Unsupported(f"its attention needs {', '.join(refused) or 'a mask of its own'}")
+    if sliding_window is not None and isinstance(layout, ProbeLayout):
+        layout.window = min(layout.window or sliding_window, sliding_window)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return layout.attend(layer, query, key, value, scaling), None
+
+
+class ProbeLayout(PackedLayout):
+    """The layout of the trial pass at load: remembers the smallest sliding window that a layer asked for."""
+
+    window: int | None = None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)

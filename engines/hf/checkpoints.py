@@ -1,0 +1,159 @@
+"""Adapters and optimizer states as folders in PEFT's layout, and the cache of adapter versions that are sampled."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, peft_config, peft_key
+from engines.hf.lora import Adapter, Site, attaches, size, views
+from engines.hf.model import BaseModel
+from engines.hf.optimizer import AdamW
+from engines.hf.training import Run
+from engines.interface import EngineConfig, UserError
+from engines.operations import LoraSpec
+from engines.storage import open_folder, write_folder
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def named(sites: Sequence[Site], spec: LoraSpec, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's name of each factor, and its part of a vector laid out like an adapter's values."""
+    for site, pair in zip(sites, views(sites, spec, values), strict=True):
+        if pair is not None:
+            yield peft_key(site.name, "A"), pair.a
+            yield peft_key(site.name, "B"), pair.b
+
+
+def write_run(config: EngineConfig, folder: str, run: Run, optimizer_state: bool) -> int:
+    """Write a run's weights, and what training needs to go on, to a storage key; gives the bytes written."""
+    adapter = run.adapter
+    files = {
+        ADAPTER_CONFIG: peft_config(adapter.spec, config.base_model, [site.name for site in adapter.sites if attaches(site, adapter.spec)]),
+        ADAPTER_WEIGHTS: _encode(dict(named(adapter.sites, adapter.spec, adapter.values))),
+    }
+    if optimizer_state:
+        files[OPTIMIZER] = _encode(_optimizer_tensors(run))
+    return write_folder(config.storage, folder, files)
+
+
+def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
+    """The step count, and both moments of each factor as `exp_avg.<PEFT name>`; zeros before the first step."""
+    adapter, optimizer = run.adapter, run.optimizer
+    tensors = {"step": torch.tensor(optimizer.steps, dtype=torch.int64)}
+    for moment in MOMENTS:
+        values = getattr(optimizer, moment)
+        values = torch.zeros_like(adapter.values) if values is None else values
+        tensors |= {f"{moment}.{name}": part for name, part in named(adapter.sites, adapter.spec, values)}
+    return tensors
+
+
+def read_run(storage: str, folder: str, base: BaseModel, spec: LoraSpec, optimizer_state: bool) -> Run:
+    """A run that begins at stored weights; its moments and step count too when asked, else zero.
+
+    Raises UserError when the folder is not there, or holds an adapter of another shape or no optimizer state.
+    """
+    path = open_folder(storage, folder)
+    adapter = Adapter(base.sites, spec, _read_values(path / ADAPTER_WEIGHTS, base, spec))
+    return Run(adapter, _read_optimizer(path / OPTIMIZER, base, spec) if optimizer_state else AdamW())
+
+
+def _read_values(path: Path, base: BaseModel, spec: LoraSpec) -> Tensor:
+    """The values of an adapter that must have exactly the factors of `spec`."""
+    tensors = _decode(path)
+    return _assemble(tensors, path.name, base, spec)
+
+
+def _read_optimizer(path: Path, base: BaseModel, spec: LoraSpec) -> AdamW:
+    if not path.is_file():
+        raise UserError("the checkpoint holds no optimizer state: load its weights alone")
+    tensors = _decode(path)
+    moments = []
+    steps = int(tensors.pop("step"))
+    for moment in MOMENTS:
+        prefix = moment + "."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        moments.append(_assemble(own, path.name, base, spec))
+    return AdamW(steps, *moments)
+
+
+def _assemble(tensors: Mapping[str, Tensor], file: str, base: BaseModel, spec: LoraSpec) -> Tensor:
+    """One vector, laid out like an adapter's values, of tensors under PEFT's names."""
+    values = torch.zeros(size(base.sites, spec), dtype=torch.float32, device=base.device)
+    places = dict(named(base.sites, spec, values))
+    if places.keys() != tensors.keys():
+        odd = sorted(places.keys() ^ tensors.keys())[0]
+        raise UserError(
+            f"{file}: the checkpoint's layers are not those of the run (rank {spec.rank}, train_attn "
+            f"{spec.train_attn}, train_mlp {spec.train_mlp}, train_unembed {spec.train_unembed}): {odd} is in one only"
+        )
+    for name, place in places.items():
+        if place.shape != tensors[name].shape:
+            raise UserError(
+                f"{file}: {name} has shape {list(tensors[name].shape)} in the checkpoint, the run needs "
+                f"{list(place.shape)}"
+            )
+        place.copy_(tensors[name])
+    return values
+
+
+def _encode(tensors: Mapping[str, Tensor]) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+
+
+def _decode(path: Path) -> dict[str, Tensor]:
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path.name} of the checkpoint cannot be read: {error}") from error
+
+
+def _read_spec(path: Path) -> LoraSpec:
+    """Rank, alpha and parts of a stored adapter, from its configuration and the names of its factors."""
+    import json
+    config=json.loads((path/ADAPTER_CONFIG).read_text()); t=config["target_modules"]
+    return LoraSpec(rank=config["r"],seed=0,alpha=config["lora_alpha"],train_attn="q_proj" in t,train_mlp="up_proj" in t,train_unembed="lm_head" in t)
+
+
+class AdapterVersions:
+    """Immutable adapters for sampling by storage folder, the least recently used one forgotten first.
+
+    A folder is written once, so that what was read or put under its name stays true.
+    """
+
+    def __init__(self, storage: str, base: BaseModel, limit: int) -> None:
+        self.storage = storage
+        self.base = base
+        self.limit = limit
+        self.kept: OrderedDict[str, Adapter] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def put(self, folder: str, adapter: Adapter) -> None:
+        """Keep a version that was just saved, so that it can be sampled without being read."""
+        self.kept[folder] = adapter
+        self.kept.move_to_end(folder)
+        while len(self.kept) > self.limit:
+            self.kept.popitem(last=False)
+
+    def get(self, folder: str) -> Adapter:
+        """The version in a folder; raises UserError when it cannot be read or does not fit the model."""
+        if folder not in self.kept:
+            self.put(folder, self._read(folder))
+        self.kept.move_to_end(folder)
+        return self.kept[folder]
+
+    def _read(self, folder: str) -> Adapter:
+        path = open_folder(self.storage, folder)
+        spec = _read_spec(path)
+        return Adapter(self.base.sites, spec, _read_values(path / ADAPTER_WEIGHTS, self.base, spec))
+
+    def clear(self) -> None:
+        self.kept.clear()

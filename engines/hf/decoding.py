@@ -1,0 +1,202 @@
+"""Continuous batching: all sequences that are being sampled, of all adapters, advance one token per step together.
+
+A step is: decode the running sequences -> admit waiting prompts -> draw -> take the new tokens. Sequence i of
+`Decoder.rows` owns slot i of the cache; when one ends, the last one moves into its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engines.hf.drawing import Drawn, draw
+from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout
+from engines.hf.model import BaseModel, Pack
+from engines.hf.samples import Row, Sample, segments_of
+from engines.interface import SampleEnd, SampleEvent, UserError
+
+
+class Decoder:
+    """The running batch of one model. With `one_by_one` each sequence makes passes of its own (deterministic)."""
+
+    def __init__(self, base: BaseModel, slots: int, prefill_tokens: int, one_by_one: bool) -> None:
+        self.base = base
+        self.prefill_tokens = prefill_tokens
+        self.one_by_one = one_by_one
+        self.cache = KvCache(slots, base.max_context)
+        self.queue: deque[Sample] = deque()
+        self.rows: list[Row] = []
+
+    def add(self, sample: Sample) -> None:
+        """Queue a sample."""
+        self.queue.append(sample)
+
+    @torch.inference_mode()
+    def cancel(self, call_id: int) -> None:
+        """Forget a sample, whether it waits or runs."""
+        self.queue = deque(sample for sample in self.queue if sample.call_id != call_id)
+        self._leave([row for row in self.rows if row.sample.call_id == call_id])
+
+    @property
+    def active(self) -> int:
+        """Samples under way, waiting ones included."""
+        running = {row.sample.call_id for row in self.rows}
+        return len(running.union(sample.call_id for sample in self.queue))
+
+    @torch.inference_mode()
+    def advance(self) -> list[SampleEvent]:
+        """One more token for every running sequence, the first one for those that join."""
+        rows, hidden = self._decode()
+        joined, first_hidden = self._admit()
+        rows += joined
+        hidden += first_hidden
+        if not rows:
+            return []
+        return self._take(rows, draw(self._logits(rows, hidden), [row.next_draw() for row in rows]))
+
+    def _logits(self, rows: list[Row], hidden: list[Tensor]) -> Tensor:
+        """Logits float32 [n, V] of all rows."""
+        packs = [[row] for row in rows] if self.one_by_one else [rows]
+        states = hidden if self.one_by_one else [torch.cat(hidden)]
+        logits = [
+            self.base.unembedding.logits(
+                state, segments_of([row.sample.adapter for row in pack], [1] * len(pack))
+            )
+            for state, pack in zip(states, packs, strict=True)
+        ]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    # ------------------------------------------------------------------ decode
+
+    def _decode(self) -> tuple[list[Row], list[Tensor]]:
+        """Run the newest token of each sequence through the model: the rows, sorted by adapter, and their states."""
+        count = len(self.rows)
+        if not count:
+            return [], []
+        self.cache.reserve(count, max(row.held for row in self.rows) + 1)
+        if self.one_by_one:
+            return list(self.rows), [self._decode_slots(slot, [0]) for slot in range(count)]
+        order = _by_adapter(self.rows)
+        return [self.rows[slot] for slot in order], [self._decode_slots(0, order)]
+
+    def _decode_slots(self, first: int, order: list[int]) -> Tensor:
+        """Decode the slots `first + order[i]`, which fill [first, first + len(order)): hidden states [n, H]."""
+        rows = [self.rows[first + slot] for slot in order]
+        lengths = [row.held for row in self.rows[first : first + len(order)]]
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        numbers = [[row.tokens[-1] for row in rows], [row.held for row in rows], order, inverse, lengths]
+        batch = torch.tensor(numbers).to(self.base.device, non_blocking=True)
+        layout = DecodeLayout(self.cache, first, order, lengths, batch[2:])
+        segments = segments_of([row.sample.adapter for row in rows], [1] * len(rows))
+        hidden = self.base.hidden(Pack(batch[0, :, None], batch[1, :, None]), layout, segments)
+        for row in rows:
+            row.held += 1
+        return hidden
+
+    # ------------------------------------------------------------------ admit
+
+    def _admit(self) -> tuple[list[Row], list[Tensor]]:
+        """Take waiting samples into free slots: the new rows, and the state [1, H] that each draws from first."""
+        chosen = self._choose()
+        self._prefill([sample for sample, _ in chosen if sample.prefix is None])
+        joined: list[Row] = []
+        hidden: list[Tensor] = []
+        for sample, count in chosen:
+            assert sample.prefix is not None and sample.last is not None
+            self.cache.reserve(len(self.rows) + count, len(sample.prompt))
+            for _ in range(count):
+                self.cache.write(len(self.rows), sample.prefix)
+                row = Row(sample, sample.admitted, len(sample.prompt))
+                sample.admitted += 1
+                self.rows.append(row)
+                joined.append(row)
+                hidden.append(sample.last)
+            if not sample.waiting:
+                sample.prefix = sample.last = None
+        return joined, hidden
+
+    def _choose(self) -> list[tuple[Sample, int]]:
+        """Samples in order of arrival, and how many sequences of each there is room for."""
+        chosen: list[tuple[Sample, int]] = []
+        free = self.cache.max_slots - len(self.rows)
+        tokens = 0
+        while self.queue and free:
+            sample = self.queue[0]
+            tokens += 0 if sample.prefix else len(sample.prompt)
+            if chosen and tokens > self.prefill_tokens:
+                break
+            count = min(free, sample.waiting)
+            chosen.append((sample, count))
+            free -= count
+            if count == sample.waiting:
+                self.queue.popleft()
+        return chosen
+
+    def _prefill(self, samples: list[Sample]) -> None:
+        """Run each prompt through the model once and keep what its sequences need."""
+        packs = [[sample] for sample in samples] if self.one_by_one else [samples] if samples else []
+        for pack in packs:
+            lengths = [len(sample.prompt) for sample in pack]
+            layout = PrefillLayout(lengths)
+            segments = segments_of([sample.adapter for sample in pack], lengths)
+            hidden = self.base.hidden(self.base.pack([sample.prompt for sample in pack]), layout, segments)
+            start = 0
+            for sample in pack:
+                stop = start + len(sample.prompt)
+                sample.prefix = layout.prefix(start, stop)
+                sample.last = hidden[stop - 1 : stop]
+                sample.score_prompt(self.base, hidden[start:stop])
+                start = stop
+
+    # ------------------------------------------------------------------ take
+
+    def _take(self, rows: list[Row], drawn: Drawn) -> list[SampleEvent]:
+        """Append the drawn tokens and end what is complete."""
+        events: list[SampleEvent] = []
+        ended: list[Row] = []
+        broken: set[int] = set()
+        for row, token, logprob, top in zip(rows, drawn.tokens, drawn.logprobs, drawn.tops, strict=True):
+            if math.isnan(logprob):
+                broken.add(row.sample.call_id)
+                continue
+            step = row.take(token, logprob, top)
+            events.append(step)
+            if step.stop_reason is not None:
+                ended.append(row)
+        complete = {row.sample.call_id: row.sample for row in ended if row.sample.complete}
+        events += [SampleEnd(call_id, sample.result()) for call_id, sample in complete.items()]
+        self._leave(ended)
+        return events + [self._fail(call_id) for call_id in sorted(broken)]
+
+    def _fail(self, call_id: int) -> SampleEnd:
+        """End a sample whose numbers are not finite; nothing of it may stay in the cache for a slot's next owner."""
+        for slot, row in enumerate(self.rows):
+            if row.sample.call_id == call_id:
+                self.cache.clear(slot)
+        self.cancel(call_id)
+        message = "the adapter's weights give log-probs that are not numbers: its training has diverged"
+        return SampleEnd(call_id, UserError(message))
+
+    def _leave(self, rows: Sequence[Row]) -> None:
+        """Free the rows' slots; the last row moves into each gap."""
+        leaving = {id(row) for row in rows}
+        for slot in reversed(range(len(self.rows))):
+            if id(self.rows[slot]) not in leaving:
+                continue
+            last = self.rows.pop()
+            if slot < len(self.rows):
+                self.cache.copy(len(self.rows), slot, last.held)
+                self.rows[slot] = last
+        if not self.rows:
+            self.cache.release()
+
+
+def _by_adapter(rows: Sequence[Row]) -> list[int]:
+    """Slots sorted by adapter, in the order in which the adapters first appear."""
+    first: dict[int, int] = {}
+    keys = [first.setdefault(id(row.sample.adapter), slot) for slot, row in enumerate(rows)]
+    return sorted(range(len(rows)), key=keys.__getitem__)

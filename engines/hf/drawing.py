@@ -1,0 +1,121 @@
+"""Draw one token for each row of logits, by inversion of the cumulative distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Draw(NamedTuple):
+    """How one row is drawn. `temperature` 0 is greedy, `top_k` -1 is off; `uniform` lies in [0, 1); `top` best
+    alternatives are wanted."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    uniform: float
+    top: int
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def cuts(self) -> bool:
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
+
+
+class Drawn(NamedTuple):
+    """Of each row: the token, its log-prob, and `top` best alternatives, on the host.
+
+    Log-probs are those of softmax(logits / temperature), before top-k and top-p cut it; greedy rows have
+    temperature 1.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    tops: list[tuple[tuple[int, float], ...]]
+
+
+def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
+    """`logits` float32 [n, V], overwritten. A row's outcome depends on its own logits and `Draw` alone."""
+    logprobs = _logprobs(logits, [draw.temperature or 1.0 for draw in draws])
+    tokens = _tokens(logprobs, draws)
+    parts = [tokens[:, None].to(torch.float64), logprobs.gather(1, tokens[:, None]).to(torch.float64)]
+    width = max(draw.top for draw in draws)
+    if width:
+        best = logprobs.topk(width, dim=1)
+        parts += [best.indices.to(torch.float64), best.values.to(torch.float64)]
+    host = torch.cat(parts, dim=1).tolist()
+    return Drawn(
+        [int(row[0]) for row in host],
+        [row[1] for row in host],
+        [
+            tuple((int(row[2 + j]), row[2 + width + j]) for j in range(draw.top))
+            for row, draw in zip(host, draws, strict=True)
+        ],
+    )
+
+
+def _logprobs(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """log softmax(logits / temperature); the maximum goes first, so that no division overflows."""
+    if any(temperature != 1 for temperature in temperatures):
+        divisor = torch.tensor(temperatures, dtype=torch.float32).to(logits.device, non_blocking=True)[:, None]
+        logits -= logits.amax(dim=1, keepdim=True) * (divisor != 1)
+        logits /= divisor
+    return logits.log_softmax(dim=1)
+
+
+def _tokens(logprobs: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The drawn tokens, int64 [n]. The kinds of rows are known on the host: nothing waits for the device."""
+    kinds = [0 if draw.greedy else 2 if draw.cuts else 1 for draw in draws]
+    if len(set(kinds)) == 1:
+        return _draw_kind(kinds[0], logprobs, draws)
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logprobs.device)
+    for kind in set(kinds):
+        rows = [i for i, own in enumerate(kinds) if own == kind]
+        index = torch.tensor(rows).to(logprobs.device, non_blocking=True)
+        tokens[index] = _draw_kind(kind, logprobs[index], [draws[i] for i in rows])
+    return tokens
+
+
+def _draw_kind(kind: int, logprobs: Tensor, draws: Sequence[Draw]) -> Tensor:
+    if kind == 0:
+        return logprobs.argmax(dim=1)
+    uniforms = torch.tensor([draw.uniform for draw in draws], dtype=torch.float64)
+    uniforms = uniforms.to(logprobs.device, non_blocking=True)[:, None]
+    if kind == 1:
+        return _invert(logprobs.exp(), uniforms)
+    ordered, tokens = logprobs.sort(dim=1, descending=True, stable=True)
+    position = _invert(_cut(ordered, draws), uniforms)
+    return tokens.gather(1, position[:, None])[:, 0]
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first position whose cumulative weight exceeds uniform * total, which never has weight 0."""
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    wanted = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    found = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    return found.clamp(max=weights.shape[1] - 1)
+
+
+def _cut(ordered: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Probabilities, best first, zero where top-k and then top-p cut.
+
+    Top-k keeps what is at least as good as the k-th best. Top-p, computed after renormalisation, keeps a token as
+    long as those before it have less than p together, so at least the first one.
+    """
+    size = ordered.shape[1]
+    last = torch.tensor([min(draw.top_k, size) - 1 if draw.top_k > 0 else size - 1 for draw in draws])
+    limit = torch.tensor([draw.top_p for draw in draws], dtype=torch.float64)
+    last, limit = (tensor.to(ordered.device, non_blocking=True)[:, None] for tensor in (last, limit))
+    weights = ordered.exp().masked_fill_(ordered < ordered.gather(1, last), 0.0)
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+    before = cumulative - weights
+    beyond = before >= limit * cumulative[:, -1:]
+    beyond[:, 0] = False
+    return weights.masked_fill_(beyond, 0.0)

@@ -1,0 +1,176 @@
+"""The engine interface on Transformers: each verb in a few lines, the work in the modules beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from tokenizers import Tokenizer
+
+from engines.hf.checkpoints import AdapterVersions, read_run, write_run
+from engines.hf.decoding import Decoder
+from engines.hf.lora import Adapter
+from engines.hf.model import BaseModel, load_base_model, read_tokenizer_files, versions
+from engines.hf.optimizer import AdamW
+from engines.hf.options import HfOptions, read_options
+from engines.hf.samples import new_sample
+from engines.hf.training import Run, forward, forward_backward, optim_step
+from engines.interface import Engine, EngineConfig, EngineInfo, RunOperation, SampleEvent, UserError
+from engines.losses.formulas import FORMULAS
+from engines.operations import (
+    CreateRun,
+    CreateRunResult,
+    Forward,
+    ForwardBackward,
+    ForwardResult,
+    LoadWeights,
+    LoadWeightsResult,
+    OptimStep,
+    OptimStepResult,
+    SampleRequest,
+    SaveWeights,
+    SaveWeightsResult,
+)
+
+MAX_TOP_LOGPROBS = 256
+
+Op = TypeVar("Op")
+Result = TypeVar("Result")
+
+
+class HfEngine(Engine):
+    """Runs are `training.Run` objects; sampled adapter versions are immutable copies, kept by their folder."""
+
+    def __init__(self, config: EngineConfig, options: HfOptions, base: BaseModel, files: dict[str, bytes]) -> None:
+        self.config = config
+        self.options = options
+        self.base = base
+        self.files = files
+        self.tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+        self.pass_tokens = options.pass_tokens or (16384 if base.device.type == "cuda" else 4096)
+        self.runs: dict[str, Run] = {}
+        self.adapters = AdapterVersions(config.storage, base, options.cached_adapters)
+        self.decoder = Decoder(base, options.sample_slots, options.prefill_tokens, options.deterministic)
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> HfEngine:
+        options = read_options(config.options)
+        files = read_tokenizer_files(config.model)
+        return cls(config, options, load_base_model(config, options), files)
+
+    def info(self) -> EngineInfo:
+        vocabulary = self.base.unembedding.vocabulary
+        return EngineInfo(
+            base_model=self.config.base_model,
+            architecture=type(self.base.module).__name__,
+            roles=self.config.roles,
+            vocab_size=vocabulary,
+            max_context=self.base.max_context,
+            losses=tuple(FORMULAS),
+            max_rank=self.options.max_rank,
+            eos_tokens=self.base.eos_tokens,
+            max_top_logprobs=min(MAX_TOP_LOGPROBS, vocabulary),
+            device=str(self.base.device),
+            dtype=str(self.base.dtype).removeprefix("torch."),
+            deterministic=self.options.deterministic,
+            versions=versions(self.options),
+        )
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return self.files
+
+    def close(self) -> None:
+        self.runs.clear()
+        self.adapters.clear()
+        self.decoder = Decoder(self.base, 1, 1, False)
+
+    # ------------------------------------------------------------------ training
+
+    def create_runs(self, items: Sequence[RunOperation[CreateRun]]) -> list[CreateRunResult | UserError]:
+        return [_attempt(self._create_run, item) for item in items]
+
+    def _create_run(self, item: RunOperation[CreateRun]) -> CreateRunResult:
+        operation = item.operation
+        if operation.folder is None:
+            run = Run(Adapter.initial(self.base.sites, operation.lora, self.base.device), AdamW())
+        else:
+            run = read_run(
+                self.config.storage, operation.folder, self.base, operation.lora, operation.optimizer_state
+            )
+        self.runs[item.run_id] = run
+        return CreateRunResult(parameters=run.adapter.values.numel())
+
+    def drop_run(self, run_id: str) -> None:
+        self.runs.pop(run_id, None)
+
+    def forward_backward(self, items: Sequence[RunOperation[ForwardBackward]]) -> list[ForwardResult | UserError]:
+        return [_attempt(self._forward_backward, item) for item in items]
+
+    def _forward_backward(self, item: RunOperation[ForwardBackward]) -> ForwardResult:
+        return forward_backward(self.base, self.runs[item.run_id], item.operation, self.pass_tokens)
+
+    def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
+        return [_attempt(self._forward, item) for item in items]
+
+    def _forward(self, item: RunOperation[Forward]) -> ForwardResult:
+        return forward(self.base, self.runs[item.run_id], item.operation, self.pass_tokens)
+
+    def optim_step(self, items: Sequence[RunOperation[OptimStep]]) -> list[OptimStepResult | UserError]:
+        return [_attempt(self._optim_step, item) for item in items]
+
+    def _optim_step(self, item: RunOperation[OptimStep]) -> OptimStepResult:
+        norm = optim_step(self.runs[item.run_id], item.operation)
+        return OptimStepResult(metrics={"unclipped_grad_l2:mean": norm})
+
+    def save_weights(self, items: Sequence[RunOperation[SaveWeights]]) -> list[SaveWeightsResult | UserError]:
+        return [_attempt(self._save_weights, item) for item in items]
+
+    def _save_weights(self, item: RunOperation[SaveWeights]) -> SaveWeightsResult:
+        run, operation = self.runs[item.run_id], item.operation
+        size = write_run(self.config, operation.folder, run, operation.optimizer_state)
+        if not operation.optimizer_state:
+            self.adapters.put(operation.folder, run.adapter.copy())
+        return SaveWeightsResult(size_bytes=size)
+
+    def load_weights(self, items: Sequence[RunOperation[LoadWeights]]) -> list[LoadWeightsResult | UserError]:
+        return [_attempt(self._load_weights, item) for item in items]
+
+    def _load_weights(self, item: RunOperation[LoadWeights]) -> LoadWeightsResult:
+        operation = item.operation
+        spec = self.runs[item.run_id].adapter.spec
+        run = read_run(self.config.storage, operation.folder, self.base, spec, operation.optimizer_state)
+        self.runs[item.run_id] = run
+        return LoadWeightsResult()
+
+    # ------------------------------------------------------------------ sampling
+
+    def start_sample(self, call_id: int, request: SampleRequest) -> None:
+        adapter = None if request.adapter is None else self.adapters.get(request.adapter.folder)
+        self.decoder.add(new_sample(call_id, request, adapter, self.info(), self.tokenizer))
+
+    def advance(self) -> list[SampleEvent]:
+        return self.decoder.advance()
+
+    def cancel_sample(self, call_id: int) -> None:
+        self.decoder.cancel(call_id)
+
+    @property
+    def sampling(self) -> bool:
+        return self.decoder.active > 0
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "resident_runs": len(self.runs),
+            "resident_adapters": len(self.adapters),
+            "active_samples": self.decoder.active,
+        }
+
+
+def _attempt(
+    perform: Callable[[RunOperation[Op]], Result], item: RunOperation[Op]
+) -> Result | UserError:
+    """The result, or the UserError that kept the operation from being applied."""
+    try:
+        return perform(item)
+    except UserError as error:
+        return error

@@ -1,0 +1,140 @@
+"""Keys and values of the sequences that are being decoded, one slot each, and the attention over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engines.hf.attention import PackedLayout
+
+FIRST_SLOTS = 8
+FIRST_LENGTH = 128
+
+Prefix = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values of one prompt, [1, heads, N, dim], for each layer."""
+
+
+class KvCache:
+    """Keys and values as [slots, heads, length, dim] for each layer.
+
+    It grows by doubling, in slots and in length, and never beyond the limits given. Memory that no sequence has
+    written holds zeros: what is masked out must still be finite.
+    """
+
+    def __init__(self, max_slots: int, max_length: int) -> None:
+        self.max_slots = max_slots
+        self.max_length = max_length
+        self.slots = min(FIRST_SLOTS, max_slots)
+        self.length = min(FIRST_LENGTH, max_length)
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for so many slots and tokens."""
+        wanted = (_grown(self.slots, slots, self.max_slots), _grown(self.length, length, self.max_length))
+        if wanted == (self.slots, self.length):
+            return
+        for layer, tensors in self.layers.items():
+            self.layers[layer] = tuple(_enlarged(tensor, *wanted) for tensor in tensors)  # type: ignore[assignment]
+        self.slots, self.length = wanted
+
+    def release(self) -> None:
+        """Give the memory back; nothing is being decoded."""
+        self.layers.clear()
+        self.slots = min(FIRST_SLOTS, self.max_slots)
+        self.length = min(FIRST_LENGTH, self.max_length)
+
+    def at(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's two tensors; made, in the form of `key` and `value` [_, heads, _, dim], when first asked for."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(  # type: ignore[assignment]
+                new.new_zeros((self.slots, new.shape[1], self.length, new.shape[3])) for new in (key, value)
+            )
+        return self.layers[layer]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give slot `target` the first `length` tokens of slot `source`."""
+        for tensors in self.layers.values():
+            for tensor in tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot that may hold numbers that are not finite."""
+        for tensors in self.layers.values():
+            for tensor in tensors:
+                tensor[slot] = 0
+
+    def write(self, slot: int, prefix: Prefix) -> None:
+        """Give a slot the keys and values of a prompt."""
+        for layer, parts in prefix.items():
+            for tensor, part in zip(self.at(layer, *parts), parts, strict=True):
+                tensor[slot, :, : part.shape[2]] = part[0]
+
+
+def _grown(size: int, wanted: int, limit: int) -> int:
+    while size < wanted:
+        size = min(2 * size, limit)
+    return size
+
+
+def _enlarged(tensor: Tensor, slots: int, length: int) -> Tensor:
+    grown = tensor.new_zeros((slots, tensor.shape[1], length, tensor.shape[3]))
+    grown[: tensor.shape[0], :, : tensor.shape[2]] = tensor
+    return grown
+
+
+class PrefillLayout(PackedLayout):
+    """Packed prompts whose keys and values are kept."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__(lengths)
+        self.kept: Prefix = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        self.kept[layer] = (key, value)
+        return super().attend(layer, query, key, value, scale)
+
+    def prefix(self, start: int, stop: int) -> Prefix:
+        """The part of the pack's tokens [start, stop), as views."""
+        return {layer: (key[:, :, start:stop], value[:, :, start:stop]) for layer, (key, value) in self.kept.items()}
+
+
+class DecodeLayout:
+    """One new token for each of the slots [first, first + n): it sees the slot's tokens and itself.
+
+    `order[i]` is the slot, counted from `first`, of row i of the batch: rows are sorted by adapter, slots are not.
+    `lengths` [n] are the tokens that each *slot* holds already.
+    """
+
+    def __init__(self, cache: KvCache, first: int, order: Sequence[int], lengths: Sequence[int], batch: Tensor) -> None:
+        count = len(order)
+        self.cache = cache
+        self.slots = slice(first, first + count)
+        self.reach = max(lengths) + 1
+        self.order, self.inverse, held = batch
+        self.sorted = list(order) == list(range(count))
+        self.index = self.order + first
+        self.positions = held[self.order]
+        beyond = torch.arange(self.reach, device=batch.device) > held[:, None]
+        self.mask = torch.zeros(beyond.shape, device=batch.device).masked_fill_(beyond, float("-inf"))[:, None, None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        keys, values = self.cache.at(layer, key, value)
+        keys[self.index, :, self.positions] = key[:, :, 0]
+        values[self.index, :, self.positions] = value[:, :, 0]
+        if self.mask.dtype != query.dtype:
+            self.mask = self.mask.to(query.dtype)
+        rows, heads = query.shape[:2]
+        by_slot = query if self.sorted else query[self.inverse]
+        grouped = by_slot.reshape(rows, keys.shape[1], -1, query.shape[-1])
+        out = F.scaled_dot_product_attention(
+            grouped,
+            keys[self.slots, :, : self.reach],
+            values[self.slots, :, : self.reach],
+            attn_mask=self.mask,
+            scale=scale,
+        )
+        out = out.reshape(rows, 1, heads, -1)
+        return out if self.sorted else out[self.order]

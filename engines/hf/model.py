@@ -1,0 +1,233 @@
+"""Load a base model, frozen, and put the adapters' linear layers into it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
+
+from engines.hf.attention import ATTENTION, Layout, PackedLayout, ProbeLayout, Unsupported
+from engines.hf.logprobs import Unembedding
+from engines.hf.lora import LoraLinear, Part, Routing, Segment, Site
+from engines.hf.options import HfOptions, cpu_threads
+from engines.interface import EngineConfig, LoadError
+
+ATTENTION_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "dense"})
+MLP_LAYERS = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"})
+"""Last parts of the names of the linear layers that `train_attn` and `train_mlp` mean."""
+
+PROBE_LENGTHS = (7, 12, 12, 5)
+"""Sequences of the trial pass at load."""
+
+
+class Pack(NamedTuple):
+    """Sequences one after the other: int64 `tokens` and `positions`, both [1, T]."""
+
+    tokens: Tensor
+    positions: Tensor
+
+
+class BaseModel:
+    """The frozen weights of one model on one device. Its layers apply the adapters that `routing` names."""
+
+    def __init__(self, module: PreTrainedModel, device: torch.device, max_context: int) -> None:
+        self.module = module
+        self.device = device
+        self.max_context = max_context
+        self.decoder: nn.Module = module.get_decoder()
+        self.routing = Routing()
+        self.sites = _attach(module, self.routing)
+        head = module.get_output_embeddings()
+        self.unembedding = Unembedding(head.weight, head.bias, len(self.sites) - 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weight: torch.dtype = self.unembedding.weight.dtype
+        return weight
+
+    def hidden(self, pack: Pack, layout: Layout, segments: Sequence[Segment]) -> Tensor:
+        """Hidden states after the last norm, [T, H], of a batch of one pack (or [B, H] of B rows of one token)."""
+        with self.routing.along(segments):
+            out = self.decoder(
+                input_ids=pack.tokens, position_ids=pack.positions, use_cache=False, layout=layout
+            )
+        states: Tensor = out.last_hidden_state
+        return states.reshape(-1, states.shape[-1])
+
+    def pack(self, sequences: Sequence[Sequence[int] | NDArray[np.generic]]) -> Pack:
+        """Lay token sequences one after the other on the device."""
+        tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in sequences])
+        positions = np.concatenate([np.arange(len(tokens)) for tokens in sequences])
+        both = torch.from_numpy(np.stack([tokens, positions])).to(self.device, non_blocking=True)
+        return Pack(both[:1], both[1:])
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...]:
+        """End-of-sequence tokens of the generation settings, else of the configuration."""
+        settings = self.module.generation_config
+        eos = settings.eos_token_id if settings is not None else None
+        eos = self.module.config.eos_token_id if eos is None else eos
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def load_base_model(config: EngineConfig, options: HfOptions) -> BaseModel:
+    """Raises LoadError when the model is not there, is not a causal language model, or cannot be packed."""
+    torch.set_num_threads(cpu_threads(options))
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+    transformers.utils.logging.disable_progress_bar()
+    device = _device(options.device)
+    module = _read_weights(config.model, _dtype(options.dtype, device)).to(device)
+    module.requires_grad_(False).eval()
+    base = BaseModel(module, device, _max_context(module, options))
+    _probe(base, config.model)
+    return base
+
+
+def versions(options: HfOptions) -> dict[str, str]:
+    """What the last bits of the numbers depend on."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(cpu_threads(options)),
+    }
+
+
+def read_tokenizer_files(model: str) -> dict[str, bytes]:
+    """The tokenizer's files of a folder or hub model; raises LoadError when there is no tokenizer.json."""
+    files = {}
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            files[name] = Path(path).read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if name not in files:
+            raise LoadError(
+                f"{model} has no {name}; save its tokenizer with "
+                "transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder) and serve that folder"
+            )
+    return files
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError(f"options.device {name!r} cannot be used: {error}") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _read_weights(model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Only safetensors are read, never pickles, and no code from the model's repository is run."""
+    try:
+        module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise LoadError(f"the model {model!r} cannot be loaded: {error}") from error
+    return module
+
+
+def _max_context(module: PreTrainedModel, options: HfOptions) -> int:
+    """The model's limit or the option, whichever is smaller."""
+    rope = getattr(module.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise LoadError(
+            f"{module.config.model_type} scales its positions with the longest sequence of a pass "
+            f"({rope['rope_type']}), so that packed sequences would influence each other"
+        )
+    limit = getattr(module.config, "max_position_embeddings", None)
+    if limit is None and options.max_context is None:
+        raise LoadError("the model does not say how long a sequence may be: set options.max_context")
+    if limit is not None and options.max_context is not None and options.max_context > limit:
+        raise LoadError(f"options.max_context is {options.max_context}, but the model has {limit} positions")
+    return int(options.max_context or limit or 0)
+
+
+def _attach(module: PreTrainedModel, routing: Routing) -> list[Site]:
+    """Replace the linear layers that adapters attach to. The unembedding is the last site and stays as it is."""
+    head = module.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise LoadError(f"{type(module).__name__} has no linear unembedding layer")
+    sites: list[Site] = []
+    head_name = ""
+    for name, layer in list(module.named_modules()):
+        part = _part(name)
+        if layer is head:
+            head_name = name
+        elif isinstance(layer, nn.Linear) and part is not None:
+            module.set_submodule(name, LoraLinear(layer, len(sites), routing))
+            sites.append(Site(name, part, layer.in_features, layer.out_features))
+    layers = module.config.num_hidden_layers
+    for part in ("attn", "mlp"):
+        found = {name.split(".layers.")[-1].split(".")[0] for name, kind, *_ in sites if kind == part}
+        if len(found) != layers:
+            raise LoadError(
+                f"{type(module).__name__}: adapters attach to linear layers named "
+                f"{', '.join(sorted(ATTENTION_LAYERS if part == 'attn' else MLP_LAYERS))}; "
+                f"only {len(found)} of {layers} layers have one in their {part} part"
+            )
+    return [*sites, Site(head_name, "unembed", head.in_features, head.out_features)]
+
+
+def _part(name: str) -> Part | None:
+    last = name.rpartition(".")[2]
+    if last in ATTENTION_LAYERS:
+        return "attn"
+    return "mlp" if last in MLP_LAYERS else None
+
+
+@torch.inference_mode()
+def _probe(base: BaseModel, name: str) -> None:
+    """Compare a packed pass with Transformers' own attention, sequence by sequence; raises LoadError.
+
+    Whatever else a model mixes across tokens (state spaces, position biases, soft caps) shows as a difference here.
+    """
+    vocabulary = base.unembedding.vocabulary
+    sequences = [[(7 * i + 13 * length) % vocabulary for i in range(length)] for length in PROBE_LENGTHS]
+    layout = ProbeLayout(PROBE_LENGTHS)
+    try:
+        hidden = base.hidden(base.pack(sequences), layout, ())
+        packed = base.unembedding.logits(hidden, ()).log_softmax(-1)
+    except (Unsupported, TypeError) as error:
+        raise LoadError(f"{name} cannot be served by this engine: {error}") from error
+    if layout.window is not None and layout.window < base.max_context:
+        raise LoadError(
+            f"{name} attends through a window of {layout.window} tokens, which packed attention does not do: "
+            f"set options.max_context to at most {layout.window}"
+        )
+    base.module.set_attn_implementation("eager")
+    rows = [base.module(base.pack([tokens]).tokens, use_cache=False).logits[0].float() for tokens in sequences]
+    base.module.set_attn_implementation(ATTENTION)
+    difference = (packed - torch.cat(rows).log_softmax(-1)).abs().max().item()
+    tolerance = 1e-3 if base.dtype == torch.float32 else 0.3
+    if not difference <= tolerance:
+        raise LoadError(
+            f"{name} gives other log-probs when sequences are packed (difference {difference:.2g}, allowed "
+            f"{tolerance}): its layers do more across tokens than attention"
+        )
+
+
+__all__ = ["BaseModel", "Pack", "PackedLayout", "load_base_model", "read_tokenizer_files", "versions"]

@@ -1,0 +1,45 @@
+"""AdamW on one flat vector, with the arithmetic of torch.optim.AdamW (Loshchilov & Hutter, arXiv:1711.05101)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engines.operations import OptimStep
+
+
+@dataclass
+class AdamW:
+    """First and second moments (float32, of the vector's shape) and the number of steps taken.
+
+    The moments are made by the first step, so that a run that never trains holds none.
+    """
+
+    steps: int = 0
+    exp_avg: Tensor | None = field(default=None)
+    exp_avg_sq: Tensor | None = field(default=None)
+
+    @torch.no_grad()
+    def step(self, values: Tensor, gradient: Tensor, settings: OptimStep) -> Tensor:
+        """Move `values` in place; `gradient` is overwritten. Returns the norm before clipping, float64 [].
+
+        Decay is decoupled: `values *= 1 - lr * weight_decay` before the step. Clipping is that of
+        `torch.nn.utils.clip_grad_norm_`: multiply by min(1, max_norm / (norm + 1e-6)). Nothing here waits for the device.
+        """
+        if self.exp_avg is None or self.exp_avg_sq is None:
+            self.exp_avg, self.exp_avg_sq = torch.zeros_like(values), torch.zeros_like(values)
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        if settings.grad_clip_norm > 0:
+            gradient.mul_((settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.steps += 1
+        self.exp_avg.lerp_(gradient, 1 - settings.beta1)
+        self.exp_avg_sq.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
+        correction1 = 1 - settings.beta1**self.steps
+        correction2 = 1 - settings.beta2**self.steps
+        denominator = torch.sqrt(self.exp_avg_sq, out=gradient).div_(math.sqrt(correction2)).add_(settings.eps)
+        values.mul_(1 - settings.learning_rate * settings.weight_decay)
+        values.addcdiv_(self.exp_avg, denominator, value=-settings.learning_rate / correction1)
+        return norm

@@ -1,0 +1,58 @@
+"""What `EngineConfig.options` may hold for this plugin, with every default in one place."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from engines.interface import LoadError
+
+
+class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Options of the Transformers engine; unknown names and wrong types are refused."""
+
+    device: str = "auto"
+    """`auto` takes the first CUDA device if there is one, else the CPU; or a torch device such as `cuda:1`."""
+    dtype: str = "auto"
+    """Of the frozen base weights: `float32`, `bfloat16`, or `auto` (bfloat16 on CUDA, float32 on the CPU)."""
+    threads: int | None = None
+    """CPU threads of a pass; all cores when not given. Bit-identical numbers need the same count."""
+    max_rank: int = 128
+    max_context: int | None = None
+    """Longest sequence in tokens; the model's own limit when not given."""
+    pass_tokens: int | None = None
+    """Tokens that are packed into one forward and backward pass at most; a longer datum makes a pass of its own.
+    4,096 on the CPU and 16,384 on a GPU when not given. Results do not depend on it."""
+    sample_slots: int = 48
+    """Sequences that are decoded together at most; further ones wait."""
+    prefill_tokens: int = 2048
+    """Prompt tokens that are taken into the running batch in one step at most (one prompt always may)."""
+    cached_adapters: int = 64
+    """Adapter versions that are kept in memory for sampling; the least recently used one goes first."""
+    deterministic: bool = False
+    """Decode every sequence in a pass of its own and ask torch for deterministic kernels, so that numbers do not
+    depend on what else is being sampled. Training never depends on other runs."""
+
+
+def read_options(options: dict[str, Any]) -> HfOptions:
+    """The options of a configuration; raises LoadError naming what is unknown, mistyped or out of range."""
+    try:
+        read = msgspec.convert(options, HfOptions)
+    except msgspec.ValidationError as error:
+        allowed = ", ".join(HfOptions.__struct_fields__)
+        raise LoadError(f"options of the hf engine: {error}; allowed are {allowed}") from error
+    if read.dtype not in ("auto", "float32", "bfloat16"):
+        raise LoadError(f"options.dtype is {read.dtype!r}; allowed are auto, float32, bfloat16")
+    for name in ("threads", "max_rank", "max_context", "pass_tokens", "sample_slots", "prefill_tokens",
+                 "cached_adapters"):
+        value = msgspec.structs.asdict(read)[name]
+        if value is not None and value < 1:
+            raise LoadError(f"options.{name} is {value}; it must be at least 1")
+    return read
+
+
+def cpu_threads(options: HfOptions) -> int:
+    """The number of CPU threads that a pass uses."""
+    return options.threads or os.cpu_count() or 1

@@ -1,0 +1,160 @@
+"""What is known about a sample request while it is being decoded, and how its result is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from engines.hf.drawing import Draw
+from engines.hf.kv_cache import Prefix
+from engines.hf.lora import Adapter, Segment
+from engines.hf.model import BaseModel
+from engines.interface import EngineInfo, SampleStep, Token, UserError
+from engines.operations import SampledSequence, SampleRequest, SampleResult, TopLogprobs
+from engines.sampling import StopTracker, uniforms
+from engines.tensors import Tensor as Bytes
+
+Best = tuple[tuple[int, float], ...]
+"""Best alternatives of one position as (token, logprob), best first."""
+
+
+@dataclass
+class Sample:
+    """A sample request under way. `limit` is the number of tokens that each sequence may have."""
+
+    call_id: int
+    request: SampleRequest
+    adapter: Adapter | None
+    prompt: list[int]
+    limit: int
+    stops: Sequence[StopTracker]
+    sequences: list[SampledSequence | None]
+    admitted: int = 0
+    prefix: Prefix | None = None
+    """The prompt's keys and values, until all sequences are admitted."""
+    last: Tensor | None = None
+    """Hidden state [1, H] of the prompt's last token, as long."""
+    prompt_logprobs: Bytes | None = None
+    topk_prompt_logprobs: TopLogprobs | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have no slot yet."""
+        return self.request.num_samples - self.admitted
+
+    @property
+    def complete(self) -> bool:
+        return all(sequence is not None for sequence in self.sequences)
+
+    def result(self) -> SampleResult:
+        """The result of a complete sample."""
+        return SampleResult(
+            sequences=[sequence for sequence in self.sequences if sequence is not None],
+            prompt_logprobs=self.prompt_logprobs,
+            topk_prompt_logprobs=self.topk_prompt_logprobs,
+        )
+
+    def score_prompt(self, base: BaseModel, hidden: Tensor) -> None:
+        """Log-probs of the prompt's own tokens and of the best alternatives, untempered, from states [N, H]."""
+        segments = [] if self.adapter is None else [Segment(self.adapter, 0, len(self.prompt) - 1)]
+        if self.request.prompt_logprobs:
+            targets = torch.tensor(self.prompt[1:], device=hidden.device)[:, None]
+            scores = base.unembedding.logprobs(hidden[:-1], targets, segments)
+            self.prompt_logprobs = Bytes.of(np.append(np.float32(np.nan), scores[:, 0].cpu().numpy()))
+        count = self.request.topk_prompt_logprobs
+        if count:
+            best: list[Best] = [()]
+            for _, logits in base.unembedding.chunks(hidden[:-1], segments):
+                top = logits.log_softmax(1).topk(count, dim=1)
+                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                best += [tuple(zip(tokens, values, strict=True)) for tokens, values in pairs]
+            self.topk_prompt_logprobs = top_logprobs(best, count)
+
+
+@dataclass
+class Row:
+    """One sequence in a slot. `held` tokens are in the cache; the last drawn token is not yet."""
+
+    sample: Sample
+    index: int
+    held: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[Best] = field(default_factory=list)
+
+    def next_draw(self) -> Draw:
+        """How the next token is drawn: its randomness depends on the seed, the sequence and the position alone."""
+        request = self.sample.request
+        uniform = uniforms(request.seed, self.index, len(self.tokens))
+        return Draw(request.temperature, request.top_k, request.top_p, uniform, request.topk_sample_logprobs)
+
+    def take(self, token: int, logprob: float, top: Best) -> SampleStep:
+        """Append a token; the step says whether it was the last one."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.tops.append(top)
+        reason: Literal["stop", "length"] | None = None
+        if self.sample.stops[self.index].add(token):
+            reason = "stop"
+        elif len(self.tokens) >= self.sample.limit:
+            reason = "length"
+        if reason is not None:
+            self.end(reason)
+        return SampleStep(self.sample.call_id, self.index, Token(token, logprob, top), reason)
+
+    def end(self, reason: Literal["stop", "length"]) -> None:
+        """Leave the finished sequence with the sample."""
+        count = self.sample.request.topk_sample_logprobs
+        self.sample.sequences[self.index] = SampledSequence(
+            tokens=Bytes.of(np.array(self.tokens, dtype=np.int32)),
+            logprobs=Bytes.of(np.array(self.logprobs, dtype=np.float32)),
+            stop_reason=reason,
+            top_logprobs=top_logprobs(self.tops, count) if count else None,
+        )
+
+
+def top_logprobs(best: Sequence[Best], count: int) -> TopLogprobs:
+    """[N, count] tensors; a position without alternatives holds token 0 with logprob NaN."""
+    tokens = np.zeros((len(best), count), dtype=np.int32)
+    values = np.full((len(best), count), np.nan, dtype=np.float32)
+    for position, pairs in enumerate(best):
+        for place, (token, value) in enumerate(pairs):
+            tokens[position, place] = token
+            values[position, place] = value
+    return TopLogprobs(tokens=Bytes.of(tokens), logprobs=Bytes.of(values))
+
+
+def segments_of(adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> list[Segment]:
+    """Neighbours that share an adapter are one segment; item i takes `lengths[i]` rows, the base model's none."""
+    segments: list[Segment] = []
+    start = 0
+    for adapter, length in zip(adapters, lengths, strict=True):
+        stop = start + length
+        if segments and segments[-1].adapter is adapter and segments[-1].stop == start:
+            segments[-1] = segments[-1]._replace(stop=stop)
+        elif adapter is not None:
+            segments.append(Segment(adapter, start, stop))
+        start = stop
+    return segments
+
+
+def new_sample(
+    call_id: int, request: SampleRequest, adapter: Adapter | None, info: EngineInfo, tokenizer: Tokenizer
+) -> Sample:
+    """Raises UserError when prompt and continuation are longer than the context."""
+    prompt: list[int] = request.prompt.array().tolist()
+    room = info.max_context - len(prompt)
+    limit = room if request.max_tokens is None else request.max_tokens
+    if room < 1 or limit > room:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}; "
+            f"together they may be at most {info.max_context}"
+        )
+    stops = [StopTracker(request, info.eos_tokens, tokenizer) for _ in range(request.num_samples)]
+    return Sample(call_id, request, adapter, prompt, limit, stops, [None] * request.num_samples)

@@ -1,0 +1,81 @@
+"""The chunked log-prob function against log_softmax of full logits, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engines.hf import logprobs as module
+from engines.hf.logprobs import Unembedding
+from engines.hf.lora import Adapter, Segment, Site
+from engines.operations import LoraSpec
+
+ROWS, WIDTH, VOCABULARY = 23, 16, 61
+SITES = [Site("lm_head", "unembed", WIDTH, VOCABULARY)]
+SPEC = LoraSpec(rank=3, seed=0, alpha=6.0)
+
+
+def random_adapter(seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter(SITES, SPEC, torch.randn(3 * (WIDTH + VOCABULARY), generator=generator) * 0.3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize(
+    ("kept", "chunk"), [(2**26, 2**24), (0, 2**24), (0, 5 * VOCABULARY), (2**26, 5 * VOCABULARY)]
+)
+def test_equals_log_softmax_of_full_logits(
+    monkeypatch: pytest.MonkeyPatch, kept: int, chunk: int, width: int, bias: bool
+) -> None:
+    monkeypatch.setattr(module, "KEPT_LOGITS", kept)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    offset = torch.randn(VOCABULARY, generator=generator) if bias else None
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (ROWS, width), generator=generator)
+    upstream = torch.randn(ROWS, width, generator=generator)
+    first, second = random_adapter(1), random_adapter(2)
+    segments = [Segment(first, 0, 9), Segment(second, 12, ROWS)]
+    variables = [hidden, *first.leaves(), *second.leaves()]
+
+    logits = hidden @ weight.t() + (0 if offset is None else offset)
+    deltas = [torch.zeros_like(logits[9:12])]
+    for adapter, rows in ((first, hidden[:9]), (second, hidden[12:])):
+        a, b = adapter.leaves()
+        deltas.append(adapter.scale * rows @ a.t() @ b.t())
+    expected = (logits + torch.cat([deltas[1], deltas[0], deltas[2]])).log_softmax(1).gather(1, targets)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), variables)
+
+    unembedding = Unembedding(weight, offset, 0)
+    found = unembedding.logprobs(hidden, targets, segments)
+    grads = torch.autograd.grad((found * upstream).sum(), variables)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():
+        torch.testing.assert_close(unembedding.logprobs(hidden, targets, segments), expected, rtol=0, atol=1e-5)
+        chunks = [logits for _, logits in unembedding.chunks(hidden, segments)]
+        torch.testing.assert_close(
+            torch.cat(chunks).log_softmax(1).gather(1, targets), expected, rtol=0, atol=1e-5
+        )
+
+
+def test_long_batches_leave_no_logits_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autograd keeps between the passes does not grow with rows times vocabulary."""
+    monkeypatch.setattr(module, "KEPT_LOGITS", ROWS * VOCABULARY - 1)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 5 * VOCABULARY)
+    hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    weight = torch.randn(VOCABULARY, WIDTH)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = Unembedding(weight, None, 0).logprobs(hidden, torch.zeros(ROWS, 1, dtype=torch.int64), [])
+    assert max(saved) <= weight.numel() < ROWS * VOCABULARY
+    assert out.grad_fn is not None and out.grad_fn.kept == []  # type: ignore[attr-defined]
