@@ -1,0 +1,230 @@
+"""The engine process: `python -m engines.host --connect ipc://…`, started by the gateway.
+
+It says Hello, loads the model that it is told to, and then repeats: receive → perform → reply. Training calls and
+decoding steps take turns, so that neither keeps the other waiting for long. The process ends when its owner says so,
+closes its standard input (as the system does for an owner that dies) or is silent, or by SIGTERM; what it holds in
+memory can be built again from the runs' logs, so it may end anywhere. SIGINT is the owner's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections import deque
+
+import zmq
+
+from engines.interface import Engine, EngineConfig, EngineInfo, LoadError
+from engines.messages import (
+    PROTOCOL,
+    Cancel,
+    DropRun,
+    FromEngine,
+    Hello,
+    Load,
+    LoadFailed,
+    Perform,
+    Ping,
+    Pong,
+    Ready,
+    Sample,
+    Stop,
+    ToEngine,
+    pack,
+    unpack_to_engine,
+)
+from engines.performing import TrainingCalls, failure_of_engine
+from engines.registry import engine_class
+from engines.sampling_calls import SamplingCalls
+
+log = logging.getLogger("engines.host")
+
+EXIT_STOPPED = 0
+EXIT_LOAD_FAILED = 1
+EXIT_OWNER_GONE = 3
+
+STEPS_BETWEEN_CALLS = 8
+"""Decoding steps that follow a training call before the next one, as long as there are samples."""
+
+_GREETING_S = 30.0
+_LINGER_MS = 2000
+
+Socket = zmq.Socket[bytes]
+
+
+class Host:
+    """The loop of a loaded engine."""
+
+    def __init__(self, socket: Socket, engine: Engine, info: EngineInfo, config: EngineConfig) -> None:
+        self._socket = socket
+        self._engine = engine
+        self._owner_timeout_s = config.owner_timeout_s
+        self._training = TrainingCalls(engine, info, config.epoch)
+        self._samples = SamplingCalls(engine, info, self._send)
+        self._waiting: deque[tuple[Perform | DropRun, list[bytes]]] = deque()
+        self._steps_left = 0
+        self._stopped = False
+        self._heard_at = time.monotonic()
+
+    def serve(self) -> int:
+        """Until the owner says stop or is silent; gives the exit status."""
+        while True:
+            self._receive()
+            if self._stopped:
+                return EXIT_STOPPED
+            if time.monotonic() - self._heard_at > self._owner_timeout_s:
+                log.error("the owner has been silent for %.1f s", self._owner_timeout_s)
+                return EXIT_OWNER_GONE
+            self._work()
+
+    def _receive(self) -> None:
+        """Take in everything that has arrived; wait for something only when there is nothing to do.
+
+        Signs of life that arrived during a long call are all here before the owner's silence is measured.
+        """
+        busy = bool(self._waiting) or self._engine.sampling
+        timeout_ms = 0 if busy else int(self._owner_timeout_s * 1000) + 1
+        while not self._stopped and self._socket.poll(timeout_ms):
+            message, payloads = unpack_to_engine(self._socket.recv_multipart())
+            self._heard_at = time.monotonic()
+            self._accept(message, payloads)
+            timeout_ms = 0
+
+    def _accept(self, message: ToEngine, payloads: list[bytes]) -> None:
+        """Answer what is quick; keep what changes runs, in order."""
+        match message:
+            case Perform() | DropRun():
+                self._waiting.append((message, payloads))
+            case Sample():
+                self._samples.start(message, payloads[0])
+            case Cancel():
+                self._samples.cancel(message.call_id)
+            case Ping():
+                self._send(Pong(self._engine.stats()))
+            case Stop():
+                self._stopped = True
+            case Load():
+                log.warning("a second load was ignored: a process serves one model")
+
+    def _work(self) -> None:
+        """One training call or one decoding step."""
+        sampling = self._engine.sampling
+        if self._waiting and not (sampling and self._steps_left):
+            self._perform(*self._waiting.popleft())
+            self._steps_left = STEPS_BETWEEN_CALLS
+        elif sampling:
+            self._samples.advance()
+            self._steps_left = max(0, self._steps_left - 1)
+
+    def _perform(self, message: Perform | DropRun, payloads: list[bytes]) -> None:
+        if isinstance(message, DropRun):
+            self._training.drop(message.run_id)
+            return
+        performed, results = self._training.perform(message, payloads)
+        self._send(performed, *results)
+
+    def _send(self, message: FromEngine, *payloads: bytes) -> None:
+        self._socket.send_multipart(pack(message, *payloads))
+
+
+# ---------------------------------------------------------------------------- from greeting to exit
+
+
+def run(socket: Socket) -> int:
+    """A process's whole life on a connected socket; gives its exit status."""
+    socket.send_multipart(pack(Hello(PROTOCOL, os.getpid(), platform.python_version())))
+    config = _await_load(socket)
+    if config is None:
+        return EXIT_OWNER_GONE
+    start_logging(config.name)
+    engine = _load(socket, config)
+    if engine is None:
+        return EXIT_LOAD_FAILED
+    info = engine.info()
+    log.info("loaded %s: %s, %s on %s", config.base_model, info.architecture, info.dtype, info.device)
+    log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in sorted(info.versions.items())))
+    status = Host(socket, engine, info, config).serve()
+    engine.close()
+    log.info("ends with status %d", status)
+    return status
+
+
+def _await_load(socket: Socket) -> EngineConfig | None:
+    """What to load; None when the owner says nothing, or says stop. Pings may come first."""
+    deadline = time.monotonic() + _GREETING_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        if socket.poll(int(left_s * 1000) + 1):
+            message, _ = unpack_to_engine(socket.recv_multipart())
+            if isinstance(message, Load):
+                return message.config
+            if isinstance(message, Stop):
+                return None
+    log.error("the owner has not said what to load within %.0f s", _GREETING_S)
+    return None
+
+
+def _load(socket: Socket, config: EngineConfig) -> Engine | None:
+    """The loaded engine, after telling the owner; None when it cannot be loaded, which the owner is told too."""
+    try:
+        engine = engine_class(config.plugin).load(config)
+        files = engine.tokenizer_files()
+        socket.send_multipart(pack(Ready(engine.info(), list(files)), *files.values()))
+    except LoadError as error:
+        log.error("%s cannot be loaded: %s", config.base_model, error)
+        socket.send_multipart(pack(LoadFailed(str(error))))
+        return None
+    except Exception:  # the process boundary: a plugin may raise anything while it loads
+        failure = failure_of_engine("model", f"loading {config.base_model}")
+        socket.send_multipart(pack(LoadFailed(failure.message)))
+        return None
+    return engine
+
+
+def exit_with_owner() -> None:
+    """End the process when standard input closes, also in the middle of a call."""
+
+    def watch() -> None:
+        # Not sys.stdin: a thread that waits inside it would hold its lock when the interpreter shuts down.
+        while os.read(0, 4096):
+            pass
+        log.error("the owner has gone")
+        os._exit(EXIT_OWNER_GONE)
+
+    threading.Thread(target=watch, name="owner", daemon=True).start()
+
+
+def start_logging(name: str) -> None:
+    """One line an event on standard error, under the engine's name."""
+    label = name.replace("%", "%%")
+    layout = f"%(asctime)s %(levelname)s engine {label}: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr, force=True)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m engines.host", description="An engine process of a gateway.")
+    parser.add_argument("--connect", required=True, metavar="ADDRESS", help="where the gateway listens: ipc://…")
+    address: str = parser.parse_args().connect
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_logging(f"process {os.getpid()}")
+    exit_with_owner()
+    context = zmq.Context()
+    socket: Socket = context.socket(zmq.DEALER)
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.connect(address)
+    try:
+        return run(socket)
+    finally:
+        socket.close()
+        context.term()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
