@@ -1,0 +1,128 @@
+"""Stored folders by key: either complete and synced, or not there at all.
+
+A key is a relative path such as `checkpoints/0f3a`, decided when an operation is accepted. A folder is written once. Only
+a save that was cut short may come again with its key; nobody has been told of the first one, so it is replaced.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from engines.interface import UserError
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+class FolderStorage:
+    """Folders below `root`, which is made when the first one is written."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def path(self, key: str) -> Path:
+        """Where a key lies, whether it exists or not.
+
+        Segments are letters, digits, dots, dashes and underscores and do not begin with a dot: no key leads out of
+        the root or to a folder that is still being written. Raises ValueError otherwise.
+        """
+        if not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+            raise ValueError(
+                f"storage key {key!r}: its segments, separated by '/', consist of letters, digits, '.', '-' and '_' and "
+                "do not begin with '.'"
+            )
+        return self.root.joinpath(*key.split("/"))
+
+    @contextmanager
+    def write(self, key: str) -> Iterator[Path]:
+        """A new, empty folder to fill. It appears under its key, synced, when the block ends without an error.
+
+        On an error nothing of it is left. What killed processes have left of the same key is removed.
+        """
+        target = self.path(key)
+        _make_synced(target.parent)
+        for stale in target.parent.glob(f".{target.name}.*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial = _sibling(target)
+        partial.mkdir()
+        try:
+            yield partial
+            for path in sorted(partial.rglob("*"), reverse=True):
+                _sync(path)
+            _sync(partial)
+            _move(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _sync(target.parent)
+
+    def open(self, key: str, *names: str) -> Path:
+        """The folder of a key, which holds files of the given names. Raises UserError naming what is missing."""
+        folder = self.path(key)
+        if not folder.is_dir():
+            raise UserError(f"there is nothing stored under {key}; it has been deleted, or its save did not finish")
+        for name in names:
+            if not (folder / name).is_file():
+                raise UserError(f"{key} holds no {name}")
+        return folder
+
+    @staticmethod
+    def size(folder: Path) -> int:
+        """Bytes of all files in a folder."""
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def write_folder(root: str | Path, key: str, files: Mapping[str, bytes]) -> int:
+    """Store files by name under a key, complete and synced; gives the bytes written."""
+    with FolderStorage(root).write(key) as folder:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    return sum(len(data) for data in files.values())
+
+
+def open_folder(root: str | Path, key: str, *names: str) -> Path:
+    """The folder of a key, with files of the given names in it. Raises UserError naming what is missing."""
+    return FolderStorage(root).open(key, *names)
+
+
+def _sibling(target: Path) -> Path:
+    """An unused hidden name beside the target, on the same file system."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+
+
+def _move(partial: Path, target: Path) -> None:
+    """Rename the folder to its place. A folder cannot be renamed onto a full one, so that one is moved away first."""
+    while True:
+        try:
+            partial.rename(target)
+            return
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        old = _sibling(target)
+        target.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_synced(folder: Path) -> None:
+    """Make a folder and those above it; the entry of each new one is synced too."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
