@@ -1,0 +1,60 @@
+"""The built-in losses: their names, the tensors that each needs, and their settings. No tensor framework here.
+
+p is the current policy's log-prob of a target token, q the `logprobs` input (the sampler's), A the `advantages`,
+r = exp(p - q). A loss is the sum over all tokens of all data; nothing is averaged. `engines.losses.formulas` has them
+in torch; an engine may bring its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number that configures a loss: `default` None means that it must be given; `least` is the smallest allowed."""
+
+    default: float | None
+    least: float = 0.0
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What a loss is called with.
+
+    `inputs` are all needed and none else is taken: `target_tokens` int64 [N], where N is the number of the datum's
+    tokens, or [N, K] for losses with `many_targets`; the others float32 of the same shape.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    many_targets: bool = False
+
+    def with_defaults(self, config: Mapping[str, float | str]) -> dict[str, float]:
+        """Every setting's value, defaults filled in, of a configuration that `engines.checks` has accepted."""
+        given = {name: setting.default for name, setting in self.settings.items()} | dict(config)
+        return {name: float(value) for name, value in given.items() if value is not None}
+
+
+_POLICY = ("target_tokens", "logprobs", "advantages")
+_BOUNDS = {"clip_low_threshold": Setting(0.8), "clip_high_threshold": Setting(1.2)}
+"""Bounds of r itself, not distances from 1."""
+
+CROSS_ENTROPY = LossSpec("cross_entropy", ("target_tokens", "weights"), many_targets=True)
+"""-sum(p * w), w the `weights`, of any sign. With targets [N, K] the sum runs over both axes: soft targets."""
+
+IMPORTANCE_SAMPLING = LossSpec("importance_sampling", _POLICY)
+"""-sum(r * A): the policy gradient, corrected for the policy that sampled."""
+
+PPO = LossSpec("ppo", _POLICY, _BOUNDS)
+"""-sum(min(r * A, clamp(r, low, high) * A)). Schulman et al., 2017, arXiv:1707.06347."""
+
+CISPO = LossSpec("cispo", _POLICY, _BOUNDS)
+"""-sum(stopgrad(clamp(r, low, high)) * p * A): every token keeps a gradient. MiniMax, 2025, arXiv:2506.13585."""
+
+DRO = LossSpec("dro", _POLICY, {"beta": Setting(None)})
+"""-sum(p * A - beta / 2 * (p - q)^2). Richemond et al., 2024, arXiv:2405.19107."""
+
+LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO)}
