@@ -30,15 +30,15 @@ class Unsupported(Exception):
 
 
 class Group(NamedTuple):
-    """`count` neighbouring sequences of `length` tokens each, the first one at token `start` of the pack."""
+    """`repeats` neighbouring sequences of `length` tokens each, the first one at token `start` of the pack."""
 
     start: int
-    count: int
+    repeats: int
     length: int
 
     @property
     def stop(self) -> int:
-        return self.start + self.count * self.length
+        return self.start + self.repeats * self.length
 
 
 def group_equal(lengths: Sequence[int]) -> list[Group]:
@@ -48,7 +48,7 @@ def group_equal(lengths: Sequence[int]) -> list[Group]:
     for length in lengths:
         last = groups[-1] if groups else None
         if last is not None and last.length == length:
-            groups[-1] = last._replace(count=last.count + 1)
+            groups[-1] = last._replace(repeats=last.repeats + 1)
         else:
             groups.append(Group(start, 1, length))
         start += length
@@ -67,17 +67,17 @@ class PackedLayout:
 
 
 def _causal(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """The group's part of the result, [1, count * length, heads, dim]."""
-    rows = [_unpack(tensor, group) for tensor in (query, key, value)]
+    """The group's part of the result, [1, repeats * length, heads, dim]."""
     gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=gqa)
-    return out.transpose(1, 2).reshape(1, group.count * group.length, query.shape[1], value.shape[-1])
+    q, k, v = (_unpack(tensor, group) for tensor in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).reshape(1, group.repeats * group.length, query.shape[1], value.shape[-1])
 
 
 def _unpack(packed: Tensor, group: Group) -> Tensor:
-    """[1, heads, T, dim] to [count, heads, length, dim] without copying."""
+    """[1, heads, T, dim] to [repeats, heads, length, dim] without copying."""
     part = packed[0, :, group.start : group.stop]
-    return part.unflatten(1, (group.count, group.length)).transpose(0, 1)
+    return part.view(part.shape[0], group.repeats, group.length, -1).transpose(0, 1)
 
 
 def _attention(

@@ -35,7 +35,11 @@ def write_run(config: EngineConfig, folder: str, run: Run, optimizer_state: bool
     """Write a run's weights, and what training needs to go on, to a storage key; gives the bytes written."""
     adapter = run.adapter
     files = {
-        ADAPTER_CONFIG: peft_config(adapter.spec, config.base_model, [site.name for site in adapter.sites if attaches(site, adapter.spec)]),
+        ADAPTER_CONFIG: peft_config(
+            adapter.spec,
+            config.base_model,
+            [site.name for site in adapter.sites if attaches(site, adapter.spec)],
+        ),
         ADAPTER_WEIGHTS: _encode(dict(named(adapter.sites, adapter.spec, adapter.values))),
     }
     if optimizer_state:
@@ -78,7 +82,9 @@ def _read_optimizer(path: Path, base: BaseModel, spec: LoraSpec) -> AdamW:
     steps = int(tensors.pop("step"))
     for moment in MOMENTS:
         prefix = moment + "."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
         moments.append(_assemble(own, path.name, base, spec))
     return AdamW(steps, *moments)
 
@@ -104,7 +110,9 @@ def _assemble(tensors: Mapping[str, Tensor], file: str, base: BaseModel, spec: L
 
 
 def _encode(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    return save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"}
+    )
 
 
 def _decode(path: Path) -> dict[str, Tensor]:
@@ -117,8 +125,17 @@ def _decode(path: Path) -> dict[str, Tensor]:
 def _read_spec(path: Path) -> LoraSpec:
     """Rank, alpha and parts of a stored adapter, from its configuration and the names of its factors."""
     import json
-    config=json.loads((path/ADAPTER_CONFIG).read_text()); t=config["target_modules"]
-    return LoraSpec(rank=config["r"],seed=0,alpha=config["lora_alpha"],train_attn="q_proj" in t,train_mlp="up_proj" in t,train_unembed="lm_head" in t)
+
+    config = json.loads((path / ADAPTER_CONFIG).read_text())
+    t = config["target_modules"]
+    return LoraSpec(
+        rank=config["r"],
+        seed=0,
+        alpha=config["lora_alpha"],
+        train_attn="q_proj" in t,
+        train_mlp="up_proj" in t,
+        train_unembed="lm_head" in t,
+    )
 
 
 class AdapterVersions:

@@ -63,7 +63,9 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
 def _logprobs(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     """log softmax(logits / temperature); the maximum goes first, so that no division overflows."""
     if any(temperature != 1 for temperature in temperatures):
-        divisor = torch.tensor(temperatures, dtype=torch.float32).to(logits.device, non_blocking=True)[:, None]
+        divisor = torch.tensor(temperatures, dtype=torch.float32).to(logits.device, non_blocking=True)[
+            :, None
+        ]
         logits -= logits.amax(dim=1, keepdim=True) * (divisor != 1)
         logits /= divisor
     return logits.log_softmax(dim=1)

@@ -41,7 +41,9 @@ Result = TypeVar("Result")
 class HfEngine(Engine):
     """Runs are `training.Run` objects; sampled adapter versions are immutable copies, kept by their folder."""
 
-    def __init__(self, config: EngineConfig, options: HfOptions, base: BaseModel, files: dict[str, bytes]) -> None:
+    def __init__(
+        self, config: EngineConfig, options: HfOptions, base: BaseModel, files: dict[str, bytes]
+    ) -> None:
         self.config = config
         self.options = options
         self.base = base
@@ -103,7 +105,9 @@ class HfEngine(Engine):
     def drop_run(self, run_id: str) -> None:
         self.runs.pop(run_id, None)
 
-    def forward_backward(self, items: Sequence[RunOperation[ForwardBackward]]) -> list[ForwardResult | UserError]:
+    def forward_backward(
+        self, items: Sequence[RunOperation[ForwardBackward]]
+    ) -> list[ForwardResult | UserError]:
         return [_attempt(self._forward_backward, item) for item in items]
 
     def _forward_backward(self, item: RunOperation[ForwardBackward]) -> ForwardResult:
@@ -166,9 +170,7 @@ class HfEngine(Engine):
         }
 
 
-def _attempt(
-    perform: Callable[[RunOperation[Op]], Result], item: RunOperation[Op]
-) -> Result | UserError:
+def _attempt(perform: Callable[[RunOperation[Op]], Result], item: RunOperation[Op]) -> Result | UserError:
     """The result, or the UserError that kept the operation from being applied."""
     try:
         return perform(item)

@@ -98,7 +98,10 @@ class PrefillLayout(PackedLayout):
 
     def prefix(self, start: int, stop: int) -> Prefix:
         """The part of the pack's tokens [start, stop), as views."""
-        return {layer: (key[:, :, start:stop], value[:, :, start:stop]) for layer, (key, value) in self.kept.items()}
+        return {
+            layer: (key[:, :, start:stop], value[:, :, start:stop])
+            for layer, (key, value) in self.kept.items()
+        }
 
 
 class DecodeLayout:
@@ -108,7 +111,9 @@ class DecodeLayout:
     `lengths` [n] are the tokens that each *slot* holds already.
     """
 
-    def __init__(self, cache: KvCache, first: int, order: Sequence[int], lengths: Sequence[int], batch: Tensor) -> None:
+    def __init__(
+        self, cache: KvCache, first: int, order: Sequence[int], lengths: Sequence[int], batch: Tensor
+    ) -> None:
         count = len(order)
         self.cache = cache
         self.slots = slice(first, first + count)
@@ -118,7 +123,9 @@ class DecodeLayout:
         self.index = self.order + first
         self.positions = held[self.order]
         beyond = torch.arange(self.reach, device=batch.device) > held[:, None]
-        self.mask = torch.zeros(beyond.shape, device=batch.device).masked_fill_(beyond, float("-inf"))[:, None, None]
+        self.mask = torch.zeros(beyond.shape, device=batch.device).masked_fill_(beyond, float("-inf"))[
+            :, None, None
+        ]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         keys, values = self.cache.at(layer, key, value)

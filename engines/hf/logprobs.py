@@ -7,7 +7,7 @@ and the chunk is computed again in the backward pass. When all logits are few en
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,22 +65,22 @@ class Unembedding:
         """
         spans, factors = _spans(segments, self.site, hidden.shape[0], rows_per_chunk(self.vocabulary))
         if torch.is_grad_enabled():
-            out: Tensor = _Logprobs.apply(hidden, targets, self.weight, self.bias, spans, *factors)
-            return out
+            apply: Callable[..., Tensor] = _Logprobs.apply
+            return apply(hidden, targets, self.weight, self.bias, spans, *factors)
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         for span in spans:
             rows = slice(span.start, span.stop)
-            logits, _ = _span_logits(span, hidden[rows], self.weight, self.bias, factors)
+            logits = _span_logits(span, hidden[rows], self.weight, self.bias, factors)
             out[rows] = logits.gather(1, targets[rows]).sub_(logits.logsumexp(1, keepdim=True))
         return out
 
 
 class _Span(NamedTuple):
-    """Rows [start, stop) of one chunk, all of one adapter: A and B lie at `index` and `index + 1`, -1 is none."""
+    """Rows [start, stop) of one chunk, all of one adapter: A and B are factors `place` and `place + 1`, -1 is none."""
 
     start: int
     stop: int
-    index: int
+    place: int
     scale: float
 
 
@@ -100,9 +100,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias.float())
 
 
-def _spans(
-    segments: Sequence[Segment], site: int, rows: int, step: int
-) -> tuple[list[_Span], list[Tensor]]:
+def _spans(segments: Sequence[Segment], site: int, rows: int, step: int) -> tuple[list[_Span], list[Tensor]]:
     """Cover all rows: each segment, and the gaps between segments, in chunks of at most `step` rows."""
     spans: list[_Span] = []
     factors: list[Tensor] = []
@@ -110,29 +108,28 @@ def _spans(
     for adapter, start, stop in [*segments, (None, rows, rows)]:
         pair = None if adapter is None else adapter.factors[site]
         spans += _cut(done, start, step, -1, 0.0)
-        index, scale = (-1, 0.0) if pair is None or adapter is None else (len(factors), adapter.scale)
-        spans += _cut(start, stop, step, index, scale)
+        place, scale = (-1, 0.0) if pair is None or adapter is None else (len(factors), adapter.scale)
+        spans += _cut(start, stop, step, place, scale)
         factors += pair or ()
         done = stop
     return spans, factors
 
 
-def _cut(start: int, stop: int, step: int, index: int, scale: float) -> list[_Span]:
-    return [_Span(first, min(first + step, stop), index, scale) for first in range(start, stop, step)]
+def _cut(start: int, stop: int, step: int, place: int, scale: float) -> list[_Span]:
+    return [_Span(first, min(first + step, stop), place, scale) for first in range(start, stop, step)]
 
 
 def _span_logits(
     span: _Span, hidden: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Logits of one span, and `scale * hidden @ A.T` if an adapter is on it."""
+) -> Tensor:
+    """Logits float32 of one span."""
     logits = project(hidden, weight, bias)
-    if span.index < 0:
-        return logits, None
-    a, b = factors[span.index : span.index + 2]
-    inner = hidden.float() @ a.t()
-    inner *= span.scale
-    logits.addmm_(inner, b.t())
-    return logits, inner
+    if span.place >= 0:
+        a, b = factors[span.place : span.place + 2]
+        inner = hidden.float() @ a.t()
+        inner *= span.scale
+        logits.addmm_(inner, b.t())
+    return logits
 
 
 class _Logprobs(torch.autograd.Function):
@@ -157,7 +154,7 @@ class _Logprobs(torch.autograd.Function):
         ctx.kept = []
         for span in spans:
             rows = slice(span.start, span.stop)
-            logits, _ = _span_logits(span, hidden[rows], weight, bias, factors)
+            logits = _span_logits(span, hidden[rows], weight, bias, factors)
             norm[rows] = logits.logsumexp(1, keepdim=True)
             out[rows] = logits.gather(1, targets[rows])
             if keep:
@@ -167,21 +164,20 @@ class _Logprobs(torch.autograd.Function):
         return out.sub_(norm)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets, norm, weight, bias, *factors = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grads = [torch.zeros_like(factor) for factor in factors]
         kept = iter(ctx.kept or [None] * len(ctx.spans))
-        for span, logits in zip(ctx.spans, kept, strict=True):
+        for span, held in zip(ctx.spans, kept, strict=True):
             rows = slice(span.start, span.stop)
-            if logits is None:
-                logits, _ = _span_logits(span, hidden[rows], weight, bias, factors)
+            logits = _span_logits(span, hidden[rows], weight, bias, factors) if held is None else held
             grad_logits = logits.sub_(norm[rows]).exp_().mul_(-grad[rows].sum(1, keepdim=True))
             grad_logits.scatter_add_(1, targets[rows], grad[rows])
             torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
-            if span.index >= 0:
-                pair = slice(span.index, span.index + 2)
+            if span.place >= 0:
+                pair = slice(span.place, span.place + 2)
                 _adapter_grads(span, grad_logits, hidden[rows], factors[pair], grads[pair], grad_hidden[rows])
         ctx.kept = None
         return (grad_hidden, None, None, None, None, *grads)

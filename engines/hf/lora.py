@@ -6,7 +6,7 @@ base model alone. The same layer therefore serves one run, several runs in one p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -160,7 +160,8 @@ class LoraLinear(nn.Module):
             return F.linear(x, self.base.weight, self.base.bias)
         rows = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():
-            out: Tensor = _AdaptedLinear.apply(rows, self.base.weight, self.base.bias, pieces, *factors)
+            apply: Callable[..., Tensor] = _AdaptedLinear.apply
+            out = apply(rows, self.base.weight, self.base.bias, pieces, *factors)
         else:
             out = F.linear(rows, self.base.weight, self.base.bias)
             add_deltas(out, rows, pieces, factors)
@@ -203,7 +204,7 @@ class _AdaptedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, *rest = ctx.saved_tensors
         count = 2 * len(ctx.pieces)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from engines.hf.attention import ATTENTION, Layout, PackedLayout, ProbeLayout, Unsupported
@@ -219,7 +219,9 @@ def _probe(base: BaseModel, name: str) -> None:
             f"set options.max_context to at most {layout.window}"
         )
     base.module.set_attn_implementation("eager")
-    rows = [base.module(base.pack([tokens]).tokens, use_cache=False).logits[0].float() for tokens in sequences]
+    rows = [
+        base.module(base.pack([tokens]).tokens, use_cache=False).logits[0].float() for tokens in sequences
+    ]
     base.module.set_attn_implementation(ATTENTION)
     difference = (packed - torch.cat(rows).log_softmax(-1)).abs().max().item()
     tolerance = 1e-3 if base.dtype == torch.float32 else 0.3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,19 +19,20 @@ class AdamW:
     """
 
     steps: int = 0
-    exp_avg: Tensor | None = field(default=None)
-    exp_avg_sq: Tensor | None = field(default=None)
+    exp_avg: Tensor | None = None
+    exp_avg_sq: Tensor | None = None
 
     @torch.no_grad()
     def step(self, values: Tensor, gradient: Tensor, settings: OptimStep) -> Tensor:
         """Move `values` in place; `gradient` is overwritten. Returns the norm before clipping, float64 [].
 
         Decay is decoupled: `values *= 1 - lr * weight_decay` before the step. Clipping is that of
-        `torch.nn.utils.clip_grad_norm_`: multiply by min(1, max_norm / (norm + 1e-6)). Nothing here waits for the device.
+        `torch.nn.utils.clip_grad_norm_`: multiply by min(1, max_norm / (norm + 1e-6)). Nothing waits for the
+        device.
         """
         if self.exp_avg is None or self.exp_avg_sq is None:
             self.exp_avg, self.exp_avg_sq = torch.zeros_like(values), torch.zeros_like(values)
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
         if settings.grad_clip_norm > 0:
             gradient.mul_((settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.steps += 1
@@ -39,7 +40,9 @@ class AdamW:
         self.exp_avg_sq.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
         correction1 = 1 - settings.beta1**self.steps
         correction2 = 1 - settings.beta2**self.steps
-        denominator = torch.sqrt(self.exp_avg_sq, out=gradient).div_(math.sqrt(correction2)).add_(settings.eps)
+        denominator = (
+            torch.sqrt(self.exp_avg_sq, out=gradient).div_(math.sqrt(correction2)).add_(settings.eps)
+        )
         values.mul_(1 - settings.learning_rate * settings.weight_decay)
         values.addcdiv_(self.exp_avg, denominator, value=-settings.learning_rate / correction1)
         return norm

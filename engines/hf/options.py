@@ -45,10 +45,8 @@ def read_options(options: dict[str, Any]) -> HfOptions:
         raise LoadError(f"options of the hf engine: {error}; allowed are {allowed}") from error
     if read.dtype not in ("auto", "float32", "bfloat16"):
         raise LoadError(f"options.dtype is {read.dtype!r}; allowed are auto, float32, bfloat16")
-    for name in ("threads", "max_rank", "max_context", "pass_tokens", "sample_slots", "prefill_tokens",
-                 "cached_adapters"):
-        value = msgspec.structs.asdict(read)[name]
-        if value is not None and value < 1:
+    for name, value in msgspec.structs.asdict(read).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise LoadError(f"options.{name} is {value}; it must be at least 1")
     return read
 

@@ -53,11 +53,15 @@ class Passed(NamedTuple):
 def forward(base: BaseModel, run: Run, operation: Forward, pass_tokens: int) -> ForwardResult:
     """Losses and log-probs; the run does not change. UserError when the loss is not finite."""
     with torch.no_grad():
-        passes = [_forward(base, run.adapter, batch, operation) for batch in collate(base, operation, pass_tokens)]
+        passes = [
+            _forward(base, run.adapter, batch, operation) for batch in collate(base, operation, pass_tokens)
+        ]
     return _split(operation, passes, None)
 
 
-def forward_backward(base: BaseModel, run: Run, operation: ForwardBackward, pass_tokens: int) -> ForwardResult:
+def forward_backward(
+    base: BaseModel, run: Run, operation: ForwardBackward, pass_tokens: int
+) -> ForwardResult:
     """The same, and the gradient is added to the run's. UserError, without effect, when anything is not finite."""
     leaves = run.adapter.leaves()
     gradient = None
@@ -140,7 +144,9 @@ def _rows(data: Sequence[Datum], name: str, width: int, dtype: type[np.generic])
     parts = [datum.loss_inputs[name].array().reshape(datum.tokens.shape[0], -1) for datum in data]
     if all(part.shape[1] == width for part in parts):
         return np.concatenate(parts).astype(dtype, copy=False)
-    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]).astype(dtype)
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]).astype(
+        dtype
+    )
 
 
 # ---------------------------------------------------------------------------- split

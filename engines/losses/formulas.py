@@ -20,7 +20,9 @@ def cross_entropy(logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mappin
     return -logprobs * inputs["weights"]
 
 
-def importance_sampling(logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> Tensor:
+def importance_sampling(
+    logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]
+) -> Tensor:
     """-r * A."""
     return -torch.exp(logprobs - inputs["logprobs"]) * inputs["advantages"]
 

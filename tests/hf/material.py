@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from engines.adapters import initial_a
 from engines.hf import HfEngine
-from engines.interface import RunOperation, SampleEnd, SampleStep, UserError
+from engines.interface import RunOperation, SampleStep, UserError
 from engines.operations import (
     CreateRun,
     Datum,
@@ -34,7 +34,9 @@ Array = NDArray[Any]
 
 
 def create(engine: HfEngine, run_id: str = "run", spec: LoraSpec | None = None, **more: Any) -> None:
-    outcome = engine.create_runs([RunOperation(run_id, CreateRun(spec or LoraSpec(rank=4, seed=11), **more))])[0]
+    outcome = engine.create_runs(
+        [RunOperation(run_id, CreateRun(spec or LoraSpec(rank=4, seed=11), **more))]
+    )[0]
     if isinstance(outcome, UserError):
         raise outcome
 
@@ -135,7 +137,9 @@ def reinforced(engine: HfEngine, lengths: Sequence[int], run_id: str = "run", se
 
 
 def plain_model(folder: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def peft_model(folder: str, spec: LoraSpec) -> PeftModel:

@@ -12,7 +12,9 @@ from engines.hf.drawing import Draw, Drawn, draw
 VOCABULARY = 12
 
 
-def plain(uniform: float, temperature: float = 1.0, top_k: int = -1, top_p: float = 1.0, top: int = 0) -> Draw:
+def plain(
+    uniform: float, temperature: float = 1.0, top_k: int = -1, top_p: float = 1.0, top: int = 0
+) -> Draw:
     return Draw(temperature, top_k, top_p, uniform, top)
 
 

@@ -56,7 +56,9 @@ def test_equals_log_softmax_of_full_logits(
         torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
     with torch.no_grad():
-        torch.testing.assert_close(unembedding.logprobs(hidden, targets, segments), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            unembedding.logprobs(hidden, targets, segments), expected, rtol=0, atol=1e-5
+        )
         chunks = [logits for _, logits in unembedding.chunks(hidden, segments)]
         torch.testing.assert_close(
             torch.cat(chunks).log_softmax(1).gather(1, targets), expected, rtol=0, atol=1e-5

@@ -53,7 +53,9 @@ def test_sampled_prompt_and_training_logprobs_agree(engine: HfEngine, adapted: b
     if not adapted:
         create(engine)
     prompt = text(3, 17)
-    first = sample_all(engine, [request(prompt, num_samples=2, max_tokens=12, prompt_logprobs=True, adapter=adapter)])[0]
+    first = sample_all(
+        engine, [request(prompt, num_samples=2, max_tokens=12, prompt_logprobs=True, adapter=adapter)]
+    )[0]
     for sequence in first.sequences:
         whole = np.concatenate([prompt, sequence.tokens.array()])
         expected = scored(engine, "run", whole)
@@ -195,7 +197,9 @@ def test_tops_are_the_best_of_the_full_distribution(engine: HfEngine, model_fold
     np.testing.assert_allclose(sequence.top_logprobs.logprobs.array(), sampled.values, rtol=0, atol=1e-4)
     prompts = logits[:10].log_softmax(-1).topk(2)
     assert result.topk_prompt_logprobs.tokens.array()[1:].tolist() == prompts.indices.tolist()
-    np.testing.assert_allclose(result.topk_prompt_logprobs.logprobs.array()[1:], prompts.values, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        result.topk_prompt_logprobs.logprobs.array()[1:], prompts.values, rtol=0, atol=1e-4
+    )
     assert np.isnan(result.topk_prompt_logprobs.logprobs.array()[0]).all()
 
 
@@ -225,7 +229,7 @@ def test_the_context_is_the_limit(make_engine: MakeEngine) -> None:
     engine = make_engine(max_context=32)
     result = sample_all(engine, [request(text(1, 20), max_tokens=None)])[0]
     assert result.sequences[0].tokens.shape == (12,)
-    with pytest.raises(UserError, match="20 tokens.*13.*at most 32"):
+    with pytest.raises(UserError, match=r"20 tokens.*13.*at most 32"):
         engine.start_sample(0, request(text(1, 20), max_tokens=13))
     with pytest.raises(UserError, match="at most 32"):
         engine.start_sample(0, request(text(1, 32), max_tokens=None))

@@ -75,7 +75,12 @@ class Reference:
         ("tied", SPEC, {}, 2),
         ("tied", SPEC, {"grad_clip_norm": 1.0}, 1),
         ("tied", SPEC, {"weight_decay": 0.3}, 1),
-        ("tied", SPEC, {"beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1, "grad_clip_norm": 5.0}, 2),
+        (
+            "tied",
+            SPEC,
+            {"beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1, "grad_clip_norm": 5.0},
+            2,
+        ),
         ("untied", LoraSpec(rank=8, seed=3, alpha=16.0, train_unembed=False), {}, 1),
         ("tied", LoraSpec(rank=2, seed=4, train_attn=False, train_mlp=False), {}, 1),
     ],
@@ -117,7 +122,9 @@ def test_a_fresh_adapter_is_the_base_model(engine: HfEngine, model_folders: dict
     for datum, found in zip(data, logprobs(forward(engine, data)), strict=True):
         with model.disable_adapter(), torch.no_grad():
             expected = own_logprobs(model, datum.tokens.array(), datum.loss_inputs["target_tokens"].array())
-        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-6 + 1e-6 * float(expected.abs().max()))
+        np.testing.assert_allclose(
+            found, expected.numpy(), rtol=0, atol=1e-6 + 1e-6 * float(expected.abs().max())
+        )
 
 
 def test_the_seed_decides_the_adapter(engine: HfEngine) -> None:
@@ -127,7 +134,9 @@ def test_the_seed_decides_the_adapter(engine: HfEngine) -> None:
     assert torch.equal(same, other) and not torch.equal(same, third)
 
 
-def formula(loss: str, p: torch.Tensor, inputs: dict[str, torch.Tensor], config: dict[str, float]) -> torch.Tensor:
+def formula(
+    loss: str, p: torch.Tensor, inputs: dict[str, torch.Tensor], config: dict[str, float]
+) -> torch.Tensor:
     """The losses as documented, written out once more."""
     q, advantages = inputs["logprobs"], inputs["advantages"]
     ratio = (p - q).exp()
