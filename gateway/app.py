@@ -7,7 +7,6 @@ import logging
 import os
 import resource
 import secrets
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import IO
@@ -16,6 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from engines.interface import UserError
 from gateway import admin, openai, tinker
 from gateway.auth import Keys
 from gateway.errors import ConfigurationError, TandemError
@@ -44,7 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         async with running_gateway(chosen) as gateway:
             app.state.gateway = gateway
             app.state.keys = gateway.keys
-            app.state.backend = FleetBackend(gateway, time.time())
+            app.state.backend = FleetBackend(gateway)
             yield
 
     app = FastAPI(
@@ -60,6 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for prefix in ("/v1", "/oai/api/v1"):
         app.include_router(openai.router, prefix=prefix)
     app.add_exception_handler(TandemError, _answer_error)
+    app.add_exception_handler(UserError, _answer_user_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_bug)
     return app
@@ -139,6 +140,11 @@ def _answer_error(request: Request, error: Exception) -> Response:
     if error.param is not None:
         body["param"] = error.param
     return JSONResponse(body, error.status)
+
+
+def _answer_user_error(request: Request, error: Exception) -> Response:
+    """Input that cannot be honoured, in a call that has no promise to tell it by."""
+    return JSONResponse({"detail": str(error), "code": "bad_request"}, 400)
 
 
 def _answer_http_error(request: Request, error: Exception) -> Response:

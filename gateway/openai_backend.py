@@ -20,9 +20,9 @@ from gateway.supervisor import EngineState
 class FleetBackend:
     """The fleet behind the OpenAI routes."""
 
-    def __init__(self, gateway: Gateway, started_at: float) -> None:
+    def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._started_at = int(started_at)
+        self._started_at = int(gateway.started_at)
         self._room = asyncio.Semaphore(gateway.settings.samples_in_engine)
 
     async def models(self, owner: str) -> list[ServedModel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Gateway:
     futures: Futures
     fleet: Fleet
     keys: Keys
+    started_at: float = field(default_factory=time.time)
     known_sessions: Remembered[Session] = field(init=False)
     known_runs: Remembered[Run] = field(init=False)
     known_samplers: Remembered[Sampler] = field(init=False)

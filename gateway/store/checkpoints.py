@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.store import schema
 from gateway.store.database import Database
-from gateway.store.dialect import insert_or_ignore, now
+from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
 from gateway.store.records import Checkpoint, CheckpointKind
 
 C = schema.checkpoints
@@ -32,11 +32,16 @@ class CheckpointStore:
         return checkpoint_of(row)
 
     async def page(
-        self, *, limit: int, before: tuple[float, str] | None = None, offset: int = 0, **equal: str | None
+        self,
+        *,
+        limit: int,
+        before: tuple[float, str] | None = None,
+        offset: int = 0,
+        where: Filters = NO_FILTERS,
     ) -> list[Checkpoint]:
         """Newest first, without expired ones; `before` is (created_at, path) of the last row seen."""
         query = select(C).where(_alive()).order_by(C.c.created_at.desc(), C.c.path.desc())
-        for column, value in equal.items():
+        for column, value in where.items():
             if value is not None:
                 query = query.where(C.c[column] == value)
         if before is not None:

@@ -1,13 +1,19 @@
-"""What SQLite and Postgres spell differently."""
+"""What SQLite and Postgres spell differently, and what every table's queries share."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Select, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
+
+Filters = Mapping[str, str | None]
+"""Columns and what they must equal; None filters nothing."""
+
+NO_FILTERS: Filters = {}
 
 
 def insert_or_ignore(connection: AsyncConnection, table: Table) -> Any:

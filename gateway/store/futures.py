@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.store import schema
 from gateway.store.database import Database
-from gateway.store.dialect import insert_or_ignore, now
+from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
 from gateway.store.records import Future, FutureStatus, Outcome, Run, Settled
 from gateway.store.runs import insert_runs
 from gateway.store.settling import settle_futures
@@ -109,11 +109,11 @@ class FutureStore:
         return await self._all(query)
 
     async def page(
-        self, *, limit: int, before: tuple[float, str] | None = None, **equal: str | None
+        self, *, limit: int, before: tuple[float, str] | None = None, where: Filters = NO_FILTERS
     ) -> list[Future]:
-        """Newest first; `equal` filters by column; `before` is (created_at, request_id) of the last row seen."""
+        """Newest first; `where` filters by column; `before` is (created_at, request_id) of the last row seen."""
         query = select(F).order_by(F.c.created_at.desc(), F.c.request_id.desc()).limit(limit)
-        for column, value in equal.items():
+        for column, value in where.items():
             if value is not None:
                 query = query.where(F.c[column] == value)
         if before is not None:

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.store import schema
 from gateway.store.database import Database
-from gateway.store.dialect import insert_or_ignore, now
+from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
 from gateway.store.records import Run, RunStatus, Step
 
 R = schema.runs
@@ -29,11 +29,16 @@ class RunStore:
         return run_of(row) if row is not None else None
 
     async def page(
-        self, *, limit: int, before: tuple[float, str] | None = None, offset: int = 0, **equal: str | None
+        self,
+        *,
+        limit: int,
+        before: tuple[float, str] | None = None,
+        offset: int = 0,
+        where: Filters = NO_FILTERS,
     ) -> list[Run]:
-        """Newest first; `equal` filters by column; `before` is (created_at, run_id) of the last row seen."""
+        """Newest first; `where` filters by column; `before` is (created_at, run_id) of the last row seen."""
         query = select(R).order_by(R.c.created_at.desc(), R.c.run_id.desc()).limit(limit).offset(offset)
-        for column, value in equal.items():
+        for column, value in where.items():
             if value is not None:
                 query = query.where(R.c[column] == value)
         if before is not None:

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.store import schema
 from gateway.store.database import Database
-from gateway.store.dialect import insert_or_ignore, now
+from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
 from gateway.store.records import Session
 
 S = schema.sessions
@@ -49,11 +49,16 @@ class SessionStore:
         await self._database.write(finish_sessions, finish)
 
     async def page(
-        self, *, limit: int, before: tuple[float, str] | None = None, offset: int = 0, **equal: str | None
+        self,
+        *,
+        limit: int,
+        before: tuple[float, str] | None = None,
+        offset: int = 0,
+        where: Filters = NO_FILTERS,
     ) -> list[Session]:
-        """Newest first; `equal` filters by column; `before` is (created_at, session_id) of the last row seen."""
+        """Newest first; `where` filters by column; `before` is (created_at, session_id) of the last row seen."""
         query = select(S).order_by(S.c.created_at.desc(), S.c.session_id.desc()).limit(limit).offset(offset)
-        for column, value in equal.items():
+        for column, value in where.items():
             if value is not None:
                 query = query.where(S.c[column] == value)
         if before is not None:

@@ -31,7 +31,7 @@ async def list_training_runs(
     owner: Owner, gateway: Running, limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """The caller's runs, newest first."""
-    runs = await gateway.store.runs.page(limit=limit, offset=offset, owner=owner)
+    runs = await gateway.store.runs.page(limit=limit, offset=offset, where={"owner": owner})
     total = await gateway.store.runs.count(owner)
     cursor = {"offset": offset, "limit": limit, "total_count": total}
     return {"training_runs": await _runs_json(gateway, runs), "cursor": cursor}
@@ -50,7 +50,9 @@ async def get_training_run(run_id: str, owner: Owner, gateway: Running) -> dict[
 async def list_checkpoints(run_id: str, owner: Owner, gateway: Running) -> dict[str, Any]:
     """All checkpoints of a run, newest first."""
     await gateway.run(owner, run_id)
-    checkpoints = await gateway.store.checkpoints.page(limit=100_000, owner=owner, run_id=run_id)
+    checkpoints = await gateway.store.checkpoints.page(
+        limit=100_000, where={"owner": owner, "run_id": run_id}
+    )
     return {"checkpoints": [_checkpoint_json(checkpoint) for checkpoint in checkpoints]}
 
 
@@ -59,7 +61,7 @@ async def list_user_checkpoints(
     owner: Owner, gateway: Running, limit: Limit = 100, offset: Offset = 0
 ) -> dict[str, Any]:
     """The caller's checkpoints, newest first."""
-    checkpoints = await gateway.store.checkpoints.page(limit=limit, offset=offset, owner=owner)
+    checkpoints = await gateway.store.checkpoints.page(limit=limit, offset=offset, where={"owner": owner})
     total = await gateway.store.checkpoints.count(owner)
     cursor = {"offset": offset, "limit": limit, "total_count": total}
     return {"checkpoints": [_checkpoint_json(checkpoint) for checkpoint in checkpoints], "cursor": cursor}

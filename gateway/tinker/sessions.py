@@ -109,7 +109,7 @@ async def list_sessions(
     offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
 ) -> dict[str, list[str]]:
     """Ids of the caller's sessions, newest first."""
-    page = await gateway.store.sessions.page(limit=limit, offset=offset, owner=owner)
+    page = await gateway.store.sessions.page(limit=limit, offset=offset, where={"owner": owner})
     return {"sessions": [session.session_id for session in page]}
 
 

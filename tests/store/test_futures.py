@@ -264,8 +264,8 @@ async def test_pages_go_on_where_the_last_one_ended(store: Store) -> None:
         await store.futures.submit(Submission(an_operation(run, seq, created_at=1000.0 + seq // 3), b"x"))
     seen: list[str] = []
     before = None
-    while page := await store.futures.page(limit=3, before=before, owner="alice", kind="forward_backward"):
+    while page := await store.futures.page(limit=3, before=before, where={"owner": "alice", "kind": "forward_backward"}):
         seen += [future.request_id for future in page]
         before = (page[-1].created_at, page[-1].request_id)
     assert len(seen) == len(set(seen)) == 7
-    assert await store.futures.page(limit=3, owner="bob") == []
+    assert await store.futures.page(limit=3, where={"owner": "bob"}) == []

@@ -58,7 +58,7 @@ async def test_a_run_is_inserted_once_and_can_be_unloaded(store: Store) -> None:
     assert after.status is RunStatus.UNLOADED
     assert [r.run_id for r in await store.runs.of_session(session.session_id)] == [run.run_id]
     assert await store.runs.count("alice") == 1
-    assert await store.runs.page(limit=5, owner="bob") == []
+    assert await store.runs.page(limit=5, where={"owner": "bob"}) == []
 
 
 async def test_keys_come_and_go(store: Store) -> None:

@@ -1,0 +1,252 @@
+"""The routes. Everything is the caller's own, unless the caller's key is an admin's."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Response
+
+from gateway.admin import views
+from gateway.admin.cursors import decode_cursor, next_cursor
+from gateway.auth import Caller, caller_of
+from gateway.checkpoints import checkpoint_path, delete_checkpoint
+from gateway.errors import Forbidden, NotFound
+from gateway.state import Gateway, gateway_of
+from gateway.store.records import Checkpoint, CheckpointKind, Run
+
+router = APIRouter(prefix="/admin/v1", tags=["admin"])
+
+Who = Annotated[Caller, Depends(caller_of)]
+Running = Annotated[Gateway, Depends(gateway_of)]
+Limit = Annotated[int, Query(ge=1, le=1000, description="rows in a page")]
+Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before", max_length=1000)]
+Filter = Annotated[str | None, Query(max_length=300)]
+OwnerFilter = Annotated[str | None, Query(max_length=300, description="for admins; others see their own")]
+
+_PAGE_BYTES = 4096
+
+
+def scope(caller: Caller, owner: str | None) -> str | None:
+    """Whose things to list; None: everybody's. Raises Forbidden."""
+    if caller.admin:
+        return owner
+    if owner is not None and owner != caller.owner:
+        raise Forbidden(f"only an admin's key can list what belongs to {owner!r}", param="owner")
+    return caller.owner
+
+
+@router.get("/runs")
+async def list_runs(
+    caller: Who,
+    gateway: Running,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    owner: OwnerFilter = None,
+    status: Filter = None,
+    base_model: Filter = None,
+    session_id: Filter = None,
+) -> views.Page[views.RunView]:
+    """Runs, newest first."""
+    filters = {
+        "owner": scope(caller, owner),
+        "status": status,
+        "base_model": base_model,
+        "session_id": session_id,
+    }
+    runs = await gateway.store.runs.page(limit=limit, before=decode_cursor(cursor), where=filters)
+    items = [views.run_view(run, _resident(gateway, run)) for run in runs]
+    return views.Page(
+        items=items, next_cursor=next_cursor(runs, limit, lambda run: (run.created_at, run.run_id))
+    )
+
+
+@router.get("/runs/{run_id}")
+async def get_run(run_id: str, caller: Who, gateway: Running) -> views.RunView:
+    """One run."""
+    run = await _run(gateway, caller, run_id)
+    return views.run_view(run, _resident(gateway, run))
+
+
+@router.get("/runs/{run_id}/metrics")
+async def get_run_metrics(
+    run_id: str,
+    caller: Who,
+    gateway: Running,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="only steps above this one")] = 0,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+) -> list[views.StepView]:
+    """Loss, gradient norm, tokens and seconds of each optimizer step, in order."""
+    await _run(gateway, caller, run_id)
+    return [
+        views.step_view(step) for step in await gateway.store.runs.steps(run_id, after=after, limit=limit)
+    ]
+
+
+@router.get("/checkpoints")
+async def list_checkpoints(
+    caller: Who,
+    gateway: Running,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    owner: OwnerFilter = None,
+    run_id: Filter = None,
+    kind: Filter = None,
+    base_model: Filter = None,
+) -> views.Page[views.CheckpointView]:
+    """Checkpoints, newest first."""
+    filters = {"owner": scope(caller, owner), "run_id": run_id, "kind": kind, "base_model": base_model}
+    rows = await gateway.store.checkpoints.page(limit=limit, before=decode_cursor(cursor), where=filters)
+    items = [views.checkpoint_view(row) for row in rows]
+    return views.Page(
+        items=items, next_cursor=next_cursor(rows, limit, lambda row: (row.created_at, row.path))
+    )
+
+
+@router.get("/checkpoints/{run_id}/{kind}/{name}")
+async def get_checkpoint(
+    run_id: str, kind: CheckpointKind, name: str, caller: Who, gateway: Running
+) -> views.CheckpointView:
+    """One checkpoint."""
+    return views.checkpoint_view(await _checkpoint(gateway, caller, run_id, kind, name))
+
+
+@router.delete("/checkpoints/{run_id}/{kind}/{name}", status_code=204)
+async def remove_checkpoint(
+    run_id: str, kind: CheckpointKind, name: str, caller: Who, gateway: Running
+) -> Response:
+    """Delete a checkpoint. Runs that began at it and samplers made from it are not affected."""
+    checkpoint = await _checkpoint(gateway, caller, run_id, kind, name)
+    await delete_checkpoint(gateway.store, gateway.settings, checkpoint.path)
+    return Response(status_code=204)
+
+
+@router.get("/sessions")
+async def list_sessions(
+    caller: Who, gateway: Running, limit: Limit = 100, cursor: Cursor = None, owner: OwnerFilter = None
+) -> views.Page[views.SessionView]:
+    """Sessions, newest first."""
+    rows = await gateway.store.sessions.page(
+        limit=limit, before=decode_cursor(cursor), where={"owner": scope(caller, owner)}
+    )
+    items = [views.session_view(row) for row in rows]
+    position = next_cursor(rows, limit, lambda row: (row.created_at, row.session_id))
+    return views.Page(items=items, next_cursor=position)
+
+
+@router.get("/sessions/{session_id}")
+async def get_session(session_id: str, caller: Who, gateway: Running) -> views.SessionView:
+    """One session."""
+    session = await gateway.store.sessions.get(session_id)
+    if session is None or not _visible(caller, session.owner):
+        raise NotFound(f"there is no session {session_id!r}")
+    return views.session_view(session)
+
+
+@router.get("/futures")
+async def list_futures(
+    caller: Who,
+    gateway: Running,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    owner: OwnerFilter = None,
+    status: Filter = None,
+    kind: Filter = None,
+    run_id: Filter = None,
+    engine: Filter = None,
+) -> views.Page[views.FutureView]:
+    """Accepted calls, newest first."""
+    filters = {
+        "owner": scope(caller, owner),
+        "status": status,
+        "kind": kind,
+        "run_id": run_id,
+        "engine": engine,
+    }
+    rows = await gateway.store.futures.page(limit=limit, before=decode_cursor(cursor), where=filters)
+    items = [views.future_view(row) for row in rows]
+    position = next_cursor(rows, limit, lambda row: (row.created_at, row.request_id))
+    return views.Page(items=items, next_cursor=position)
+
+
+@router.get("/futures/{request_id}")
+async def get_future(request_id: str, caller: Who, gateway: Running) -> views.FutureView:
+    """One accepted call."""
+    future = await gateway.store.futures.get(request_id)
+    if future is None or not _visible(caller, future.owner):
+        raise NotFound(f"there is no future {request_id!r}")
+    return views.future_view(future)
+
+
+@router.get("/engines")
+async def list_engines(caller: Who, gateway: Running) -> list[views.EngineView]:
+    """The engine processes of this gateway."""
+    return [views.engine_view(dispatcher) for dispatcher in gateway.fleet.dispatchers.values()]
+
+
+@router.get("/engines/{name}")
+async def get_engine(name: str, caller: Who, gateway: Running) -> views.EngineView:
+    """One engine process."""
+    dispatcher = gateway.fleet.dispatchers.get(name)
+    if dispatcher is None:
+        raise NotFound(f"there is no engine {name!r}; there are {', '.join(gateway.fleet.dispatchers)}")
+    return views.engine_view(dispatcher)
+
+
+@router.get("/metrics")
+async def get_metrics(caller: Who, gateway: Running) -> views.MetricsView:
+    """Counters of this gateway process; for admins."""
+    if not caller.admin:
+        raise Forbidden("the metrics of the whole gateway are shown to an admin's key only")
+    open_futures: dict[str, dict[str, int]] = {}
+    for (engine, status), count in (await gateway.store.futures.counts()).items():
+        open_futures.setdefault(engine, {})[status] = count
+    engines = {}
+    for name, dispatcher in gateway.fleet.dispatchers.items():
+        process = dispatcher.supervisor.process
+        engines[name] = {
+            **(process.stats if process is not None else {}),
+            "resident_runs": float(len(dispatcher.training.resident)),
+            "starts": float(dispatcher.supervisor.starts),
+        }
+    return views.MetricsView(
+        uptime_s=time.time() - gateway.started_at,
+        resident_bytes=_resident_bytes(),
+        open_futures=open_futures,
+        engines=engines,
+    )
+
+
+async def _run(gateway: Gateway, caller: Caller, run_id: str) -> Run:
+    run = await gateway.store.runs.get(run_id)
+    if run is None or not _visible(caller, run.owner):
+        raise NotFound(f"there is no run {run_id!r}")
+    return run
+
+
+async def _checkpoint(
+    gateway: Gateway, caller: Caller, run_id: str, kind: CheckpointKind, name: str
+) -> Checkpoint:
+    path = checkpoint_path(run_id, kind, name)
+    checkpoint = await gateway.store.checkpoints.get(path)
+    if checkpoint is None or not _visible(caller, checkpoint.owner):
+        raise NotFound(f"there is no checkpoint {path}")
+    return checkpoint
+
+
+def _visible(caller: Caller, owner: str) -> bool:
+    return caller.admin or caller.owner == owner
+
+
+def _resident(gateway: Gateway, run: Run) -> bool:
+    dispatcher = gateway.fleet.dispatchers.get(run.engine)
+    return dispatcher is not None and run.run_id in dispatcher.training.resident
+
+
+def _resident_bytes() -> int:
+    """Memory of this process, by the operating system's account; 0 where it gives none."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
+    except OSError:
+        return 0

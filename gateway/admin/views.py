@@ -1,0 +1,265 @@
+"""What the admin API shows of each record, as its OpenAPI page describes it. Times are ISO 8601, UTC."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BaseModel, Field
+
+from gateway.dispatch import Dispatcher
+from gateway.store.records import Checkpoint, Future, Run, Session, Step
+
+T = TypeVar("T")
+
+
+class Page(BaseModel, Generic[T]):
+    """One page of a list, newest first."""
+
+    items: list[T]
+    next_cursor: Annotated[
+        str | None, Field(description="pass as `cursor` for the next page; null: this is the last")
+    ]
+
+
+class RunView(BaseModel):
+    """One fine-tuning in progress, or ended."""
+
+    run_id: str
+    owner: str
+    session_id: str
+    status: Annotated[str, Field(description="creating, active, failed, unloaded")]
+    base_model: str
+    engine: str
+    lora: Annotated[
+        dict[str, Any], Field(description="rank, alpha, seed, train_attn, train_mlp, train_unembed")
+    ]
+    optimizer: str
+    origin_path: Annotated[str | None, Field(description="checkpoint that the run began at")]
+    user_metadata: dict[str, Any]
+    step: Annotated[int, Field(description="optimizer steps taken")]
+    next_seq: Annotated[int, Field(description="number of the first operation that is not settled")]
+    resident: Annotated[bool, Field(description="whether its engine has it in memory now")]
+    created_at: datetime
+    last_request_at: datetime
+
+
+class StepView(BaseModel):
+    """One optimizer step and the passes since the one before."""
+
+    step: int
+    seq_id: int
+    loss: Annotated[float, Field(description="sum over tokens, weighted as the client asked")]
+    tokens: int
+    loss_per_token: float | None
+    grad_norm: Annotated[float | None, Field(description="global L2 norm before clipping")]
+    learning_rate: float | None
+    seconds: Annotated[float, Field(description="engine time of the step and its passes")]
+    finished_at: datetime
+
+
+class CheckpointView(BaseModel):
+    """Weights saved under a name."""
+
+    path: Annotated[str, Field(examples=["tinker://SESSION:train:0/weights/final"])]
+    owner: str
+    run_id: str
+    kind: Annotated[str, Field(description="weights (with optimizer) or sampler_weights")]
+    name: str
+    base_model: str
+    lora: dict[str, Any]
+    has_optimizer: bool
+    size_bytes: int
+    public: bool
+    user_metadata: dict[str, Any]
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class SessionView(BaseModel):
+    """A client's connection."""
+
+    session_id: str
+    owner: str
+    sdk_version: str
+    display_name: str | None
+    project_id: str | None
+    tags: list[str]
+    user_metadata: dict[str, Any]
+    created_at: datetime
+    heartbeat_at: datetime
+    finished_at: datetime | None
+    finish_reason: str | None
+
+
+class FutureView(BaseModel):
+    """One accepted call; its input and result are not shown."""
+
+    request_id: str
+    owner: str
+    kind: str
+    status: Annotated[str, Field(description="queued, running, done, failed")]
+    engine: Annotated[str, Field(description="which engine answers, or answered")]
+    run_id: str | None
+    sampler_id: str | None
+    seq_id: int
+    attempts: Annotated[int, Field(description="times that it was sent to an engine")]
+    error: str | None
+    error_category: str | None
+    error_id: Annotated[str | None, Field(description="the log has the details under this id")]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    waited_s: Annotated[float | None, Field(description="from acceptance to the engine")]
+    ran_s: Annotated[float | None, Field(description="in the engine")]
+
+
+class EngineView(BaseModel):
+    """One engine process."""
+
+    name: str
+    base_model: str
+    plugin: str
+    roles: list[str]
+    state: Annotated[str, Field(description="waiting, starting, ready, down, stopped")]
+    problem: str | None
+    pid: int | None
+    epoch: Annotated[int, Field(description="raised at each start, over all gateways")]
+    starts: Annotated[int, Field(description="since this gateway process began")]
+    resident_runs: int
+    max_context: int | None
+    device: str | None
+    dtype: str | None
+    versions: dict[str, str]
+    stats: dict[str, float]
+
+
+class MetricsView(BaseModel):
+    """Counters of this gateway process."""
+
+    uptime_s: float
+    resident_bytes: Annotated[int, Field(description="memory of the gateway process")]
+    open_futures: Annotated[dict[str, dict[str, int]], Field(description="by engine and status")]
+    engines: dict[str, dict[str, float]]
+
+
+def run_view(run: Run, resident: bool) -> RunView:
+    return RunView(
+        run_id=run.run_id,
+        owner=run.owner,
+        session_id=run.session_id,
+        status=run.status,
+        base_model=run.base_model,
+        engine=run.engine,
+        lora=run.lora,
+        optimizer=run.optimizer,
+        origin_path=run.origin_path,
+        user_metadata=run.user_metadata,
+        step=run.step,
+        next_seq=run.next_seq,
+        resident=resident,
+        created_at=moment(run.created_at),
+        last_request_at=moment(run.last_request_at),
+    )
+
+
+def step_view(step: Step) -> StepView:
+    return StepView(
+        step=step.step,
+        seq_id=step.seq_id,
+        loss=step.loss,
+        tokens=step.tokens,
+        loss_per_token=step.loss / step.tokens if step.tokens else None,
+        grad_norm=step.grad_norm,
+        learning_rate=step.learning_rate,
+        seconds=step.seconds,
+        finished_at=moment(step.finished_at),
+    )
+
+
+def checkpoint_view(checkpoint: Checkpoint) -> CheckpointView:
+    return CheckpointView(
+        path=checkpoint.path,
+        owner=checkpoint.owner,
+        run_id=checkpoint.run_id,
+        kind=checkpoint.kind,
+        name=checkpoint.name,
+        base_model=checkpoint.base_model,
+        lora=checkpoint.lora,
+        has_optimizer=checkpoint.has_optimizer,
+        size_bytes=checkpoint.size_bytes,
+        public=checkpoint.public,
+        user_metadata=checkpoint.user_metadata,
+        created_at=moment(checkpoint.created_at),
+        expires_at=_maybe(checkpoint.expires_at),
+    )
+
+
+def session_view(session: Session) -> SessionView:
+    return SessionView(
+        session_id=session.session_id,
+        owner=session.owner,
+        sdk_version=session.sdk_version,
+        display_name=session.display_name,
+        project_id=session.project_id,
+        tags=session.tags,
+        user_metadata=session.user_metadata,
+        created_at=moment(session.created_at),
+        heartbeat_at=moment(session.heartbeat_at),
+        finished_at=_maybe(session.finished_at),
+        finish_reason=session.finish_reason,
+    )
+
+
+def future_view(future: Future) -> FutureView:
+    started, finished = future.started_at, future.finished_at
+    return FutureView(
+        request_id=future.request_id,
+        owner=future.owner,
+        kind=future.kind,
+        status=future.status,
+        engine=future.engine,
+        run_id=future.run_id,
+        sampler_id=future.sampler_id,
+        seq_id=future.seq_id,
+        attempts=future.attempts,
+        error=future.error,
+        error_category=future.error_category,
+        error_id=future.error_id,
+        created_at=moment(future.created_at),
+        started_at=_maybe(started),
+        finished_at=_maybe(finished),
+        waited_s=None if started is None else started - future.created_at,
+        ran_s=None if started is None or finished is None else finished - started,
+    )
+
+
+def engine_view(dispatcher: Dispatcher) -> EngineView:
+    supervisor = dispatcher.supervisor
+    engine, info, process = supervisor.engine, supervisor.info, supervisor.process
+    return EngineView(
+        name=engine.name,
+        base_model=engine.base_model,
+        plugin=engine.plugin,
+        roles=list(engine.roles),
+        state=supervisor.state,
+        problem=supervisor.problem,
+        pid=process.pid if process is not None else None,
+        epoch=supervisor.epoch,
+        starts=supervisor.starts,
+        resident_runs=len(dispatcher.training.resident),
+        max_context=info.max_context if info is not None else None,
+        device=info.device if info is not None else None,
+        dtype=info.dtype if info is not None else None,
+        versions=info.versions if info is not None else {},
+        stats=process.stats if process is not None else {},
+    )
+
+
+def moment(seconds: float) -> datetime:
+    """A time with its zone."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _maybe(seconds: float | None) -> datetime | None:
+    return None if seconds is None else moment(seconds)

@@ -1,0 +1,103 @@
+"""A gateway as its users meet it: `uvicorn gateway.app:app` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+FAKE_ENGINE = {"name": "fake", "plugin": "fake", "base_model": "fake/model"}
+TINY_ENGINE = {
+    "name": "tiny",
+    "base_model": "tandem/tiny",
+    "model": str(Path(__file__).parents[1] / "engines" / "tiny" / "model"),
+    "options": {"threads": 2},
+}
+
+
+class ServedGateway:
+    """Started by `start`, stopped by `stop` or killed by `kill`; the data folder survives both."""
+
+    def __init__(self, data_dir: Path, engines: list[dict[str, Any]] | None = None, **settings: str) -> None:
+        self.data_dir = data_dir
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = data_dir / "gateway.log"
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")},
+            "TANDEM_DATA_DIR": str(data_dir),
+            "TANDEM_ENGINES": json.dumps(engines or [FAKE_ENGINE]),
+            "TANDEM_SQLITE_SYNCHRONOUS": "NORMAL",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            **{f"TANDEM_{name.upper()}": value for name, value in settings.items()},
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout_s: float = 60.0) -> None:
+        """Returns when every engine has loaded its model."""
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            "-m",
+            "uvicorn",
+            "gateway.app:app",
+            "--port",
+            str(self.port),
+            "--no-access-log",
+        ]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=self._environment, cwd=self.data_dir, stdout=log, stderr=log
+            )
+        self.wait_until_ready(timeout_s)
+
+    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._process is not None and self._process.poll() is not None:
+                break
+            try:
+                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(0.05)
+        raise RuntimeError(f"the gateway is not ready; its log:\n{self.log.read_text()[-4000:]}")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def engine_pids(self) -> list[int]:
+        """Process ids of the engines, by the operating system's account."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(child) for child in children]
+
+    def kill(self) -> None:
+        """As a power cut would, as far as a process can feel one."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait(30)
+
+    def stop(self) -> int:
+        """As Ctrl-C does; the exit status."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        return self._process.wait(30)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
