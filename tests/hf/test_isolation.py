@@ -1,0 +1,157 @@
+"""Packing, micro-batches, neighbours and failures leave no mark on a run's numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engines.hf import HfEngine
+from engines.interface import RunOperation, UserError
+from engines.operations import Datum, ForwardBackward, ForwardResult, LoraSpec, OptimStep
+from engines.tensors import Tensor
+from tests.hf.conftest import MakeEngine
+from tests.hf.material import (
+    create,
+    difference,
+    forward,
+    forward_backward,
+    logprobs,
+    step,
+    supervised,
+    train,
+)
+
+LENGTHS = [31, 4, 17, 17, 9, 1, 17, 26]
+
+
+def pending(engine: HfEngine, run_id: str = "run") -> torch.Tensor:
+    gradient = engine.runs[run_id].pending
+    assert gradient is not None
+    return gradient
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 30, 60, 4096])
+def test_packed_equals_one_by_one(make_engine: MakeEngine, pass_tokens: int) -> None:
+    """However the data are packed: the same log-probs, loss and gradient as one call for each datum."""
+    engine = make_engine(pass_tokens=pass_tokens)
+    data = supervised(LENGTHS)
+    for run_id in ("together", "apart"):
+        create(engine, run_id)
+        train(engine, supervised([10, 6], seed=3), 3, run_id)
+    together = forward_backward(engine, data, run_id="together")
+    apart = [forward_backward(engine, [datum], run_id="apart") for datum in data]
+    for found, single in zip(logprobs(together), apart, strict=True):
+        np.testing.assert_allclose(found, logprobs(single)[0], rtol=0, atol=1e-5)
+    total = sum(single.metrics["loss:sum"] for single in apart)
+    assert together.metrics["loss:sum"] == pytest.approx(total, rel=1e-6)
+    assert difference(pending(engine, "together"), pending(engine, "apart")) <= 1e-5
+
+
+def test_forward_gives_the_same_and_changes_nothing(engine: HfEngine) -> None:
+    create(engine)
+    train(engine, supervised([10, 6], seed=3), 2)
+    data = supervised(LENGTHS)
+    before = engine.runs["run"].adapter.values.clone()
+    first = forward(engine, data)
+    assert engine.runs["run"].pending is None
+    second = forward_backward(engine, data)
+    gradient = pending(engine).clone()
+    assert forward(engine, data).outputs == first.outputs
+    for found, expected in zip(logprobs(first), logprobs(second), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert torch.equal(engine.runs["run"].adapter.values, before)
+    assert torch.equal(pending(engine), gradient)
+
+
+def test_runs_do_not_know_each_other(make_engine: MakeEngine) -> None:
+    """Runs of several ranks and losses in the same calls: bit-identical to each run alone."""
+    specs = {"a": LoraSpec(rank=4, seed=1), "b": LoraSpec(rank=8, seed=2), "c": LoraSpec(rank=2, seed=3)}
+    lengths = {"a": [9, 12], "b": [30], "c": [5, 5, 7]}
+    crowd = make_engine()
+    for run_id, spec in specs.items():
+        create(crowd, run_id, spec)
+    losses: dict[str, list[float]] = {run_id: [] for run_id in specs}
+    for number in range(4):
+        items = [
+            RunOperation(run_id, ForwardBackward(supervised(lengths[run_id], number), "cross_entropy"))
+            for run_id in specs
+        ]
+        for run_id, outcome in zip(specs, crowd.forward_backward(items), strict=True):
+            assert isinstance(outcome, ForwardResult)
+            losses[run_id].append(outcome.metrics["loss:sum"])
+        crowd.optim_step([RunOperation(run_id, OptimStep(learning_rate=1e-2)) for run_id in specs])
+    for run_id, spec in specs.items():
+        alone = make_engine()
+        create(alone, run_id, spec)
+        for number in range(4):
+            result = forward_backward(alone, supervised(lengths[run_id], number), run_id=run_id)
+            assert result.metrics["loss:sum"] == losses[run_id][number]
+            step(alone, run_id, learning_rate=1e-2)
+        assert torch.equal(alone.runs[run_id].adapter.values, crowd.runs[run_id].adapter.values)
+
+
+def replaced(datum: Datum, name: str, value: float) -> Datum:
+    """The datum with one number of a loss input exchanged."""
+    numbers = datum.loss_inputs[name].array().copy()
+    numbers[0] = value
+    return Datum(datum.tokens, {**datum.loss_inputs, name: Tensor.of(numbers)})
+
+
+@pytest.mark.parametrize("pass_tokens", [8, 4096])
+@pytest.mark.parametrize("weight", [float("inf"), float("nan"), 3e38])
+def test_a_failed_operation_has_no_effect(make_engine: MakeEngine, weight: float, pass_tokens: int) -> None:
+    """Also when only its last pass is bad, and beside another run's operation that is good."""
+    engine = make_engine(pass_tokens=pass_tokens)
+    for run_id in ("run", "other"):
+        create(engine, run_id)
+        train(engine, supervised([10, 6], seed=3), 2, run_id)
+    forward_backward(engine, supervised([7], seed=1))
+    before = pending(engine).clone()
+    good, last = supervised([5, 9], seed=2)
+    items = [
+        RunOperation("run", ForwardBackward([good, replaced(last, "weights", weight)], "cross_entropy")),
+        RunOperation("other", ForwardBackward([good, last], "cross_entropy")),
+    ]
+    bad, fine = engine.forward_backward(items)
+    assert isinstance(bad, UserError) and "no effect" in str(bad)
+    assert isinstance(fine, ForwardResult)
+    assert torch.equal(pending(engine), before)
+    step(engine, learning_rate=1e-2)
+    assert engine.runs["run"].adapter.values.isfinite().all()
+
+
+def test_a_gradient_that_overflows_has_no_effect(engine: HfEngine) -> None:
+    """The loss is 0 and finite, the gradient is not."""
+    create(engine)
+    train(engine, supervised([10, 6], seed=3), 2)
+    tokens = Tensor.of(np.array([1, 2], dtype=np.int32))
+    inputs = {
+        "target_tokens": Tensor.of(np.array([[5, 5], [6, 6]], dtype=np.int64)),
+        "weights": Tensor.of(np.array([[3e38, -3e38], [3e38, 3e38]], dtype=np.float32)),
+    }
+    items = [RunOperation("run", ForwardBackward([Datum(tokens, inputs)], "cross_entropy"))]
+    assert isinstance(engine.forward_backward(items)[0], UserError)
+    assert engine.runs["run"].pending is None
+
+
+def test_a_step_without_a_gradient_changes_nothing(engine: HfEngine) -> None:
+    create(engine)
+    train(engine, supervised([10, 6], seed=3), 1)
+    run = engine.runs["run"]
+    before = run.adapter.values.clone()
+    assert step(engine, learning_rate=1.0, weight_decay=0.5) == {"unclipped_grad_l2:mean": 0.0}
+    assert torch.equal(run.adapter.values, before)
+    assert run.optimizer.steps == 1
+
+
+def test_creating_a_run_again_replaces_it(engine: HfEngine) -> None:
+    create(engine)
+    train(engine, supervised([10, 6], seed=3), 1)
+    forward_backward(engine, supervised([6]))
+    create(engine, spec=LoraSpec(rank=2, seed=8))
+    assert engine.runs["run"].pending is None
+    assert engine.runs["run"].adapter.spec.rank == 2
+    engine.drop_run("run")
+    engine.drop_run("run")
+    assert engine.stats()["resident_runs"] == 0
