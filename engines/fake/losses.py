@@ -1,0 +1,62 @@
+"""The losses with their derivatives: what autograd does elsewhere, written out.
+
+p = `logprobs`, the current policy's log-prob of the target; q = `inputs["logprobs"]`, the sampler's; A = advantages;
+r = exp(p - q), so dr/dp = r. Arrays share one shape ([T] or [T, K]); `config` holds every key of the loss. Each
+formula gives the loss and its derivative by p for every token. Definitions and sources: `engines.losses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Formula = Callable[[Array, Mapping[str, Array], Mapping[str, float]], tuple[Array, Array]]
+
+
+def cross_entropy(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
+    """-p w."""
+    weights = inputs["weights"]
+    return -p * weights, -weights
+
+
+def importance_sampling(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
+    """-r A."""
+    loss = -np.exp(p - inputs["logprobs"]) * inputs["advantages"]
+    return loss, loss
+
+
+def ppo(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
+    """-min(r A, clamp(r) A); no derivative where the clamped branch is the smaller one."""
+    ratio = np.exp(p - inputs["logprobs"])
+    free = ratio * inputs["advantages"]
+    bound = _clamp(ratio, config) * inputs["advantages"]
+    return -np.minimum(free, bound), np.where(free <= bound, -free, np.zeros_like(free))
+
+
+def cispo(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
+    """-c p A, where c = clamp(r) counts as a constant."""
+    slope = -_clamp(np.exp(p - inputs["logprobs"]), config) * inputs["advantages"]
+    return slope * p, slope
+
+
+def dro(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
+    """-(p A - beta / 2 (p - q)^2)."""
+    distance, beta = p - inputs["logprobs"], config["beta"]
+    return 0.5 * beta * distance * distance - p * inputs["advantages"], beta * distance - inputs["advantages"]
+
+
+def _clamp(ratio: Array, config: Mapping[str, float]) -> Array:
+    return np.clip(ratio, config["clip_low_threshold"], config["clip_high_threshold"])
+
+
+FORMULAS: dict[str, Formula] = {
+    "cross_entropy": cross_entropy,
+    "importance_sampling": importance_sampling,
+    "ppo": ppo,
+    "cispo": cispo,
+    "dro": dro,
+}
