@@ -6,13 +6,22 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, peft_config, peft_key
-from engines.hf.lora import Adapter, Site, attaches, size, views
+from engines.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    OPTIMIZER,
+    attaches,
+    part_of,
+    peft_config,
+    peft_key,
+)
+from engines.hf.lora import Adapter, Site, size, views
 from engines.hf.model import BaseModel
 from engines.hf.optimizer import AdamW
 from engines.hf.training import Run
@@ -21,6 +30,12 @@ from engines.operations import LoraSpec
 from engines.storage import open_folder, write_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _PeftConfig(msgspec.Struct, frozen=True):
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
 
 
 def named(sites: Sequence[Site], spec: LoraSpec, values: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -38,7 +53,7 @@ def write_run(config: EngineConfig, folder: str, run: Run, optimizer_state: bool
         ADAPTER_CONFIG: peft_config(
             adapter.spec,
             config.base_model,
-            [site.name for site in adapter.sites if attaches(site, adapter.spec)],
+            [site.name for site in adapter.sites if attaches(site.name, adapter.spec)],
         ),
         ADAPTER_WEIGHTS: _encode(dict(named(adapter.sites, adapter.spec, adapter.values))),
     }
@@ -63,42 +78,59 @@ def read_run(storage: str, folder: str, base: BaseModel, spec: LoraSpec, optimiz
 
     Raises UserError when the folder is not there, or holds an adapter of another shape or no optimizer state.
     """
-    path = open_folder(storage, folder)
-    adapter = Adapter(base.sites, spec, _read_values(path / ADAPTER_WEIGHTS, base, spec))
-    return Run(adapter, _read_optimizer(path / OPTIMIZER, base, spec) if optimizer_state else AdamW())
+    wanted = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([OPTIMIZER] if optimizer_state else [])]
+    path = open_folder(storage, folder, *wanted)
+    stored = _read_spec(path)
+    if _shape(stored) != _shape(spec):
+        raise UserError(f"the checkpoint's adapter has {_shape(stored)}, the run's {_shape(spec)}")
+    adapter = Adapter(base.sites, spec, _read_values(path, base, spec))
+    return Run(adapter, _read_optimizer(path, base, spec) if optimizer_state else AdamW())
+
+
+def _shape(spec: LoraSpec) -> str:
+    return (
+        f"rank {spec.rank}, alpha {spec.alpha}, train_attn {spec.train_attn}, train_mlp {spec.train_mlp}, "
+        f"train_unembed {spec.train_unembed}"
+    )
+
+
+def _read_spec(path: Path) -> LoraSpec:
+    """Rank, alpha and parts of a stored adapter. Its seed is not stored, and no longer means anything."""
+    try:
+        config = msgspec.json.decode((path / ADAPTER_CONFIG).read_bytes(), type=_PeftConfig)
+    except msgspec.DecodeError as error:
+        raise UserError(f"{ADAPTER_CONFIG} of the checkpoint cannot be read: {error}") from error
+    parts = {part_of(name) for name in config.target_modules}
+    return LoraSpec(config.r, 0, config.lora_alpha, "attn" in parts, "mlp" in parts, "unembed" in parts)
 
 
 def _read_values(path: Path, base: BaseModel, spec: LoraSpec) -> Tensor:
     """The values of an adapter that must have exactly the factors of `spec`."""
-    tensors = _decode(path)
-    return _assemble(tensors, path.name, base, spec)
+    return _assemble(_decode(path / ADAPTER_WEIGHTS), ADAPTER_WEIGHTS, base, spec)
 
 
 def _read_optimizer(path: Path, base: BaseModel, spec: LoraSpec) -> AdamW:
-    if not path.is_file():
-        raise UserError("the checkpoint holds no optimizer state: load its weights alone")
-    tensors = _decode(path)
-    moments = []
-    steps = int(tensors.pop("step"))
-    for moment in MOMENTS:
-        prefix = moment + "."
-        own = {
-            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
-        }
-        moments.append(_assemble(own, path.name, base, spec))
-    return AdamW(steps, *moments)
+    tensors = _decode(path / OPTIMIZER)
+    if "step" not in tensors:
+        raise UserError(f"{OPTIMIZER} of the checkpoint holds no step count")
+    moments = [
+        _assemble(_below(tensors, f"{moment}."), f"{moment} in {OPTIMIZER}", base, spec) for moment in MOMENTS
+    ]
+    return AdamW(int(tensors["step"]), *moments)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
 
 
 def _assemble(tensors: Mapping[str, Tensor], file: str, base: BaseModel, spec: LoraSpec) -> Tensor:
     """One vector, laid out like an adapter's values, of tensors under PEFT's names."""
     values = torch.zeros(size(base.sites, spec), dtype=torch.float32, device=base.device)
     places = dict(named(base.sites, spec, values))
-    if places.keys() != tensors.keys():
-        odd = sorted(places.keys() ^ tensors.keys())[0]
-        raise UserError(
-            f"{file}: the checkpoint's layers are not those of the run (rank {spec.rank}, train_attn "
-            f"{spec.train_attn}, train_mlp {spec.train_mlp}, train_unembed {spec.train_unembed}): {odd} is in one only"
-        )
+    odd = sorted(places.keys() ^ tensors.keys())
+    if odd:
+        where = "is missing" if odd[0] in places else "does not belong to this model"
+        raise UserError(f"{file}: {odd[0]} {where} ({len(odd)} such)")
     for name, place in places.items():
         if place.shape != tensors[name].shape:
             raise UserError(
@@ -120,22 +152,6 @@ def _decode(path: Path) -> dict[str, Tensor]:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path.name} of the checkpoint cannot be read: {error}") from error
-
-
-def _read_spec(path: Path) -> LoraSpec:
-    """Rank, alpha and parts of a stored adapter, from its configuration and the names of its factors."""
-    import json
-
-    config = json.loads((path / ADAPTER_CONFIG).read_text())
-    t = config["target_modules"]
-    return LoraSpec(
-        rank=config["r"],
-        seed=0,
-        alpha=config["lora_alpha"],
-        train_attn="q_proj" in t,
-        train_mlp="up_proj" in t,
-        train_unembed="lm_head" in t,
-    )
 
 
 class AdapterVersions:
@@ -168,9 +184,9 @@ class AdapterVersions:
         return self.kept[folder]
 
     def _read(self, folder: str) -> Adapter:
-        path = open_folder(self.storage, folder)
+        path = open_folder(self.storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
         spec = _read_spec(path)
-        return Adapter(self.base.sites, spec, _read_values(path / ADAPTER_WEIGHTS, self.base, spec))
+        return Adapter(self.base.sites, spec, _read_values(path, self.base, spec))
 
     def clear(self) -> None:
         self.kept.clear()

@@ -150,7 +150,11 @@ class HfEngine(Engine):
 
     def start_sample(self, call_id: int, request: SampleRequest) -> None:
         adapter = None if request.adapter is None else self.adapters.get(request.adapter.folder)
-        self.decoder.add(new_sample(call_id, request, adapter, self.info(), self.tokenizer))
+        self.decoder.add(new_sample(call_id, request, adapter, self.info(), self.decode))
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of some tokens, special ones included."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def advance(self) -> list[SampleEvent]:
         return self.decoder.advance()

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from engines.adapters import initial_a
+from engines.adapters import attaches, initial_a
 from engines.operations import LoraSpec
-
-Part = Literal["attn", "mlp", "unembed"]
 
 
 class Site(NamedTuple):
     """A linear layer that adapters may attach to, under the base model's own module name."""
 
     name: str
-    part: Part
     in_features: int
     out_features: int
 
@@ -70,14 +67,11 @@ class Adapter:
         return Adapter(self.sites, self.spec, self.values.detach().clone())
 
 
-def attaches(site: Site, spec: LoraSpec) -> bool:
-    """Whether an adapter of this configuration attaches to the site."""
-    return {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}[site.part]
-
-
 def size(sites: Sequence[Site], spec: LoraSpec) -> int:
     """Number of values of an adapter."""
-    return sum(spec.rank * (site.in_features + site.out_features) for site in sites if attaches(site, spec))
+    return sum(
+        spec.rank * (site.in_features + site.out_features) for site in sites if attaches(site.name, spec)
+    )
 
 
 def views(sites: Sequence[Site], spec: LoraSpec, values: Tensor) -> list[Factors | None]:
@@ -85,7 +79,7 @@ def views(sites: Sequence[Site], spec: LoraSpec, values: Tensor) -> list[Factors
     factors: list[Factors | None] = []
     start = 0
     for site in sites:
-        if not attaches(site, spec):
+        if not attaches(site.name, spec):
             factors.append(None)
             continue
         middle = start + spec.rank * site.in_features

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from engines.hf.attention import ATTENTION, Layout, PackedLayout, ProbeLayout, Unsupported
+from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS, part_of
+from engines.hf.attention import ATTENTION, Layout, ProbeLayout, Unsupported
 from engines.hf.logprobs import Unembedding
-from engines.hf.lora import LoraLinear, Part, Routing, Segment, Site
+from engines.hf.lora import LoraLinear, Routing, Segment, Site
 from engines.hf.options import HfOptions, cpu_threads
 from engines.interface import EngineConfig, LoadError
-
-ATTENTION_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "dense"})
-MLP_LAYERS = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"})
-"""Last parts of the names of the linear layers that `train_attn` and `train_mlp` mean."""
 
 PROBE_LENGTHS = (7, 12, 12, 5)
 """Sequences of the trial pass at load."""
@@ -110,7 +107,10 @@ def read_tokenizer_files(model: str) -> dict[str, bytes]:
     """The tokenizer's files of a folder or hub model; raises LoadError when there is no tokenizer.json."""
     files = {}
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        try:
+            path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise LoadError(f"the model {model!r} cannot be found: {error}") from error
         if path is not None:
             files[name] = Path(path).read_bytes()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -172,31 +172,23 @@ def _attach(module: PreTrainedModel, routing: Routing) -> list[Site]:
     if not isinstance(head, nn.Linear):
         raise LoadError(f"{type(module).__name__} has no linear unembedding layer")
     sites: list[Site] = []
-    head_name = ""
+    names = {layer: name for name, layer in module.named_modules()}
     for name, layer in list(module.named_modules()):
-        part = _part(name)
-        if layer is head:
-            head_name = name
-        elif isinstance(layer, nn.Linear) and part is not None:
+        if isinstance(layer, nn.Linear) and part_of(name) in ("attn", "mlp"):
             module.set_submodule(name, LoraLinear(layer, len(sites), routing))
-            sites.append(Site(name, part, layer.in_features, layer.out_features))
-    layers = module.config.num_hidden_layers
-    for part in ("attn", "mlp"):
-        found = {name.split(".layers.")[-1].split(".")[0] for name, kind, *_ in sites if kind == part}
-        if len(found) != layers:
+            sites.append(Site(name, layer.in_features, layer.out_features))
+    for part, known in (("attn", ATTENTION_LAYERS), ("mlp", MLP_LAYERS)):
+        found = {
+            site.name.split(".layers.")[-1].split(".")[0] for site in sites if part_of(site.name) == part
+        }
+        if len(found) != module.config.num_hidden_layers:
             raise LoadError(
-                f"{type(module).__name__}: adapters attach to linear layers named "
-                f"{', '.join(sorted(ATTENTION_LAYERS if part == 'attn' else MLP_LAYERS))}; "
-                f"only {len(found)} of {layers} layers have one in their {part} part"
+                f"{type(module).__name__}: adapters attach to linear layers named {', '.join(sorted(known))}; only "
+                f"{len(found)} of {module.config.num_hidden_layers} layers have one in their {part} part"
             )
-    return [*sites, Site(head_name, "unembed", head.in_features, head.out_features)]
-
-
-def _part(name: str) -> Part | None:
-    last = name.rpartition(".")[2]
-    if last in ATTENTION_LAYERS:
-        return "attn"
-    return "mlp" if last in MLP_LAYERS else None
+    if part_of(names[head]) != "unembed":
+        raise LoadError(f"{type(module).__name__} names its unembedding {names[head]}; lm_head is supported")
+    return [*sites, Site(names[head], head.in_features, head.out_features)]
 
 
 @torch.inference_mode()
@@ -230,6 +222,3 @@ def _probe(base: BaseModel, name: str) -> None:
             f"{name} gives other log-probs when sequences are packed (difference {difference:.2g}, allowed "
             f"{tolerance}): its layers do more across tokens than attention"
         )
-
-
-__all__ = ["BaseModel", "Pack", "PackedLayout", "load_base_model", "read_tokenizer_files", "versions"]

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from engines.hf.drawing import Draw
@@ -17,7 +16,7 @@ from engines.hf.lora import Adapter, Segment
 from engines.hf.model import BaseModel
 from engines.interface import EngineInfo, SampleStep, Token, UserError
 from engines.operations import SampledSequence, SampleRequest, SampleResult, TopLogprobs
-from engines.sampling import StopTracker, uniforms
+from engines.sampling import Decode, StopTracker, uniforms
 from engines.tensors import Tensor as Bytes
 
 Best = tuple[tuple[int, float], ...]
@@ -145,7 +144,7 @@ def segments_of(adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> l
 
 
 def new_sample(
-    call_id: int, request: SampleRequest, adapter: Adapter | None, info: EngineInfo, tokenizer: Tokenizer
+    call_id: int, request: SampleRequest, adapter: Adapter | None, info: EngineInfo, decode: Decode
 ) -> Sample:
     """Raises UserError when prompt and continuation are longer than the context."""
     prompt: list[int] = request.prompt.array().tolist()
@@ -156,5 +155,5 @@ def new_sample(
             f"the prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}; "
             f"together they may be at most {info.max_context}"
         )
-    stops = [StopTracker(request, info.eos_tokens, tokenizer) for _ in range(request.num_samples)]
+    stops = [StopTracker(request, info.eos_tokens, decode) for _ in range(request.num_samples)]
     return Sample(call_id, request, adapter, prompt, limit, stops, [None] * request.num_samples)

@@ -11,7 +11,7 @@ from engines.hf.lora import Adapter, Segment, Site
 from engines.operations import LoraSpec
 
 ROWS, WIDTH, VOCABULARY = 23, 16, 61
-SITES = [Site("lm_head", "unembed", WIDTH, VOCABULARY)]
+SITES = [Site("lm_head", WIDTH, VOCABULARY)]
 SPEC = LoraSpec(rank=3, seed=0, alpha=6.0)
 
 
