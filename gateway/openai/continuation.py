@@ -32,30 +32,41 @@ class Piece:
 
 
 class StopCut:
-    """Ends a text before the first of some strings, holding back what may turn out to be the beginning of one."""
+    """Ends a text before the first of some strings, holding back what may turn out to be the beginning of one.
+
+    Hidden text takes part in that and is not shown: a stop string may hold special tokens.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
+        self._hidden: list[bool] = []
         self.found = False
 
-    def feed(self, text: str) -> str:
+    def feed(self, text: str, *, hidden: bool = False) -> str:
         """The text that is certain to come before any stop string."""
-        if self.found:
+        if self.found or not text:
             return ""
-        text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        self._held += text
+        self._hidden += [hidden] * len(text)
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
-            self.found, self._held = True, ""
-            return text[: min(places)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            self.found = True
+            return self._released(min(places))
+        return self._released(
+            len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        )
 
     def finish(self) -> str:
         """What was held back and has not become a stop string."""
-        held, self._held = self._held, ""
-        return held
+        return "" if self.found else self._released(len(self._held))
+
+    def _released(self, length: int) -> str:
+        text, hidden = self._held[:length], self._hidden[:length]
+        self._held, self._hidden = self._held[length:], self._hidden[length:]
+        if not any(hidden):
+            return text
+        return "".join(character for character, unseen in zip(text, hidden, strict=True) if not unseen)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -68,7 +79,9 @@ class Continuation:
 
     def __init__(self, plan: Plan, choice: int, offset: int) -> None:
         """`offset` is the length of the text that stands before: the echoed prompt."""
-        self._decoder = plan.target.text.decoder(skip_special_tokens=plan.skip_special_tokens)
+        self._text = plan.target.text
+        self._decoder = self._text.decoder(skip_special_tokens=False)
+        self._hides_special = plan.skip_special_tokens
         self._cut = StopCut(plan.stops)
         self._eos = frozenset(plan.target.info.eos_tokens)
         self._choice = choice
@@ -91,9 +104,7 @@ class Continuation:
             offsets.append(self._offset)
             if ended_by_eos and position == len(tokens) - 1:
                 continue
-            text = self._decoder.feed([token])
-            self._offset += len(text)
-            shown.append(self._cut.feed(text))
+            shown.append(self._shown(token))
         self.fed += len(tokens)
         if stop_reason is not None:
             self.finished = True
@@ -101,6 +112,13 @@ class Continuation:
         finish: Finish | None = "stop" if stop_reason and self._cut.found else stop_reason
         text = "".join(shown)
         return Piece(self._choice, text, list(tokens), list(logprobs), offsets, list(top), finish)
+
+    def _shown(self, token: int) -> str:
+        if self._hides_special and self._text.is_special(token):
+            return self._cut.feed(self._text.token_bytes(token).decode(errors="replace"), hidden=True)
+        text = self._decoder.feed([token])
+        self._offset += len(text)
+        return self._cut.feed(text)
 
     def rest(self, sequence: SampledSequence) -> Piece:
         """What a complete sequence adds to the tokens that have come already."""

@@ -203,6 +203,9 @@ async def test_special_tokens_within_a_text(connect: Connect) -> None:
         ("aab aaab", "aaab", "aab "),
         ("STOP", "STOP", ""),
         ("漢字🎉", "🎉", "漢字"),
+        ("one<|turn|>user", "<|turn|>user", "one"),
+        ("one<|turn|>two<|end|>", "<|end|>", "onetwo"),
+        ("one<|turn|>two", "onetwo", "onetwo"),
     ],
 )
 async def test_a_stop_string_ends_the_text(connect: Connect, text: str, stop: Any, expected: str) -> None:

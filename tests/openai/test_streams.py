@@ -179,6 +179,8 @@ async def test_an_unforeseen_failure_tells_nothing_of_itself(
     assert events[-1]["error"]["code"] == "internal_error"
     assert "secret" not in json.dumps(events)
     assert "secret detail" in caplog.text
+    error_id = events[-1]["error"]["message"].removesuffix(".").rsplit(" ", 1)[-1]
+    assert f"error id {error_id}" in caplog.text
 
 
 async def test_one_prompt_s_failure_cancels_the_others(connect: Connect) -> None:
