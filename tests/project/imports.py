@@ -12,7 +12,10 @@ Graph = Mapping[str, set[str]]
 
 
 def import_graph(found: Iterable[Module]) -> Graph:
-    """Every import of one given module by another, those inside functions and under TYPE_CHECKING too."""
+    """Every import of one given module by another, those inside functions and under TYPE_CHECKING too.
+
+    What the protobuf compiler wrote imports nothing of the project, and is left out.
+    """
     known = {module.name: module for module in found}
     return {name: _imported(module, known) - {name} for name, module in known.items()}
 
@@ -25,7 +28,7 @@ def imported_names(module: Module) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return {name for name in names if not name.endswith("_pb2")}
 
 
 def _imported(module: Module, known: Mapping[str, Module]) -> set[str]:
