@@ -54,8 +54,8 @@ def write_tokenizer(folder: Path) -> None:
     """Every byte is a token; two special tokens follow."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<begin>", "<end>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "bos_token": "<begin>"}'

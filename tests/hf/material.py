@@ -42,9 +42,13 @@ def create(engine: HfEngine, run_id: str = "run", spec: LoraSpec | None = None, 
 
 
 def forward_backward(
-    engine: HfEngine, data: list[Datum], loss: str = "cross_entropy", run_id: str = "run", **config: float
+    engine: HfEngine,
+    data: list[Datum],
+    loss: str = "cross_entropy",
+    run_id: str = "run",
+    config: dict[str, float | str] | None = None,
 ) -> ForwardResult:
-    operation = ForwardBackward(data, loss, dict(config))
+    operation = ForwardBackward(data, loss, config or {})
     outcome = engine.forward_backward([RunOperation(run_id, operation)])[0]
     if isinstance(outcome, UserError):
         raise outcome
@@ -52,15 +56,15 @@ def forward_backward(
 
 
 def forward(
-    engine: HfEngine, data: list[Datum], loss: str = "cross_entropy", run_id: str = "run", **config: float
+    engine: HfEngine, data: list[Datum], loss: str = "cross_entropy", run_id: str = "run"
 ) -> ForwardResult:
-    outcome = engine.forward([RunOperation(run_id, Forward(data, loss, dict(config)))])[0]
+    outcome = engine.forward([RunOperation(run_id, Forward(data, loss))])[0]
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
 
 
-def step(engine: HfEngine, run_id: str = "run", **settings: float) -> dict[str, float]:
+def step(engine: HfEngine, run_id: str = "run", **settings: Any) -> dict[str, float]:
     outcome = engine.optim_step([RunOperation(run_id, OptimStep(**settings))])[0]
     if isinstance(outcome, UserError):
         raise outcome
@@ -73,11 +77,16 @@ def train(engine: HfEngine, data: list[Datum], steps: int, run_id: str = "run", 
         step(engine, run_id, learning_rate=rate)
 
 
+def numbers(tensor: Tensor) -> Array:
+    """The tensor's array, for arithmetic."""
+    return tensor.array()
+
+
 def logprobs(result: ForwardResult) -> list[Array]:
-    return [output["logprobs"].array() for output in result.outputs]
+    return [numbers(output["logprobs"]) for output in result.outputs]
 
 
-def request(prompt: Sequence[int], **settings: Any) -> SampleRequest:
+def request(prompt: Sequence[int] | Array, **settings: Any) -> SampleRequest:
     defaults: dict[str, Any] = {"num_samples": 1, "seed": 5, "max_tokens": 8, "stop_at_eos": False}
     return SampleRequest(prompt=Tensor.of(np.array(prompt, dtype=np.int32)), **{**defaults, **settings})
 
@@ -97,7 +106,7 @@ def sample_all(engine: HfEngine, requests: Sequence[SampleRequest]) -> list[Samp
             else:
                 ends[event.call_id] = event.result
     for (call_id, index), tokens in drawn.items():
-        assert tokens == ends[call_id].sequences[index].tokens.array().tolist()
+        assert tokens == numbers(ends[call_id].sequences[index].tokens).tolist()
     return [ends[call_id] for call_id in range(len(requests))]
 
 
@@ -181,7 +190,9 @@ def engine_factors(engine: HfEngine, run_id: str = "run") -> dict[str, torch.Ten
 
 def own_logprobs(model: Any, tokens: Sequence[int] | Array, targets: Array) -> torch.Tensor:
     """Log-probs of targets [N] or [N, K] from full logits."""
-    logits = model(input_ids=torch.tensor(np.array(tokens, dtype=np.int64))[None]).logits[0].float()
+    logits: torch.Tensor = (
+        model(input_ids=torch.tensor(np.array(tokens, dtype=np.int64))[None]).logits[0].float()
+    )
     wanted = torch.tensor(np.array(targets, dtype=np.int64)).reshape(len(tokens), -1)
     return logits.log_softmax(-1).gather(1, wanted).reshape(targets.shape)
 

@@ -28,6 +28,7 @@ from tests.hf.material import (
     forward,
     forward_backward,
     logprobs,
+    numbers,
     own_logprobs,
     plain_model,
     step,
@@ -136,7 +137,7 @@ def test_peft_reads_what_was_saved(
     data = supervised([19, 8], seed=4)
     base = plain_model(model_folders[model])
     for datum, found in zip(data, logprobs(forward(engine, data)), strict=True):
-        tokens, targets = datum.tokens.array(), datum.loss_inputs["target_tokens"].array()
+        tokens, targets = numbers(datum.tokens), numbers(datum.loss_inputs["target_tokens"])
         with torch.no_grad():
             expected = own_logprobs(reference, tokens, targets).numpy()
             unadapted = own_logprobs(base, tokens, targets).numpy()

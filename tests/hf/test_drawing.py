@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,9 @@ def logits_of(seed: int) -> torch.Tensor:
     return torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def frequencies(logits: torch.Tensor, count: int = 4000, **settings: float) -> torch.Tensor:
+def frequencies(logits: torch.Tensor, count: int = 4000, **settings: Any) -> torch.Tensor:
     """Shares of the tokens that evenly spread uniforms draw: within 1/count of the probabilities."""
-    draws = [plain((i + 0.5) / count, **settings) for i in range(count)]  # type: ignore[arg-type]
+    draws = [plain((i + 0.5) / count, **settings) for i in range(count)]
     drawn = draw(logits.repeat(count, 1), draws)
     return torch.bincount(torch.tensor(drawn.tokens), minlength=VOCABULARY) / count
 
@@ -36,9 +38,9 @@ def test_follows_the_distribution(temperature: float, top_k: int, top_p: float) 
     logits = logits_of(4)
     expected = logits / temperature
     if top_k > 0:
-        expected = TopKLogitsWarper(top_k)(None, expected)  # type: ignore[arg-type]
+        expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
-        expected = TopPLogitsWarper(top_p)(None, expected)  # type: ignore[arg-type]
+        expected = TopPLogitsWarper(top_p)(None, expected)
     found = frequencies(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     torch.testing.assert_close(found, expected.softmax(1)[0], rtol=0, atol=6e-4)
 

@@ -17,6 +17,7 @@ from tests.hf.material import (
     forward,
     forward_backward,
     logprobs,
+    numbers,
     step,
     supervised,
     train,
@@ -93,9 +94,9 @@ def test_runs_do_not_know_each_other(make_engine: MakeEngine) -> None:
 
 def replaced(datum: Datum, name: str, value: float) -> Datum:
     """The datum with one number of a loss input exchanged."""
-    numbers = datum.loss_inputs[name].array().copy()
-    numbers[0] = value
-    return Datum(datum.tokens, {**datum.loss_inputs, name: Tensor.of(numbers)})
+    changed = numbers(datum.loss_inputs[name]).copy()
+    changed[0] = value
+    return Datum(datum.tokens, {**datum.loss_inputs, name: Tensor.of(changed)})
 
 
 @pytest.mark.parametrize("pass_tokens", [8, 4096])

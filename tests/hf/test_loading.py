@@ -26,10 +26,12 @@ from engines.interface import LoadError
 from engines.operations import LoraSpec
 from tests.hf.conftest import SHAPE, MakeEngine, write_tokenizer
 from tests.hf.material import (
+    Array,
     create,
     forward,
     forward_backward,
     logprobs,
+    numbers,
     request,
     sample_all,
     step,
@@ -102,7 +104,7 @@ def test_a_window_is_refused_unless_the_context_fits_into_it(make_engine: MakeEn
         (lambda: Gemma2ForCausalLM(Gemma2Config(**TINY)), "softcap"),
         (
             lambda: MambaForCausalLM(MambaConfig(**{**TINY, "state_size": 8})),
-            "max_context",
+            "linear layers named",
         ),
         (
             lambda: GPT2LMHeadModel(GPT2Config(vocab_size=288, n_embd=32, n_layer=2, n_head=4)),
@@ -139,19 +141,21 @@ def test_bfloat16_trains_and_samples(make_engine: MakeEngine) -> None:
     """The base in bfloat16, adapters in float32: close to the float32 engine, and learning."""
     exact, rough = make_engine(), make_engine(dtype="bfloat16")
     data = supervised([20, 12])
-    losses = []
+    losses: list[list[float]] = []
+    fresh: list[Array] = []
     for engine in (exact, rough):
         create(engine, spec=LoraSpec(rank=4, seed=5))
-        losses.append([])
-        for _ in range(6):
-            losses[-1].append(forward_backward(engine, data).metrics["loss:sum"])
+        fresh.append(np.concatenate(logprobs(forward(engine, data))))
+        losses.append([forward_backward(engine, data).metrics["loss:sum"]])
+        for _ in range(5):
             step(engine, learning_rate=1e-2)
+            losses[-1].append(forward_backward(engine, data).metrics["loss:sum"])
     assert rough.info().dtype == "bfloat16"
     assert rough.runs["run"].adapter.values.dtype == torch.float32
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1.5)
-    assert losses[1][-1] < losses[1][0] - 1
-    for found, expected in zip(logprobs(forward(rough, data)), logprobs(forward(exact, data)), strict=True):
-        assert found.dtype == np.float32
-        assert np.abs(found - expected).mean() < 0.2
+    assert fresh[1].dtype == np.float32
+    np.testing.assert_allclose(fresh[1], fresh[0], rtol=0, atol=0.1)
+    assert np.abs(fresh[1] - fresh[0]).mean() > 1e-4
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.01)
+    assert losses[1][-1] < losses[1][0] - 10
     result = sample_all(rough, [request(text(0, 10), prompt_logprobs=True)])[0]
-    assert np.isfinite(result.sequences[0].logprobs.array()).all()
+    assert np.isfinite(numbers(result.sequences[0].logprobs)).all()

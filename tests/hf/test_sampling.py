@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.hf.material import (
     create,
     forward,
     logprobs,
+    numbers,
     plain_model,
     request,
     sample_all,
@@ -57,14 +60,14 @@ def test_sampled_prompt_and_training_logprobs_agree(engine: HfEngine, adapted: b
         engine, [request(prompt, num_samples=2, max_tokens=12, prompt_logprobs=True, adapter=adapter)]
     )[0]
     for sequence in first.sequences:
-        whole = np.concatenate([prompt, sequence.tokens.array()])
+        whole = np.concatenate([prompt, numbers(sequence.tokens)])
         expected = scored(engine, "run", whole)
         again = sample_all(engine, [request(whole, max_tokens=1, prompt_logprobs=True, adapter=adapter)])[0]
         assert first.prompt_logprobs is not None and again.prompt_logprobs is not None
-        np.testing.assert_allclose(sequence.logprobs.array(), expected[16:], rtol=0, atol=1e-4)
-        np.testing.assert_allclose(again.prompt_logprobs.array()[1:], expected, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(first.prompt_logprobs.array()[1:], expected[:16], rtol=0, atol=1e-4)
-        assert np.isnan(again.prompt_logprobs.array()[0])
+        np.testing.assert_allclose(numbers(sequence.logprobs), expected[16:], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(numbers(again.prompt_logprobs)[1:], expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(numbers(first.prompt_logprobs)[1:], expected[:16], rtol=0, atol=1e-4)
+        assert np.isnan(numbers(again.prompt_logprobs)[0])
         assert again.prompt_logprobs.shape == (29,)
 
 
@@ -84,7 +87,7 @@ def test_greedy_is_generate(make_engine: MakeEngine, model_folders: dict[str, st
             min_new_tokens=20,
             pad_token_id=0,
         )
-        assert result.sequences[0].tokens.array().tolist() == whole[0, len(prompt) :].tolist()
+        assert numbers(result.sequences[0].tokens).tolist() == whole[0, len(prompt) :].tolist()
         assert result.sequences[0].stop_reason == "length"
 
 
@@ -93,7 +96,7 @@ def close(found: SampleResult, expected: SampleResult) -> None:
     assert len(found.sequences) == len(expected.sequences)
     for one, other in zip(found.sequences, expected.sequences, strict=True):
         assert one.tokens == other.tokens
-        np.testing.assert_allclose(one.logprobs.array(), other.logprobs.array(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(numbers(one.logprobs), numbers(other.logprobs), rtol=0, atol=1e-4)
         assert one.stop_reason == other.stop_reason
 
 
@@ -105,7 +108,7 @@ def mixture(engine: HfEngine) -> list[SampleRequest]:
         trained(engine, "b", LoraSpec(rank=8, seed=2, alpha=16.0)),
         trained(engine, "c", LoraSpec(rank=2, seed=3, train_unembed=False)),
     ]
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"temperature": 0.7, "num_samples": 3},
         {"temperature": 0.0},
         {"top_k": 5, "topk_sample_logprobs": 3},
@@ -188,19 +191,19 @@ def test_tops_are_the_best_of_the_full_distribution(engine: HfEngine, model_fold
     wanted = request(prompt, max_tokens=5, temperature=0.5, topk_sample_logprobs=3, topk_prompt_logprobs=2)
     result = sample_all(engine, [wanted])[0]
     sequence = result.sequences[0]
-    whole = np.concatenate([prompt, sequence.tokens.array()]).astype(np.int64)
+    whole = np.concatenate([prompt, numbers(sequence.tokens)]).astype(np.int64)
     with torch.no_grad():
         logits = plain_model(model_folders["tied"])(input_ids=torch.tensor(whole)[None]).logits[0]
     sampled = (logits[10:-1] / 0.5).log_softmax(-1).topk(3)
     assert sequence.top_logprobs is not None and result.topk_prompt_logprobs is not None
-    assert sequence.top_logprobs.tokens.array().tolist() == sampled.indices.tolist()
-    np.testing.assert_allclose(sequence.top_logprobs.logprobs.array(), sampled.values, rtol=0, atol=1e-4)
+    assert numbers(sequence.top_logprobs.tokens).tolist() == sampled.indices.tolist()
+    np.testing.assert_allclose(numbers(sequence.top_logprobs.logprobs), sampled.values, rtol=0, atol=1e-4)
     prompts = logits[:10].log_softmax(-1).topk(2)
-    assert result.topk_prompt_logprobs.tokens.array()[1:].tolist() == prompts.indices.tolist()
+    assert numbers(result.topk_prompt_logprobs.tokens)[1:].tolist() == prompts.indices.tolist()
     np.testing.assert_allclose(
-        result.topk_prompt_logprobs.logprobs.array()[1:], prompts.values, rtol=0, atol=1e-4
+        numbers(result.topk_prompt_logprobs.logprobs)[1:], prompts.values, rtol=0, atol=1e-4
     )
-    assert np.isnan(result.topk_prompt_logprobs.logprobs.array()[0]).all()
+    assert np.isnan(numbers(result.topk_prompt_logprobs.logprobs)[0]).all()
 
 
 def test_a_stop_token_ends_and_stays(engine: HfEngine) -> None:
@@ -209,19 +212,21 @@ def test_a_stop_token_ends_and_stays(engine: HfEngine) -> None:
     token = free[7]
     place = free.index(token)
     stopped = sample_all(engine, [request(text(5, 6), max_tokens=30, stop_tokens=(token,))])[0].sequences[0]
-    assert stopped.tokens.array().tolist() == free[: place + 1]
+    assert numbers(stopped.tokens).tolist() == free[: place + 1]
     assert stopped.stop_reason == "stop"
 
 
 def test_a_stop_string_ends_and_stays(engine: HfEngine) -> None:
     """The tokens of the test models are bytes, so that the string's place is known."""
-    alphabet = engine.tokenizer.encode("abcdefghij").ids
-    assert len(alphabet) == 10
-    free = sample_all(engine, [request(alphabet, max_tokens=60)])[0].sequences[0].tokens.array().tolist()
-    word = engine.tokenizer.decode(free[20:21])
-    place = next(i for i in range(60) if word in engine.tokenizer.decode(free[: i + 1]))
-    stopped = sample_all(engine, [request(alphabet, max_tokens=60, stop_strings=(word,))])[0].sequences[0]
-    assert stopped.tokens.array().tolist() == free[: place + 1]
+    prompt = engine.tokenizer.encode("abcdefghij").ids
+    assert len(prompt) == 10
+    free = numbers(sample_all(engine, [request(prompt, max_tokens=60)])[0].sequences[0].tokens).tolist()
+    letters = [engine.tokenizer.decode([token]) for token in free]
+    word = next(letter for letter in letters[5:] if letter.isascii() and letter.isalnum())
+    stopped = sample_all(engine, [request(prompt, max_tokens=60, stop_strings=("zebra", word))])[0].sequences[
+        0
+    ]
+    assert numbers(stopped.tokens).tolist() == free[: letters.index(word) + 1]
     assert stopped.stop_reason == "stop"
 
 

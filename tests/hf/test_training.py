@@ -20,6 +20,7 @@ from tests.hf.material import (
     forward,
     forward_backward,
     logprobs,
+    numbers,
     own_logprobs,
     peft_model,
     reinforced,
@@ -43,10 +44,10 @@ class Reference:
     def forward_backward(self, data: Sequence[Datum]) -> float:
         total = 0.0
         for datum in data:
-            targets = datum.loss_inputs["target_tokens"].array()
-            weights = torch.tensor(datum.loss_inputs["weights"].array())
-            loss = -(own_logprobs(self.model, datum.tokens.array(), targets) * weights).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            targets = numbers(datum.loss_inputs["target_tokens"])
+            weights = torch.tensor(numbers(datum.loss_inputs["weights"]))
+            loss = -(own_logprobs(self.model, numbers(datum.tokens), targets) * weights).sum()
+            loss.backward()
             total += loss.item()
         return total
 
@@ -106,7 +107,7 @@ def test_twenty_steps_equal_peft(
             found += forward_backward(engine, some).metrics["loss:sum"]
             expected += reference.forward_backward(some)
         assert found == pytest.approx(expected, rel=TOLERANCE)
-        used = {"learning_rate": 1e-3 * (1 + number % 3), **settings}
+        used: dict[str, Any] = {"learning_rate": 1e-3 * (1 + number % 3), **settings}
         norm = step(engine, **used)["unclipped_grad_l2:mean"]
         assert norm == pytest.approx(reference.step(used), rel=TOLERANCE)
     weights = engine_factors(engine)
@@ -121,7 +122,7 @@ def test_a_fresh_adapter_is_the_base_model(engine: HfEngine, model_folders: dict
     data = supervised([12, 7])
     for datum, found in zip(data, logprobs(forward(engine, data)), strict=True):
         with model.disable_adapter(), torch.no_grad():
-            expected = own_logprobs(model, datum.tokens.array(), datum.loss_inputs["target_tokens"].array())
+            expected = own_logprobs(model, numbers(datum.tokens), numbers(datum.loss_inputs["target_tokens"]))
         np.testing.assert_allclose(
             found, expected.numpy(), rtol=0, atol=1e-6 + 1e-6 * float(expected.abs().max())
         )
@@ -169,14 +170,14 @@ def test_each_loss_and_its_gradient(
     reference = Reference(model_folders["tied"], SPEC)
     warm_up(engine, reference)
     data = reinforced(engine, [13, 8, 8])
-    result = forward_backward(engine, data, loss, **config)
+    result = forward_backward(engine, data, loss, config={**config})
     total = 0.0
     for datum, found in zip(data, logprobs(result), strict=True):
-        inputs = {name: torch.tensor(tensor.array()) for name, tensor in datum.loss_inputs.items()}
-        p = own_logprobs(reference.model, datum.tokens.array(), datum.loss_inputs["target_tokens"].array())
+        inputs = {name: torch.tensor(numbers(tensor)) for name, tensor in datum.loss_inputs.items()}
+        p = own_logprobs(reference.model, numbers(datum.tokens), numbers(datum.loss_inputs["target_tokens"]))
         np.testing.assert_allclose(found, p.detach().numpy(), rtol=0, atol=1e-4)
         value = formula(loss, p, inputs, config)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         total += value.item()
     assert result.metrics["loss:sum"] == pytest.approx(total, rel=TOLERANCE, abs=1e-4)
     check_pending(engine, reference)
