@@ -15,16 +15,15 @@ prediction depends on the whole prompt. All functions keep the dtype that they a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.adapters import initial_a
+from engines.adapters import attaches, initial_a
 from engines.operations import LoraSpec
 
 Array = NDArray[Any]
-Part = Literal["attn", "mlp", "unembed"]
 
 VOCABULARY = 259
 """The 256 bytes and three special tokens."""
@@ -36,15 +35,14 @@ class Site(NamedTuple):
     """A linear layer that adapters attach to, under the name a Hugging Face model would give it."""
 
     name: str
-    part: Part
     in_features: int
     out_features: int
 
 
 SITES: tuple[Site, ...] = (
-    Site("model.layers.0.self_attn.o_proj", "attn", HIDDEN, HIDDEN),
-    Site("model.layers.0.mlp.down_proj", "mlp", HIDDEN, HIDDEN),
-    Site("lm_head", "unembed", HIDDEN, VOCABULARY),
+    Site("model.layers.0.self_attn.o_proj", HIDDEN, HIDDEN),
+    Site("model.layers.0.mlp.down_proj", HIDDEN, HIDDEN),
+    Site("lm_head", HIDDEN, VOCABULARY),
 )
 
 
@@ -84,8 +82,7 @@ class Adapter:
 
 def sites(spec: LoraSpec) -> list[Site]:
     """The sites that an adapter of this configuration attaches to."""
-    wanted = {"attn": spec.train_attn, "mlp": spec.train_mlp, "unembed": spec.train_unembed}
-    return [site for site in SITES if wanted[site.part]]
+    return [site for site in SITES if attaches(site.name, spec)]
 
 
 def size(spec: LoraSpec) -> int:

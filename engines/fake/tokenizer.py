@@ -8,6 +8,8 @@ from functools import cache
 TEXT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TEXT_END_ID, TURN_START_ID, TURN_END_ID = 256, 257, 258
 
+_TEXTS = [bytes([byte]) for byte in range(256)] + [name.encode() for name in (TEXT_END, TURN_START, TURN_END)]
+
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -46,6 +48,11 @@ def tokenizer_files(longest: int) -> dict[str, bytes]:
         "tokenizer.json": tokenizer_json().encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
     }
+
+
+def decode(tokens: list[int]) -> str:
+    """The text of tokens, special ones included; bytes that are no UTF-8 become the replacement character."""
+    return b"".join(_TEXTS[token] for token in tokens).decode(errors="replace")
 
 
 def _letters() -> list[str]:

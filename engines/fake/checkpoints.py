@@ -1,0 +1,147 @@
+"""Runs as folders in PEFT's layout, and the adapter versions that are sampled."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, part_of, peft_config, peft_key
+from engines.fake.model import Adapter, size
+from engines.fake.optimizer import AdamW
+from engines.fake.training import Run
+from engines.interface import UserError
+from engines.operations import AdapterRef, LoraSpec
+from engines.storage import FolderStorage
+
+Array = NDArray[Any]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _PeftConfig(msgspec.Struct, frozen=True):
+    """What is read of an `adapter_config.json`."""
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
+
+
+class AdapterVersions:
+    """Adapters for sampling by their id, the least recently used one forgotten first. None ever changes."""
+
+    def __init__(self, storage: FolderStorage, limit: int = 256) -> None:
+        self._storage = storage
+        self._limit = limit
+        self._kept: OrderedDict[str, Adapter] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, ref: AdapterRef) -> Adapter:
+        """The version; raises UserError when its folder cannot be read."""
+        adapter = self._kept.get(ref.adapter_id)
+        if adapter is None:
+            adapter = self._kept[ref.adapter_id] = _read_version(self._storage.open(ref.folder, ADAPTER_CONFIG))
+        self._kept.move_to_end(ref.adapter_id)
+        if len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+        return adapter
+
+
+def write_run(storage: FolderStorage, key: str, base_model: str, run: Run, optimizer_state: bool) -> int:
+    """Write a run's weights, and what training needs to go on, to a storage key; gives the bytes written."""
+    adapter = run.adapter
+    with storage.write(key) as folder:
+        names = [site.name for site in adapter.factors]
+        (folder / ADAPTER_CONFIG).write_bytes(peft_config(adapter.spec, base_model, names))
+        (folder / ADAPTER_WEIGHTS).write_bytes(_encode(_named(adapter)))
+        if optimizer_state:
+            (folder / OPTIMIZER).write_bytes(_encode(_optimizer_tensors(run)))
+        return storage.size(folder)
+
+
+def read_run(storage: FolderStorage, key: str, spec: LoraSpec, optimizer_state: bool) -> Run:
+    """A run that begins at stored weights; its moments and step count too when asked, else zero.
+
+    Raises UserError when the folder is not there, or holds an adapter of another shape or no optimizer state.
+    """
+    if optimizer_state and not (storage.open(key, ADAPTER_WEIGHTS) / OPTIMIZER).is_file():
+        raise UserError(f"{key} holds no optimizer state; load its weights alone")
+    folder = storage.open(key, ADAPTER_WEIGHTS)
+    adapter = _assemble(_decode(folder / ADAPTER_WEIGHTS), spec, key)
+    return Run(adapter, _read_optimizer(folder / OPTIMIZER, spec, key) if optimizer_state else AdamW())
+
+
+def _read_version(folder: Path) -> Adapter:
+    try:
+        config = msgspec.json.decode((folder / ADAPTER_CONFIG).read_bytes(), type=_PeftConfig)
+    except (OSError, msgspec.DecodeError) as error:
+        raise UserError(f"{ADAPTER_CONFIG} of the adapter cannot be read: {error}") from error
+    parts = {part_of(module) for module in config.target_modules}
+    spec = LoraSpec(config.r, 0, config.lora_alpha, "attn" in parts, "mlp" in parts, "unembed" in parts)
+    return _assemble(_decode(folder / ADAPTER_WEIGHTS), spec, folder.name)
+
+
+def _read_optimizer(path: Path, spec: LoraSpec, key: str) -> AdamW:
+    tensors = _decode(path)
+    moments = []
+    for moment in _MOMENTS:
+        prefix = moment + "."
+        own = {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
+        moments.append(_assemble(own, spec, key).values)
+    return AdamW(int(tensors["step"]), *moments)
+
+
+def _optimizer_tensors(run: Run) -> Iterator[tuple[str, Array]]:
+    """The step count, and both moments of each factor as `exp_avg.<PEFT name>`; zeros before the first step."""
+    spec, optimizer = run.adapter.spec, run.optimizer
+    yield "step", np.array(optimizer.steps, dtype=np.int64)
+    for moment, values in zip(_MOMENTS, (optimizer.exp_avg, optimizer.exp_avg_sq), strict=True):
+        laid_out = Adapter(spec, np.zeros_like(run.adapter.values) if values is None else values)
+        yield from ((f"{moment}.{name}", part) for name, part in _named(laid_out))
+
+
+def _named(adapter: Adapter) -> Iterator[tuple[str, Array]]:
+    """PEFT's name of each factor, and the factor as a view of the adapter's values."""
+    for site, factors in adapter.factors.items():
+        yield peft_key(site.name, "A"), factors.a
+        yield peft_key(site.name, "B"), factors.b
+
+
+def _assemble(tensors: Mapping[str, Array], spec: LoraSpec, key: str) -> Adapter:
+    """An adapter of tensors under PEFT's names; UserError unless they are exactly those that `spec` asks for."""
+    adapter = Adapter(spec, np.zeros(size(spec), dtype=np.float32))
+    places = dict(_named(adapter))
+    if places.keys() != tensors.keys():
+        odd = min(places.keys() ^ tensors.keys())
+        raise UserError(
+            f"{key}: the checkpoint's layers are not those of the run (train_attn {spec.train_attn}, train_mlp "
+            f"{spec.train_mlp}, train_unembed {spec.train_unembed}): {odd} is in one only"
+        )
+    for name, place in places.items():
+        if place.shape != tensors[name].shape:
+            raise UserError(
+                f"{key}: {name} has shape {list(tensors[name].shape)} in the checkpoint; the run, of rank {spec.rank}, "
+                f"needs {list(place.shape)}"
+            )
+        place[:] = tensors[name]
+    return adapter
+
+
+def _encode(tensors: Iterator[tuple[str, Array]]) -> bytes:
+    return save({name: np.ascontiguousarray(values) for name, values in tensors}, {"format": "pt"})
+
+
+def _decode(path: Path) -> dict[str, Array]:
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path.name} of the checkpoint cannot be read: {error}") from error

@@ -1,0 +1,60 @@
+"""Draw one token from one row of logits, by inversion of the cumulative distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.fake.model import log_softmax
+from engines.interface import Token
+from engines.operations import SampleRequest
+
+Array = NDArray[Any]
+
+
+def draw(logits: Array, request: SampleRequest, uniform: float) -> Token:
+    """The token that `uniform` in [0, 1) decides on, with its log-prob before top-k and top-p, from logits [V].
+
+    Temperature 0 takes the best token and reports log-probs at temperature 1.
+    """
+    shifted = logits - logits.max()  # first, so that no division by a small temperature overflows
+    with np.errstate(over="ignore"):  # to minus infinity, which is probability zero
+        scores = log_softmax(shifted / np.float32(request.temperature or 1.0))
+    token = int(scores.argmax()) if request.temperature == 0 else _invert(scores, request, uniform)
+    return Token(token, float(scores[token]), best(scores, request.topk_sample_logprobs))
+
+
+def best(scores: Array, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` best tokens as (token, score), best first, the smaller id first among equals."""
+    if not count:
+        return ()
+    order = np.argsort(-scores, kind="stable")[:count]
+    return tuple(zip(order.tolist(), scores[order].tolist(), strict=True))
+
+
+def _invert(scores: Array, request: SampleRequest, uniform: float) -> int:
+    """The first token whose cumulative probability exceeds `uniform` of the total; without cuts in order of ids."""
+    order = np.arange(len(scores))
+    weights = np.exp(scores.astype(np.float64))
+    if request.top_k > 0 or request.top_p < 1:
+        order = np.argsort(-scores, kind="stable")
+        weights = _cut(scores[order], weights[order], request)
+    cumulative = weights.cumsum()
+    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return int(order[min(place, int(weights.nonzero()[0][-1]))])
+
+
+def _cut(scores: Array, weights: Array, request: SampleRequest) -> Array:
+    """Weights, best first, zero where top-k and then top-p cut.
+
+    Top-k keeps what is as good as the k-th best. Top-p, of what that left, keeps a token while those before it have
+    less than p of the total together, so always the best one.
+    """
+    if 0 < request.top_k < len(scores):
+        weights = np.where(scores >= scores[request.top_k - 1], weights, 0.0)
+    before = weights.cumsum() - weights
+    kept = before < request.top_p * weights.sum()
+    kept[0] = True
+    return np.where(kept, weights, 0.0)

@@ -1,0 +1,207 @@
+"""The engine interface on the fake model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+
+from engines.fake.checkpoints import AdapterVersions, read_run, write_run
+from engines.fake.losses import FORMULAS
+from engines.fake.model import VOCABULARY, Adapter, base_weights
+from engines.fake.options import FakeOptions, read_options
+from engines.fake.samples import Sample
+from engines.fake.tokenizer import TEXT_END_ID, TURN_END_ID, tokenizer_files
+from engines.fake.training import Run, forward, forward_backward, optim_step
+from engines.interface import Engine, EngineConfig, EngineInfo, RunOperation, SampleEvent, UserError
+from engines.operations import (
+    CreateRun,
+    CreateRunResult,
+    Forward,
+    ForwardBackward,
+    ForwardResult,
+    LoadWeights,
+    LoadWeightsResult,
+    OptimStep,
+    OptimStepResult,
+    SampleRequest,
+    SaveWeights,
+    SaveWeightsResult,
+)
+from engines.storage import FolderStorage
+
+_CRASHED = 70
+
+Op = TypeVar("Op")
+Outcome = TypeVar("Outcome")
+
+
+class FakeEngine(Engine):
+    """A real model, only a tiny one: every operation does what it says, in numpy, within a fraction of a millisecond.
+
+    Runs and samples never share a computation, so that no number depends on what else is going on.
+    """
+
+    def __init__(self, config: EngineConfig, options: FakeOptions) -> None:
+        self._config = config
+        self._options = options
+        self._weights = base_weights()
+        self._storage = FolderStorage(config.storage)
+        self._runs: dict[str, Run] = {}
+        self._versions = AdapterVersions(self._storage)
+        self._samples: dict[int, Sample] = {}
+        self._info = _info(config, options)
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> FakeEngine:
+        return cls(config, read_options(config.options))
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return tokenizer_files(self._options.max_context)
+
+    def close(self) -> None:
+        self._runs.clear()
+        self._samples.clear()
+
+    # ------------------------------------------------------------------ training
+
+    def create_runs(self, items: Sequence[RunOperation[CreateRun]]) -> list[CreateRunResult | UserError]:
+        return self._each(self._create_run, items)
+
+    def _create_run(self, run_id: str, operation: CreateRun) -> CreateRunResult:
+        if operation.folder is None:
+            run = Run(Adapter.initial(operation.lora))
+        else:
+            run = read_run(self._storage, operation.folder, operation.lora, operation.optimizer_state)
+        self._runs[run_id] = run
+        return CreateRunResult(parameters=run.adapter.values.size)
+
+    def drop_run(self, run_id: str) -> None:
+        self._runs.pop(run_id, None)
+
+    def forward_backward(self, items: Sequence[RunOperation[ForwardBackward]]) -> list[ForwardResult | UserError]:
+        return self._each(self._forward_backward, items)
+
+    def _forward_backward(self, run_id: str, operation: ForwardBackward) -> ForwardResult:
+        self._look_at(datum.tokens.array() for datum in operation.data)
+        return forward_backward(self._weights, self._runs[run_id], operation)
+
+    def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
+        return self._each(self._forward, items)
+
+    def _forward(self, run_id: str, operation: Forward) -> ForwardResult:
+        self._look_at(datum.tokens.array() for datum in operation.data)
+        return forward(self._weights, self._runs[run_id], operation)
+
+    def optim_step(self, items: Sequence[RunOperation[OptimStep]]) -> list[OptimStepResult | UserError]:
+        return self._each(self._optim_step, items)
+
+    def _optim_step(self, run_id: str, operation: OptimStep) -> OptimStepResult:
+        norm = optim_step(self._runs[run_id], operation)
+        return OptimStepResult(metrics={"unclipped_grad_l2:mean": norm})
+
+    def save_weights(self, items: Sequence[RunOperation[SaveWeights]]) -> list[SaveWeightsResult | UserError]:
+        return self._each(self._save_weights, items)
+
+    def _save_weights(self, run_id: str, operation: SaveWeights) -> SaveWeightsResult:
+        run, base_model = self._runs[run_id], self._config.base_model
+        return SaveWeightsResult(
+            write_run(self._storage, operation.folder, base_model, run, operation.optimizer_state)
+        )
+
+    def load_weights(self, items: Sequence[RunOperation[LoadWeights]]) -> list[LoadWeightsResult | UserError]:
+        return self._each(self._load_weights, items)
+
+    def _load_weights(self, run_id: str, operation: LoadWeights) -> LoadWeightsResult:
+        spec = self._runs[run_id].adapter.spec
+        self._runs[run_id] = read_run(self._storage, operation.folder, spec, operation.optimizer_state)
+        return LoadWeightsResult()
+
+    def _each(
+        self, perform: Callable[[str, Op], Outcome], items: Sequence[RunOperation[Op]]
+    ) -> list[Outcome | UserError]:
+        """Perform the operations of a call one after the other."""
+        self._delay()
+        return [_attempt(perform, item) for item in items]
+
+    # ------------------------------------------------------------------ sampling
+
+    def start_sample(self, call_id: int, request: SampleRequest) -> None:
+        self._look_at([request.prompt.array()])
+        adapter = None if request.adapter is None else self._versions.get(request.adapter)
+        self._samples[call_id] = Sample(call_id, request, adapter, self._weights, self._info)
+
+    def advance(self) -> list[SampleEvent]:
+        if self._samples:
+            self._delay()
+        events: list[SampleEvent] = []
+        for sample in list(self._samples.values()):
+            events += sample.advance()
+            if not sample.live:
+                del self._samples[sample.call_id]
+        return events
+
+    def cancel_sample(self, call_id: int) -> None:
+        self._samples.pop(call_id, None)
+
+    @property
+    def sampling(self) -> bool:
+        return bool(self._samples)
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "resident_runs": len(self._runs),
+            "resident_adapters": len(self._versions),
+            "active_samples": len(self._samples),
+        }
+
+    # ------------------------------------------------------------------ what the options ask for
+
+    def _delay(self) -> None:
+        if self._options.delay_s:
+            time.sleep(self._options.delay_s)
+
+    def _look_at(self, texts: Iterable[NDArray[Any]]) -> None:
+        """Break, or die, at the tokens that the options name."""
+        fatal, failing = self._options.crash_on_token, self._options.fail_on_token
+        if fatal is None and failing is None:
+            return
+        for text in texts:
+            if fatal is not None and fatal in text:
+                os._exit(_CRASHED)
+            if failing is not None and failing in text:
+                raise RuntimeError(f"token {failing} was met, which options.fail_on_token names")
+
+
+def _attempt(perform: Callable[[str, Op], Outcome], item: RunOperation[Op]) -> Outcome | UserError:
+    """The result, or the UserError that kept the operation from being applied."""
+    try:
+        return perform(item.run_id, item.operation)
+    except UserError as error:
+        return error
+
+
+def _info(config: EngineConfig, options: FakeOptions) -> EngineInfo:
+    return EngineInfo(
+        base_model=config.base_model,
+        architecture="ByteLinearForCausalLM",
+        roles=config.roles,
+        vocab_size=VOCABULARY,
+        max_context=options.max_context,
+        losses=tuple(FORMULAS),
+        max_rank=options.max_rank,
+        eos_tokens=(TURN_END_ID, TEXT_END_ID),
+        max_top_logprobs=VOCABULARY,
+        device="cpu",
+        dtype="float32",
+        deterministic=True,
+        versions={"numpy": np.__version__, "safetensors": safetensors.__version__},
+    )
