@@ -148,7 +148,9 @@ def run(socket: Socket) -> int:
         return EXIT_LOAD_FAILED
     info = engine.info()
     log.info("loaded %s: %s, %s on %s", config.base_model, info.architecture, info.dtype, info.device)
-    log.info("versions: %s", ", ".join(f"{name} {version}" for name, version in sorted(info.versions.items())))
+    log.info(
+        "versions: %s", ", ".join(f"{name} {version}" for name, version in sorted(info.versions.items()))
+    )
     status = Host(socket, engine, info, config).serve()
     engine.close()
     log.info("ends with status %d", status)
@@ -179,8 +181,8 @@ def _load(socket: Socket, config: EngineConfig) -> Engine | None:
         log.error("%s cannot be loaded: %s", config.base_model, error)
         socket.send_multipart(pack(LoadFailed(str(error))))
         return None
-    except Exception:  # the process boundary: a plugin may raise anything while it loads
-        failure = failure_of_engine("model", f"loading {config.base_model}")
+    except Exception as error:  # the process boundary: a plugin may raise anything while it loads
+        failure = failure_of_engine(error, "model", f"loading {config.base_model}")
         socket.send_multipart(pack(LoadFailed(failure.message)))
         return None
     return engine
@@ -208,8 +210,12 @@ def start_logging(name: str) -> None:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m engines.host", description="An engine process of a gateway.")
-    parser.add_argument("--connect", required=True, metavar="ADDRESS", help="where the gateway listens: ipc://…")
+    parser = argparse.ArgumentParser(
+        prog="python -m engines.host", description="An engine process of a gateway."
+    )
+    parser.add_argument(
+        "--connect", required=True, metavar="ADDRESS", help="where the gateway listens: ipc://…"
+    )
     address: str = parser.parse_args().connect
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start_logging(f"process {os.getpid()}")

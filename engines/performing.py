@@ -139,8 +139,10 @@ class TrainingCalls:
         if self._unknown(call, address):
             return f"run {run_id} is not in this engine's memory; operation {seq_id} was not performed"
         if call.kind != "create_run" and seq_id <= self._applied[run_id]:
-            last = self._applied[run_id]
-            return f"operation {seq_id} of run {run_id} came after operation {last} had been applied; it was not repeated"
+            return (
+                f"operation {seq_id} of run {run_id} came after operation {self._applied[run_id]} had been applied; "
+                "it was not performed"
+            )
         return None
 
     def _unknown(self, call: Perform, address: RunAddress) -> bool:
@@ -166,19 +168,21 @@ class TrainingCalls:
             results = self._verbs[kind](operations)
             if len(results) != len(items):
                 raise RuntimeError(f"{kind} returned {len(results)} results for {len(items)} operations")
-        except Exception:  # the process boundary: a plugin may raise anything, and its other runs go on
+        except (
+            Exception
+        ) as error:  # the process boundary: a plugin may raise anything, and its other runs go on
             places = ", ".join(f"{item.address.run_id}#{item.address.seq_id}" for item in items)
-            failure = failure_of_engine("operation", f"{kind} of {places}")
+            failure = failure_of_engine(error, "operation", f"{kind} of {places}")
             for item in items:
                 self.drop(item.address.run_id)
             return failure
         return [Failure("user", str(each)) if isinstance(each, UserError) else each for each in results]
 
 
-def failure_of_engine(what: str, details: str) -> Failure:
-    """The failure to answer with while an unexpected exception is being handled; the log gets its traceback."""
+def failure_of_engine(error: Exception, what: str, details: str) -> Failure:
+    """The failure to answer with when an engine raised what it should not; the log gets the traceback."""
     error_id = secrets.token_hex(6)
-    log.exception("error %s: the engine failed at %s", error_id, details)
+    log.error("error %s: the engine failed at %s", error_id, details, exc_info=error)
     message = f"the engine failed at this {what}; its log says why under {error_id}"
     return Failure("server", message, error_id)
 

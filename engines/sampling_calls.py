@@ -9,7 +9,7 @@ import msgspec
 
 from engines.checks import check_sample
 from engines.interface import Engine, EngineInfo, SampleEnd, SampleEvent, SampleStep, UserError
-from engines.messages import Failure, FromEngine, Sample, SampleDelta, Sampled
+from engines.messages import Failure, FromEngine, Sample, Sampled, SampleDelta
 from engines.operations import decode_sample, encode
 from engines.performing import failure_of_engine
 
@@ -37,8 +37,12 @@ class SamplingCalls:
             self._fail(call.call_id, Failure("user", f"the input is no sample request: {error}"))
         except UserError as error:
             self._fail(call.call_id, Failure("user", str(error)))
-        except Exception:  # the process boundary: a plugin may raise anything, and other samples go on
-            self._fail(call.call_id, failure_of_engine("sample", f"the start of sample {call.call_id}"))
+        except (
+            Exception
+        ) as error:  # the process boundary: a plugin may raise anything, and other samples go on
+            self._fail(
+                call.call_id, failure_of_engine(error, "sample", f"the start of sample {call.call_id}")
+            )
             self._engine.cancel_sample(call.call_id)
 
     def cancel(self, call_id: int) -> None:
@@ -50,13 +54,17 @@ class SamplingCalls:
         """One decoding step, and what is to be told about it. Raises RuntimeError if the engine is stuck."""
         try:
             events = self._engine.advance()
-        except Exception:  # the process boundary: which sample the engine failed at is not known, so all fail
-            self._fail_all(failure_of_engine("sample", f"a step of samples {sorted(self._streamed)}"))
+        except (
+            Exception
+        ) as error:  # the process boundary: which sample the engine failed at is not known, so all fail
+            self._fail_all(failure_of_engine(error, "sample", f"a step of samples {sorted(self._streamed)}"))
             return
         self._tell(events)
 
     def _tell(self, events: Sequence[SampleEvent]) -> None:
-        steps = [event for event in events if isinstance(event, SampleStep) and self._streamed.get(event.call_id)]
+        steps = [
+            event for event in events if isinstance(event, SampleStep) and self._streamed.get(event.call_id)
+        ]
         steps.sort(key=_sequence)  # stable, so that each sequence's tokens keep their order
         for _, own in groupby(steps, key=_sequence):
             self._send(_delta(list(own)))
@@ -80,7 +88,9 @@ class SamplingCalls:
             self._fail(call_id, failure)
             self.cancel(call_id)
         if self._engine.sampling:
-            raise RuntimeError("the engine still has samples after all were cancelled; only a new process helps")
+            raise RuntimeError(
+                "the engine still has samples after all were cancelled; only a new process helps"
+            )
 
 
 def _sequence(step: SampleStep) -> tuple[int, int]:

@@ -49,7 +49,9 @@ class AdapterVersions:
         """The version; raises UserError when its folder cannot be read."""
         adapter = self._kept.get(ref.adapter_id)
         if adapter is None:
-            adapter = self._kept[ref.adapter_id] = _read_version(self._storage.open(ref.folder, ADAPTER_CONFIG))
+            adapter = self._kept[ref.adapter_id] = _read_version(
+                self._storage.open(ref.folder, ADAPTER_CONFIG)
+            )
         self._kept.move_to_end(ref.adapter_id)
         if len(self._kept) > self._limit:
             self._kept.popitem(last=False)
@@ -95,7 +97,9 @@ def _read_optimizer(path: Path, spec: LoraSpec, key: str) -> AdamW:
     moments = []
     for moment in _MOMENTS:
         prefix = moment + "."
-        own = {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)
+        }
         moments.append(_assemble(own, spec, key).values)
     return AdamW(int(tensors["step"]), *moments)
 

@@ -87,7 +87,9 @@ class FakeEngine(Engine):
     def drop_run(self, run_id: str) -> None:
         self._runs.pop(run_id, None)
 
-    def forward_backward(self, items: Sequence[RunOperation[ForwardBackward]]) -> list[ForwardResult | UserError]:
+    def forward_backward(
+        self, items: Sequence[RunOperation[ForwardBackward]]
+    ) -> list[ForwardResult | UserError]:
         return self._each(self._forward_backward, items)
 
     def _forward_backward(self, run_id: str, operation: ForwardBackward) -> ForwardResult:

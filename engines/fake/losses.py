@@ -23,7 +23,9 @@ def cross_entropy(p: Array, inputs: Mapping[str, Array], config: Mapping[str, fl
     return -p * weights, -weights
 
 
-def importance_sampling(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
+def importance_sampling(
+    p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]
+) -> tuple[Array, Array]:
     """-r A."""
     loss = -np.exp(p - inputs["logprobs"]) * inputs["advantages"]
     return loss, loss

@@ -175,7 +175,9 @@ def gradient_of(weights: Weights, adapter: Adapter, states: States, grad_logits:
     return gradient
 
 
-def _back(adapter: Adapter, parts: dict[Site, Factors], site: Site, rows: Array, grad: Array) -> Array | float:
+def _back(
+    adapter: Adapter, parts: dict[Site, Factors], site: Site, rows: Array, grad: Array
+) -> Array | float:
     """Fill in the gradient of a site's factors; gives that of its input `rows` through the adapter."""
     if site not in parts:
         return 0.0

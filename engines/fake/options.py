@@ -34,6 +34,7 @@ def read_options(options: dict[str, Any]) -> FakeOptions:
         raise LoadError(f"options.delay_s is {read.delay_s}; it must not be negative")
     if read.max_context < 2 or read.max_rank < 1:
         raise LoadError(
-            f"options.max_context is {read.max_context} and options.max_rank {read.max_rank}; at least 2 and 1 are needed"
+            f"options.max_context is {read.max_context} and options.max_rank {read.max_rank}; "
+            "they must be at least 2 and 1"
         )
     return read

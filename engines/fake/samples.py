@@ -55,7 +55,12 @@ class Sample:
     """A sample request under way."""
 
     def __init__(
-        self, call_id: int, request: SampleRequest, adapter: Adapter | None, weights: Weights, info: EngineInfo
+        self,
+        call_id: int,
+        request: SampleRequest,
+        adapter: Adapter | None,
+        weights: Weights,
+        info: EngineInfo,
     ) -> None:
         self.call_id = call_id
         self.request = request
@@ -87,7 +92,9 @@ class Sample:
         """[n, V] for the n live sequences: after the prompt, or after the newest token of each."""
         drawn = len(self.live[0].drawn)
         if not drawn:
-            return np.repeat(logits_of(self.weights, self.adapter, self._states.y[-1:]), len(self.live), axis=0)
+            return np.repeat(
+                logits_of(self.weights, self.adapter, self._states.y[-1:]), len(self.live), axis=0
+            )
         embedded = self.weights.embed[[sequence.drawn[-1].token for sequence in self.live]]
         self._sums += embedded
         mean = self._sums / np.float32(len(self.prompt) + drawn)

@@ -25,10 +25,8 @@ def tokenizer_json() -> str:
 
     vocabulary = {letter: byte for byte, letter in enumerate(_letters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(  # type: ignore[assignment]
-        add_prefix_space=False, use_regex=False
-    )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([TEXT_END, TURN_START, TURN_END])
     return tokenizer.to_str()
 

@@ -71,11 +71,16 @@ def _evaluate(
 
 
 def _pass(
-    weights: Weights, adapter: Adapter, datum: Datum, loss: str, config: dict[str, float], gradient: Array | None
+    weights: Weights,
+    adapter: Adapter,
+    datum: Datum,
+    loss: str,
+    config: dict[str, float],
+    gradient: Array | None,
 ) -> tuple[Array, float]:
     """Log-probs of the targets, of their shape, and the summed loss of one datum."""
-    inputs = {name: tensor.array() for name, tensor in datum.loss_inputs.items()}
-    targets = inputs["target_tokens"]
+    inputs: dict[str, Array] = {name: tensor.array() for name, tensor in datum.loss_inputs.items()}
+    targets: Array = inputs["target_tokens"]
     columns = targets.reshape(len(targets), -1)
     states = states_of(weights, adapter, datum.tokens.array())
     scores = log_softmax(logits_of(weights, adapter, states.y))

@@ -50,7 +50,10 @@ def test_a_missing_package_of_somebody_elses_plugin_names_no_extra(monkeypatch: 
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [("engines.interface:NoSuchEngine", "names nothing"), ("engines.interface:UserError", "is not a subclass")],
+    [
+        ("engines.interface:NoSuchEngine", "names nothing"),
+        ("engines.interface:UserError", "is not a subclass"),
+    ],
 )
 def test_an_entry_point_must_name_an_engine(monkeypatch: pytest.MonkeyPatch, value: str, words: str) -> None:
     install(monkeypatch, mine=value)
