@@ -84,7 +84,7 @@ def sample_groups(
         replies = []
         for sequence in future.result().sequences:
             text = tokenizer.decode(sequence.tokens, skip_special_tokens=True)
-            replies.append(Reply(sequence.tokens, sequence.logprobs, reward_of(text, a + b)))
+            replies.append(Reply(sequence.tokens, sequence.logprobs or [], reward_of(text, a + b)))
         groups.append((prompt, replies))
     return groups
 
@@ -130,7 +130,7 @@ def train(client: tinker.TrainingClient, tokenizer: Any, args: argparse.Namespac
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("training", total=args.steps, reward="–")
         for step in range(args.steps):
-            sampler = client.save_weights_and_get_sampling_client()
+            sampler = client.save_weights_and_get_sampling_client().result()
             sums = [(draw.randrange(10), draw.randrange(10)) for _ in range(args.questions)]
             groups = sample_groups(sampler, tokenizer, sums, args.group_size, seed=1000 * step + args.seed)
             replies = [reply for _, group in groups for reply in group]
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> Report:
     args = arguments(argv)
     started = time.perf_counter()
     service = connect(args.base_url, args.api_key)
-    client = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed)
+    client = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed).result()
     tokenizer = client.get_tokenizer()
     console.print(
         f"\nTeaching [bold]{args.base_model}[/] to answer sums with the bare number, by reward alone."

@@ -138,16 +138,16 @@ def main(argv: list[str] | None = None) -> Report:
     started = time.perf_counter()
 
     service = connect(args.base_url, args.api_key)
-    client = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed)
+    client = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed).result()
     tokenizer = client.get_tokenizer()
     console.print(
         f"\nTeaching [bold]{args.base_model}[/] {len(pairs)} proverbs with a LoRA adapter of rank {args.rank}."
     )
 
-    before = complete(client.save_weights_and_get_sampling_client(), tokenizer, questions)
+    before = complete(client.save_weights_and_get_sampling_client().result(), tokenizer, questions)
     data = [datum_of(tokenizer, question, answer) for question, answer in pairs]
     losses = train(client, data, args)
-    after = complete(client.save_weights_and_get_sampling_client(), tokenizer, questions)
+    after = complete(client.save_weights_and_get_sampling_client().result(), tokenizer, questions)
     saved = client.save_weights_for_sampler("proverbs").result().path
 
     plot(losses)

@@ -23,6 +23,7 @@ from gateway.fleet import Fleet
 from gateway.futures import Futures
 from gateway.health import router as health
 from gateway.migrate import prepare
+from gateway.models import router as models
 from gateway.openai_backend import FleetBackend
 from gateway.settings import Settings, load_settings
 from gateway.state import Gateway
@@ -55,6 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.include_router(health)
+    app.include_router(models)
     app.include_router(tinker.router)
     app.include_router(admin.router)
     for prefix in ("/v1", "/oai/api/v1"):

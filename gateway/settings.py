@@ -19,7 +19,9 @@ from gateway.errors import ConfigurationError
 
 MiB = 1 << 20
 _PREFIX = "TANDEM_"
-_TINY = str(Path(__file__).parents[1] / "engines" / "tiny" / "model")
+BUILT_IN = "tandem/tiny"
+"""The base model that comes with Tandem."""
+_BUILT_IN_FOLDER = str(Path(__file__).parents[1] / "engines" / "tiny" / "model")
 
 
 class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,7 +32,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base_model: str
     """The name under which its model is served, for example `Qwen/Qwen3-8B`."""
     model: str = ""
-    """Hugging Face name or local folder of the weights; empty: the same as `base_model`."""
+    """Hugging Face name or local folder of the weights; empty: `base_model`, or what is built in."""
     plugin: str = "hf"
     """Entry point of the group `tandem.engines`, looked up in the engine's own interpreter."""
     roles: tuple[Literal["train", "sample"], ...] = ("train", "sample")
@@ -39,6 +41,11 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Interpreter of the engine process, for plugins whose packages clash with the gateway's."""
     options: dict[str, Any] = {}
     """The plugin's own settings."""
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        return self.model or (_BUILT_IN_FOLDER if self.base_model == BUILT_IN else self.base_model)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sqlite_synchronous: Literal["FULL", "NORMAL"] = "FULL"
     """FULL: an accepted operation survives a power loss. NORMAL: it survives the death of any process."""
     engines: tuple[EngineSettings, ...] = (
-        EngineSettings(name="tiny", base_model="tandem/tiny", model=_TINY),
+        EngineSettings(name="tiny", base_model=BUILT_IN),
     )
     """The engine processes to start, and the base models they serve."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")

@@ -122,7 +122,7 @@ class Supervisor:
             name=engine.name,
             plugin=engine.plugin,
             base_model=engine.base_model,
-            model=engine.model or engine.base_model,
+            model=engine.source,
             roles=engine.roles,
             storage=str(settings.storage_dir.resolve()),
             epoch=self.epoch,

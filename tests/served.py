@@ -18,7 +18,6 @@ FAKE_ENGINE = {"name": "fake", "plugin": "fake", "base_model": "fake/model"}
 TINY_ENGINE = {
     "name": "tiny",
     "base_model": "tandem/tiny",
-    "model": str(Path(__file__).parents[1] / "engines" / "tiny" / "model"),
     "options": {"threads": 2},
 }
 
