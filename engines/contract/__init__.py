@@ -1,0 +1,25 @@
+"""What every plugin must do, as tests: subclass `EngineContract` in a test module and give it its fixtures.
+
+    class TestMyEngine(EngineContract):
+        @pytest.fixture
+        def storage(self, tmp_path: Path) -> Path: ...             # the engines' EngineConfig.storage
+
+        @pytest.fixture
+        def engine_factory(self, storage: Path) -> EngineFactory: ...   # a new engine at each call
+
+        @pytest.fixture
+        def engine(self, engine_factory: EngineFactory) -> Engine:
+            return engine_factory()
+
+The tests ask the engine itself how large it is; they suit any model, and run in seconds on a small one.
+"""
+
+from engines.contract.material import EngineFactory
+from engines.contract.training import TrainingContract
+
+
+class EngineContract(TrainingContract):
+    """All of it."""
+
+
+__all__ = ["EngineContract", "EngineFactory"]
