@@ -141,7 +141,7 @@ def _assemble(tensors: Mapping[str, Array], spec: LoraSpec, key: str) -> Adapter
 
 
 def _encode(tensors: Iterator[tuple[str, Array]]) -> bytes:
-    return save({name: np.ascontiguousarray(values) for name, values in tensors}, {"format": "pt"})
+    return save({name: values.copy() for name, values in tensors}, {"format": "pt"})
 
 
 def _decode(path: Path) -> dict[str, Array]:
