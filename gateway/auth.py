@@ -11,8 +11,9 @@ import ipaddress
 import secrets
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from gateway.errors import Forbidden, Unauthorized
 from gateway.store import Store
@@ -85,6 +86,13 @@ async def caller_of(request: Request) -> Caller:
 async def owner_of(request: Request) -> str:
     """Dependency: the owner that the request is made for."""
     return (await caller_of(request)).owner
+
+
+Owner = Annotated[str, Depends(owner_of)]
+"""Parameter of a route: the owner that the request is made for."""
+
+Who = Annotated[Caller, Depends(caller_of)]
+"""Parameter of a route: the owner, and whether the key is an admin's."""
 
 
 def presented_key(request: Request) -> str:

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 
 from gateway.errors import ConfigurationError, StoreUnavailable
 from gateway.settings import Settings, load_settings
-from gateway.store.database import Database, translated_errors
+from gateway.store.database import Database
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
@@ -39,9 +39,7 @@ async def upgrade(database: Database) -> None:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
-    with translated_errors():
-        async with database.writers.begin() as connection:
-            await connection.run_sync(apply)
+    await database.alone(apply)
 
 
 async def is_current(database: Database) -> bool:
@@ -50,8 +48,7 @@ async def is_current(database: Database) -> bool:
     def revision(connection: Connection) -> Any:
         return MigrationContext.configure(connection).get_current_revision()
 
-    async with database.read() as connection:
-        current = await connection.run_sync(revision)
+    current = await database.read(revision)
     return bool(current == ScriptDirectory.from_config(alembic_config()).get_current_head())
 
 

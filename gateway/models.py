@@ -9,11 +9,10 @@ from fastapi import APIRouter, Depends, Query, Response
 
 from gateway.auth import owner_of
 from gateway.errors import EngineUnavailable, NotFound
-from gateway.state import Gateway, gateway_of
+from gateway.state import Gateway, Running
 
 router = APIRouter(prefix="/api/v1/tokenizer", tags=["models"], dependencies=[Depends(owner_of)])
 
-Running = Annotated[Gateway, Depends(gateway_of)]
 ModelName = Annotated[str, Query(description="name of a served base model", max_length=300)]
 
 

@@ -57,9 +57,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SQLAlchemy URL: `postgresql+asyncpg://user@host/name`; empty: SQLite in `data_dir`."""
     sqlite_synchronous: Literal["FULL", "NORMAL"] = "FULL"
     """FULL: an accepted operation survives a power loss. NORMAL: it survives the death of any process."""
-    engines: tuple[EngineSettings, ...] = (
-        EngineSettings(name="tiny", base_model=BUILT_IN),
-    )
+    engines: tuple[EngineSettings, ...] = (EngineSettings(name="tiny", base_model=BUILT_IN),)
     """The engine processes to start, and the base models they serve."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Host names by which local clients may call while no API keys are configured."""
@@ -100,7 +98,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def url(self) -> str:
         """The database's URL, also when it is the embedded one."""
-        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir / 'tandem.db'}"
+        return self.database_url or f"sqlite:///{self.data_dir / 'tandem.db'}"
 
     @property
     def embedded(self) -> bool:

@@ -6,9 +6,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
+from typing import Annotated, Generic, TypeVar, cast
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from gateway.auth import Keys
 from gateway.errors import Gone, NotFound
@@ -103,5 +103,14 @@ class Gateway:
 
 
 def gateway_of(request: Request) -> Gateway:
-    """Dependency: the running gateway."""
+    """The running gateway."""
     return cast(Gateway, request.app.state.gateway)
+
+
+async def running_gateway_of(request: Request) -> Gateway:
+    """Dependency: the running gateway. Asynchronous, for others are called in a worker thread."""
+    return gateway_of(request)
+
+
+Running = Annotated[Gateway, Depends(running_gateway_of)]
+"""Parameter of a route: the running gateway."""

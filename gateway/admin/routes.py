@@ -6,20 +6,18 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Query, Response
 
 from gateway.admin import views
 from gateway.admin.cursors import decode_cursor, next_cursor
-from gateway.auth import Caller, caller_of
+from gateway.auth import Caller, Who
 from gateway.checkpoints import checkpoint_path, delete_checkpoint
 from gateway.errors import Forbidden, NotFound
-from gateway.state import Gateway, gateway_of
+from gateway.state import Gateway, Running
 from gateway.store.records import Checkpoint, CheckpointKind, Run
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"])
 
-Who = Annotated[Caller, Depends(caller_of)]
-Running = Annotated[Gateway, Depends(gateway_of)]
 Limit = Annotated[int, Query(ge=1, le=1000, description="rows in a page")]
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before", max_length=1000)]
 Filter = Annotated[str | None, Query(max_length=300)]

@@ -18,7 +18,7 @@ from gateway.openai.rendering import ChatRendering, CompletionRendering, Renderi
 from gateway.openai.replies import ChatReply, CompletionReply, Identity, ModelList, ModelReply
 from gateway.openai.requests import ChatRequest, CompletionRequest, schema
 from gateway.openai.sampling import Usage, carry_out
-from gateway.openai.streams import EventStream, events, while_connected
+from gateway.openai.streams import EventStream, events, read_body, while_connected
 
 router = APIRouter(route_class=OpenAIRoute, tags=["OpenAI"])
 
@@ -72,7 +72,7 @@ async def get_model(model: str, owner: Owner, backend: BackendOf) -> Response:
 @router.post("/completions", openapi_extra=_documented(CompletionReply, CompletionRequest, streams=True))
 async def create_completion(request: Request, owner: Owner, backend: BackendOf) -> Response:
     """Continue one or several texts or token sequences."""
-    asked = parse(await request.body(), CompletionRequest)
+    asked = parse(await read_body(request), CompletionRequest)
     target = await backend.resolve(owner, asked.model)
     plan = await plan_completion(target, asked)
     identity = Identity.new("cmpl", asked.model, target)
@@ -83,7 +83,7 @@ async def create_completion(request: Request, owner: Owner, backend: BackendOf) 
 @router.post("/chat/completions", openapi_extra=_documented(ChatReply, ChatRequest, streams=True))
 async def create_chat_completion(request: Request, owner: Owner, backend: BackendOf) -> Response:
     """Answer a conversation, in the form of the model's chat template."""
-    asked = parse(await request.body(), ChatRequest)
+    asked = parse(await read_body(request), ChatRequest)
     target = await backend.resolve(owner, asked.model)
     plan = await plan_chat(target, asked)
     identity = Identity.new("chatcmpl", asked.model, target)
@@ -99,7 +99,7 @@ async def _answer(
     if plan.stream:
         # With the first piece at hand, what is refused at once is still answered with its own status.
         first = await while_connected(request.receive, anext(pieces))
-        return EventStream(events(rendering, first, pieces, usage, include_usage=include_usage))
+        return EventStream(events(rendering, first, pieces, usage, include_usage=include_usage), pieces)
 
     async def whole() -> Response:
         async with aclosing(pieces):

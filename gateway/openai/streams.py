@@ -1,4 +1,4 @@
-"""Server-sent events, and answers that nobody waits for any more."""
+"""Bodies that come, events that go, and answers that nobody waits for any more."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from engines.interface import UserError
-from gateway.errors import TandemError
+from gateway.errors import PayloadTooLarge, TandemError
 from gateway.openai.continuation import Piece
 from gateway.openai.errors import error_reply
 from gateway.openai.plan import off_loop
 from gateway.openai.rendering import Rendering
+from gateway.openai.requests import MAX_BODY_BYTES
 from gateway.openai.sampling import Usage
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body; raises PayloadTooLarge as soon as it is over MAX_BODY_BYTES."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise PayloadTooLarge(
+                f"The body is larger than {MAX_BODY_BYTES} bytes; send fewer or shorter prompts in one request."
+            )
+    return bytes(body)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -51,17 +64,19 @@ async def _hangs_up(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """A stream whose source is closed at its end, whatever ends it; also when the client hangs up."""
+    """A stream that closes its source at its end, whatever ends it, even before the first event was taken."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Piece, None]) -> None:
         # A proxy that buffers would hold the events back.
         super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._events = events
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
+        # Closing events that have not begun would not reach the source.
+        async with aclosing(self._source), aclosing(self._events):
             try:
                 await while_connected(receive, self.stream_response(send))
             except (ClientDisconnect, OSError):
@@ -78,24 +93,21 @@ async def events(
     include_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
     """The events of an answer whose first piece is there already, up to `[DONE]` or the error that ends it."""
-    async with aclosing(rest):
-        for opening in rendering.opening():
-            yield _event(opening)
-        try:
-            async for piece in _following(first, rest):
-                if event := await off_loop(len(piece.tokens), _shown, rendering, piece):
-                    yield event
-            if include_usage:
-                yield _event(rendering.closing(usage))
-            yield b"data: [DONE]\n\n"
-        except (TandemError, UserError) as error:
-            yield _event(error_reply(error)[1])
-        except (
-            Exception
-        ) as error:  # broad: the status line is sent, so no handler can tell the client any more
-            error_id = secrets.token_hex(4)
-            logger.exception("stream failed, error id %s", error_id)
-            yield _event(error_reply(error, error_id)[1])
+    for opening in rendering.opening():
+        yield _event(opening)
+    try:
+        async for piece in _following(first, rest):
+            if event := await off_loop(len(piece.tokens), _shown, rendering, piece):
+                yield event
+        if include_usage:
+            yield _event(rendering.closing(usage))
+        yield b"data: [DONE]\n\n"
+    except (TandemError, UserError) as error:
+        yield _event(error_reply(error)[1])
+    except Exception as error:  # broad: the status line is sent, so no handler can tell the client any more
+        error_id = secrets.token_hex(4)
+        logger.exception("stream failed, error id %s", error_id)
+        yield _event(error_reply(error, error_id)[1])
 
 
 async def _following(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Row, delete, exists, func, select, union_all, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Row, delete, exists, func, select, union_all, update
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -25,8 +24,7 @@ class CheckpointStore:
     async def get(self, path: str) -> Checkpoint | None:
         """A checkpoint by its tinker:// path; an expired one is gone."""
         query = select(C).where(C.c.path == path)
-        async with self._database.read() as connection:
-            row = (await connection.execute(query)).first()
+        row = await self._database.first(query)
         if row is None or (row.expires_at is not None and row.expires_at <= now()):
             return None
         return checkpoint_of(row)
@@ -49,21 +47,18 @@ class CheckpointStore:
             query = query.where(
                 (C.c.created_at < created_at) | ((C.c.created_at == created_at) & (C.c.path < path))
             )
-        async with self._database.read() as connection:
-            rows = await connection.execute(query.limit(limit).offset(offset))
-            return [checkpoint_of(row) for row in rows]
+        rows = await self._database.rows(query.limit(limit).offset(offset))
+        return [checkpoint_of(row) for row in rows]
 
     async def count(self, owner: str) -> int:
         query = select(func.count()).select_from(C).where(C.c.owner == owner, _alive())
-        async with self._database.read() as connection:
-            return int((await connection.execute(query)).scalar_one())
+        return int((await self._database.rows(query))[0][0])
 
     async def latest_of_runs(self, run_ids: list[str]) -> dict[tuple[str, str], Checkpoint]:
         """The newest checkpoint of each (run, kind)."""
         query = select(C).where(C.c.run_id.in_(run_ids), _alive()).order_by(C.c.created_at)
-        async with self._database.read() as connection:
-            rows = await connection.execute(query)
-            return {(row.run_id, row.kind): checkpoint_of(row) for row in rows}
+        rows = await self._database.rows(query)
+        return {(row.run_id, row.kind): checkpoint_of(row) for row in rows}
 
     async def delete(self, path: str) -> str | None:
         """Delete a checkpoint; the answer is its folder if nothing else refers to it."""
@@ -86,22 +81,20 @@ def _alive() -> Any:
     return C.c.expires_at.is_(None) | (C.c.expires_at > now())
 
 
-async def insert_checkpoint(
-    connection: AsyncConnection, checkpoint: Checkpoint, *, overwrite: bool
+def insert_checkpoint(
+    connection: Connection, checkpoint: Checkpoint, *, overwrite: bool
 ) -> tuple[bool, str | None]:
     """Whether the name was free, or could be overwritten; and the folder that was replaced."""
-    row = (
-        await connection.execute(select(C.c.folder, C.c.expires_at).where(C.c.path == checkpoint.path))
-    ).first()
+    row = (connection.execute(select(C.c.folder, C.c.expires_at).where(C.c.path == checkpoint.path))).first()
     expired = row is not None and row.expires_at is not None and row.expires_at <= now()
     if row is not None and row.folder != checkpoint.folder and not (overwrite or expired):
         return False, None
-    await connection.execute(delete(C).where(C.c.path == checkpoint.path))
-    await connection.execute(insert_or_ignore(connection, C), asdict(checkpoint))
+    connection.execute(delete(C).where(C.c.path == checkpoint.path))
+    connection.execute(insert_or_ignore(connection, C), asdict(checkpoint))
     return True, row.folder if row is not None and row.folder != checkpoint.folder else None
 
 
-async def folder_in_use(connection: AsyncConnection, folder: str) -> bool:
+def folder_in_use(connection: Connection, folder: str) -> bool:
     """Whether a checkpoint, a sampler, or the log of a run refers to a stored folder.
 
     A log refers to what it begins at and to what its operations load; a save's own folder is the checkpoint's.
@@ -114,25 +107,25 @@ async def folder_in_use(connection: AsyncConnection, folder: str) -> bool:
             schema.futures.c.folder == folder, schema.futures.c.kind == "load_weights"
         ),
     )
-    return bool((await connection.execute(select(exists(references.subquery().select())))).scalar_one())
+    return bool((connection.execute(select(exists(references.subquery().select())))).scalar_one())
 
 
-async def delete_checkpoints(connection: AsyncConnection, paths: list[str]) -> list[str | None]:
+def delete_checkpoints(connection: Connection, paths: list[str]) -> list[str | None]:
     folders: list[str | None] = []
     for path in paths:
         statement = delete(C).where(C.c.path == path).returning(C.c.folder)
-        folder = (await connection.execute(statement)).scalar()
-        folders.append(None if folder is None or await folder_in_use(connection, folder) else folder)
+        folder = connection.execute(statement).scalar()
+        folders.append(None if folder is None or folder_in_use(connection, folder) else folder)
     return folders
 
 
-async def _set_expiries(connection: AsyncConnection, changes: list[tuple[str, float | None]]) -> list[None]:
+def _set_expiries(connection: Connection, changes: list[tuple[str, float | None]]) -> list[None]:
     for path, expires_at in changes:
-        await connection.execute(update(C).where(C.c.path == path).values(expires_at=expires_at))
+        connection.execute(update(C).where(C.c.path == path).values(expires_at=expires_at))
     return [None] * len(changes)
 
 
-async def _set_public(connection: AsyncConnection, changes: list[tuple[str, bool]]) -> list[None]:
+def _set_public(connection: Connection, changes: list[tuple[str, bool]]) -> list[None]:
     for path, public in changes:
-        await connection.execute(update(C).where(C.c.path == path).values(public=public))
+        connection.execute(update(C).where(C.c.path == path).values(public=public))
     return [None] * len(changes)

@@ -3,6 +3,10 @@
 Writers hand in an operation and an argument and wait; whatever has gathered while the last transaction was being
 committed goes into the next one, neighbours with the same operation in one call. One request costs one commit when it
 is alone and a share of one under load. No other code commits.
+
+Operations are plain functions of a SQLAlchemy connection. On Postgres they run over asyncpg. On SQLite a whole
+transaction runs in one hop to a worker thread: through an asyncio driver every statement would be several (measured in
+docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -10,27 +14,85 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from sqlalchemy import event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy import Connection, Row, create_engine, event
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.sql import Executable
 
 from gateway.errors import StoreUnavailable
 
 A = TypeVar("A")
 R = TypeVar("R")
+T = TypeVar("T")
 
-WriteMany = Callable[[AsyncConnection, list[A]], Awaitable[list[R]]]
+WriteMany = Callable[[Connection, list[A]], list[R]]
 """A write operation: takes the arguments of several callers, answers each in order."""
 
 _LARGEST_GROUP = 512
 
 log = logging.getLogger(__name__)
+
+
+class _Driver(Protocol):
+    """How work reaches the database: `work` gets a connection, in a transaction of its own when it writes."""
+
+    async def read(self, work: Callable[[Connection], T]) -> T: ...
+
+    async def write(self, work: Callable[[Connection], T]) -> T: ...
+
+    async def close(self) -> None: ...
+
+
+class _PostgresDriver:
+    def __init__(self, url: str, readers: int) -> None:
+        self._readers = create_async_engine(url, pool_size=readers, pool_pre_ping=True)
+        self._writers = create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        async with self._readers.connect() as connection:
+            return await connection.run_sync(work)
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        async with self._writers.begin() as connection:
+            return await connection.run_sync(work)
+
+    async def close(self) -> None:
+        await self._readers.dispose()
+        await self._writers.dispose()
+
+
+class _SqliteDriver:
+    def __init__(self, url: str, synchronous: str, readers: int) -> None:
+        self._engine = create_engine(make_url(url).set(drivername="sqlite+pysqlite"), pool_size=readers + 1)
+        _configure_sqlite(self._engine, synchronous)
+        self._reading = ThreadPoolExecutor(readers, "sqlite-read")
+        self._writing = ThreadPoolExecutor(1, "sqlite-write")
+
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        def in_thread() -> T:
+            with self._engine.connect() as connection:
+                return work(connection)
+
+        return await asyncio.get_running_loop().run_in_executor(self._reading, in_thread)
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        def in_thread() -> T:
+            with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+                return work(connection)
+
+        return await asyncio.get_running_loop().run_in_executor(self._writing, in_thread)
+
+    async def close(self) -> None:
+        self._writing.shutdown()
+        self._reading.shutdown()
+        self._engine.dispose()
 
 
 @dataclass(slots=True)
@@ -42,31 +104,22 @@ class _Write(Generic[A, R]):
 
 
 class Database:
-    """Readers' pool and the single writer of this process.
+    """Readers and the single writer of this process.
 
-    `url` is an SQLAlchemy URL with an asyncio driver: sqlite+aiosqlite:///file or postgresql+asyncpg://...
-    `sqlite_synchronous` is FULL (a commit survives a power loss) or NORMAL (it survives any crash of a process).
+    `url` is a SQLAlchemy URL, sqlite:///file or postgresql+asyncpg://... `sqlite_synchronous` is FULL (a commit
+    survives a power loss) or NORMAL (it survives any crash of a process).
     """
 
     def __init__(self, url: str, *, sqlite_synchronous: str = "FULL", readers: int = 4) -> None:
-        self.is_sqlite = make_url(url).get_backend_name() == "sqlite"
-        if self.is_sqlite:
-            self._readers = create_async_engine(url, pool_size=readers)
-            self._writers = create_async_engine(url, pool_size=1)
-            for engine in (self._readers, self._writers):
-                _configure_sqlite(engine, sqlite_synchronous, begin=engine is self._writers)
+        self._driver: _Driver
+        if make_url(url).get_backend_name() == "sqlite":
+            self._driver = _SqliteDriver(url, sqlite_synchronous, readers)
         else:
-            self._readers = create_async_engine(url, pool_size=readers, pool_pre_ping=True)
-            self._writers = create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+            self._driver = _PostgresDriver(url, readers)
         self._pending: list[_Write[Any, Any]] = []
         self._wake = asyncio.Event()
         self._closing = False
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def writers(self) -> AsyncEngine:
-        """The engine that migrations run on."""
-        return self._writers
 
     def start(self) -> None:
         """Start the writer; call it in the running loop."""
@@ -78,15 +131,25 @@ class Database:
             self._closing = True
             self._wake.set()
             await self._task
-        await self._readers.dispose()
-        await self._writers.dispose()
+        await self._driver.close()
 
-    @contextlib.asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for reading. Raises StoreUnavailable when the database does not answer."""
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        """What `work` makes of a connection for reading. Raises StoreUnavailable when the database does not answer."""
         with translated_errors():
-            async with self._readers.connect() as connection:
-                yield connection
+            return await self._driver.read(work)
+
+    async def alone(self, work: Callable[[Connection], T]) -> T:
+        """A transaction outside the group commit, for migrations."""
+        with translated_errors():
+            return await self._driver.write(work)
+
+    async def rows(self, query: Executable) -> Sequence[Row[Any]]:
+        """All rows of a query."""
+        return await self.read(lambda connection: connection.execute(query).all())
+
+    async def first(self, query: Executable) -> Row[Any] | None:
+        """The first row of a query, if there is one."""
+        return await self.read(lambda connection: connection.execute(query).first())
 
     def write(
         self, operation: WriteMany[A, R], argument: A, then: Callable[[R], None] | None = None
@@ -112,7 +175,7 @@ class Database:
     async def _commit_group(self, group: list[_Write[Any, Any]]) -> None:
         """One transaction for all; if anything in it fails, each alone, so that only the culprit is told."""
         try:
-            answers = await self._transaction(group)
+            answers = await self.alone(lambda connection: _perform(connection, group))
         except StoreUnavailable as error:
             _refuse(group, error)
             return
@@ -129,13 +192,12 @@ class Database:
             if not write.outcome.done():
                 write.outcome.set_result(answer)
 
-    async def _transaction(self, group: list[_Write[Any, Any]]) -> list[Any]:
-        answers: list[Any] = []
-        with translated_errors():
-            async with self._writers.begin() as connection:
-                for operation, writes in groupby(group, key=lambda write: write.operation):
-                    answers += await operation(connection, [write.argument for write in writes])
-        return answers
+
+def _perform(connection: Connection, group: list[_Write[Any, Any]]) -> list[Any]:
+    answers: list[Any] = []
+    for operation, writes in groupby(group, key=lambda write: write.operation):
+        answers += operation(connection, [write.argument for write in writes])
+    return answers
 
 
 def _refuse(group: list[_Write[Any, Any]], error: Exception) -> None:
@@ -151,39 +213,39 @@ def translated_errors() -> Iterator[None]:
     """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
     try:
         yield
-    except (TimeoutError, OSError) as error:
+    except OSError as error:
         raise StoreUnavailable(f"the database does not answer: {error}") from error
     except DBAPIError as error:
         if error.connection_invalidated or _is_outage(error):
             raise StoreUnavailable(f"the database cannot serve this now: {error.orig}") from error
         raise
-    except SQLAlchemyError:
-        raise
+
+
+_OUTAGES = (
+    "disk is full",
+    "disk full",
+    "no space left",
+    "database is locked",
+    "readonly database",
+    "i/o error",
+    "connection",
+    "shutting down",
+    "starting up",
+    "too many clients",
+    "unable to open",
+)
 
 
 def _is_outage(error: DBAPIError) -> bool:
     """Whether a driver's error speaks of the server or the disk, not of the statement."""
     text = str(error.orig).lower()
-    signs = (
-        "disk is full",
-        "disk full",
-        "no space left",
-        "database is locked",
-        "readonly database",
-        "i/o error",
-        "connection",
-        "shutting down",
-        "starting up",
-        "too many clients",
-        "unable to open",
-    )
-    return any(sign in text for sign in signs)
+    return any(sign in text for sign in _OUTAGES)
 
 
-def _configure_sqlite(engine: AsyncEngine, synchronous: str, *, begin: bool) -> None:
+def _configure_sqlite(engine: Engine, synchronous: str) -> None:
     """WAL, so that readers and the writer do not wait for each other; a writer takes its lock at once."""
 
-    @event.listens_for(engine.sync_engine, "connect")
+    @event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # the driver must not begin transactions by itself
         cursor = connection.cursor()
@@ -196,8 +258,7 @@ def _configure_sqlite(engine: AsyncEngine, synchronous: str, *, begin: bool) -> 
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    if begin:
-
-        @event.listens_for(engine.sync_engine, "begin")
-        def on_begin(connection: Any) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+    @event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Select, Table
+from sqlalchemy import Connection, Select, Table
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 Filters = Mapping[str, str | None]
 """Columns and what they must equal; None filters nothing."""
@@ -16,13 +15,13 @@ Filters = Mapping[str, str | None]
 NO_FILTERS: Filters = {}
 
 
-def insert_or_ignore(connection: AsyncConnection, table: Table) -> Any:
+def insert_or_ignore(connection: Connection, table: Table) -> Any:
     """An insert that leaves a row with the same key as it is."""
     make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     return make(table).on_conflict_do_nothing()
 
 
-def for_update(connection: AsyncConnection, query: Select[Any]) -> Select[Any]:
+def for_update(connection: Connection, query: Select[Any]) -> Select[Any]:
     """Keep the rows from changing until the commit. SQLite's writer has the whole database to itself."""
     return query if connection.dialect.name == "sqlite" else query.with_for_update()
 

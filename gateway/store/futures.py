@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Row, Select, func, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Row, Select, func, select, update
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -68,22 +67,19 @@ class FutureStore:
         return self._database.write(settle_futures, outcome, then)
 
     async def get(self, request_id: str) -> Future | None:
-        async with self._database.read() as connection:
-            row = (await connection.execute(select(F).where(F.c.request_id == request_id))).first()
+        row = await self._database.first(select(F).where(F.c.request_id == request_id))
         return future_of(row) if row is not None else None
 
     async def result(self, request_id: str) -> bytes | None:
         """The stored result of a future that is done."""
         query = select(schema.results.c.body).where(schema.results.c.request_id == request_id)
-        async with self._database.read() as connection:
-            body: bytes | None = (await connection.execute(query)).scalar()
-            return body
+        row = await self._database.first(query)
+        return row.body if row is not None else None
 
     async def inputs(self, request_ids: Iterable[str]) -> dict[str, bytes]:
         """Inputs by request_id."""
         query = select(schema.inputs).where(schema.inputs.c.request_id.in_(list(request_ids)))
-        async with self._database.read() as connection:
-            return {row.request_id: row.body for row in await connection.execute(query)}
+        return {row.request_id: row.body for row in await self._database.rows(query)}
 
     async def open_of_engine(self, engine: str) -> list[Future]:
         """What an engine still owes, oldest first."""
@@ -124,14 +120,12 @@ class FutureStore:
 
     async def counts(self) -> dict[tuple[str, str], int]:
         """How many open futures there are by (engine, status)."""
-        query = select(F.c.engine, F.c.status, func.count()).where(F.c.status.in_(OPEN))
-        async with self._database.read() as connection:
-            rows = await connection.execute(query.group_by(F.c.engine, F.c.status))
-            return {(engine, status): count for engine, status, count in rows}
+        query = select(F.c.engine, F.c.status, func.count().label("open")).where(F.c.status.in_(OPEN))
+        rows = await self._database.rows(query.group_by(F.c.engine, F.c.status))
+        return {(str(row.engine), str(row.status)): int(row.open) for row in rows}
 
     async def _all(self, query: Select[Any]) -> list[Future]:
-        async with self._database.read() as connection:
-            return [future_of(row) for row in await connection.execute(query)]
+        return [future_of(row) for row in await self._database.rows(query)]
 
 
 def future_of(row: Row[Any]) -> Future:
@@ -140,25 +134,25 @@ def future_of(row: Row[Any]) -> Future:
     return Future(**{**values, "status": FutureStatus(values["status"])})
 
 
-async def insert_submissions(connection: AsyncConnection, submissions: list[Submission]) -> list[bool]:
+def insert_submissions(connection: Connection, submissions: list[Submission]) -> list[bool]:
     """Runs, futures and inputs of several submissions; whether each is new."""
     runs = [submission.run for submission in submissions if submission.run is not None]
     if runs:
-        await insert_runs(connection, runs)
+        insert_runs(connection, runs)
     rows = [asdict(submission.future) for submission in submissions]
     statement = insert_or_ignore(connection, F).returning(F.c.request_id)
-    new = set((await connection.execute(statement, rows)).scalars())
+    new = set(connection.execute(statement, rows).scalars())
     bodies = [
         {"request_id": submission.future.request_id, "body": submission.body}
         for submission in submissions
         if submission.future.open and submission.future.request_id in new
     ]
     if bodies:
-        await connection.execute(insert_or_ignore(connection, schema.inputs), bodies)
+        connection.execute(insert_or_ignore(connection, schema.inputs), bodies)
     return [submission.future.request_id in new for submission in submissions]
 
 
-async def claim_futures(connection: AsyncConnection, claims: list[Claim]) -> list[dict[str, bytes]]:
+def claim_futures(connection: Connection, claims: list[Claim]) -> list[dict[str, bytes]]:
     """Queued futures become running; running ones of an older epoch are taken over."""
     answers = []
     for claim in claims:
@@ -171,9 +165,7 @@ async def claim_futures(connection: AsyncConnection, claims: list[Claim]) -> lis
             )
             .returning(F.c.request_id)
         )
-        claimed = list((await connection.execute(statement)).scalars())
-        bodies = await connection.execute(
-            select(schema.inputs).where(schema.inputs.c.request_id.in_(claimed))
-        )
+        claimed = list(connection.execute(statement).scalars())
+        bodies = connection.execute(select(schema.inputs).where(schema.inputs.c.request_id.in_(claimed)))
         answers.append({row.request_id: row.body for row in bodies})
     return answers

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from sqlalchemy import delete, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, delete, select
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -22,9 +21,8 @@ class KeyStore:
         self._database = database
 
     async def all(self) -> list[ApiKey]:
-        async with self._database.read() as connection:
-            rows = await connection.execute(select(K).order_by(K.c.created_at))
-            return [ApiKey(**row._mapping) for row in rows]
+        rows = await self._database.rows(select(K).order_by(K.c.created_at))
+        return [ApiKey(**row._mapping) for row in rows]
 
     async def add(self, key: ApiKey) -> None:
         await self._database.write(_insert, key)
@@ -34,14 +32,14 @@ class KeyStore:
         return await self._database.write(_delete, key_hash)
 
 
-async def _insert(connection: AsyncConnection, keys: list[ApiKey]) -> list[None]:
-    await connection.execute(insert_or_ignore(connection, K), [asdict(key) for key in keys])
+def _insert(connection: Connection, keys: list[ApiKey]) -> list[None]:
+    connection.execute(insert_or_ignore(connection, K), [asdict(key) for key in keys])
     return [None] * len(keys)
 
 
-async def _delete(connection: AsyncConnection, hashes: list[str]) -> list[bool]:
+def _delete(connection: Connection, hashes: list[str]) -> list[bool]:
     removed = []
     for key_hash in hashes:
         statement = delete(K).where(K.c.key_hash == key_hash).returning(K.c.key_hash)
-        removed.append((await connection.execute(statement)).first() is not None)
+        removed.append(connection.execute(statement).first() is not None)
     return removed

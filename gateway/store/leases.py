@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, select, update
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -38,24 +37,24 @@ class LeaseStore:
         return await self._database.write(_renew, request)
 
 
-async def _take(connection: AsyncConnection, requests: list[LeaseRequest]) -> list[int | None]:
+def _take(connection: Connection, requests: list[LeaseRequest]) -> list[int | None]:
     epochs: list[int | None] = []
     for request in requests:
         fresh = {"engine": request.engine, "holder": request.holder, "epoch": 0, "expires_at": 0.0}
-        await connection.execute(insert_or_ignore(connection, L), fresh)
+        connection.execute(insert_or_ignore(connection, L), fresh)
         row = (
-            await connection.execute(for_update(connection, select(L).where(L.c.engine == request.engine)))
+            connection.execute(for_update(connection, select(L).where(L.c.engine == request.engine)))
         ).one()
         if row.holder != request.holder and row.expires_at > now():
             epochs.append(None)
             continue
         change = {"holder": request.holder, "epoch": row.epoch + 1, "expires_at": now() + request.seconds}
-        await connection.execute(update(L).where(L.c.engine == request.engine).values(change))
+        connection.execute(update(L).where(L.c.engine == request.engine).values(change))
         epochs.append(row.epoch + 1)
     return epochs
 
 
-async def _renew(connection: AsyncConnection, requests: list[LeaseRequest]) -> list[bool]:
+def _renew(connection: Connection, requests: list[LeaseRequest]) -> list[bool]:
     renewed = []
     for request in requests:
         statement = (
@@ -64,5 +63,5 @@ async def _renew(connection: AsyncConnection, requests: list[LeaseRequest]) -> l
             .values(expires_at=now() + request.seconds)
             .returning(L.c.engine)
         )
-        renewed.append((await connection.execute(statement)).first() is not None)
+        renewed.append(connection.execute(statement).first() is not None)
     return renewed

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Row, func, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Row, func, select, update
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -24,8 +23,7 @@ class RunStore:
         self._database = database
 
     async def get(self, run_id: str) -> Run | None:
-        async with self._database.read() as connection:
-            row = (await connection.execute(select(R).where(R.c.run_id == run_id))).first()
+        row = await self._database.first(select(R).where(R.c.run_id == run_id))
         return run_of(row) if row is not None else None
 
     async def page(
@@ -46,18 +44,15 @@ class RunStore:
             query = query.where(
                 (R.c.created_at < created_at) | ((R.c.created_at == created_at) & (R.c.run_id < run_id))
             )
-        async with self._database.read() as connection:
-            return [run_of(row) for row in await connection.execute(query)]
+        return [run_of(row) for row in await self._database.rows(query)]
 
     async def count(self, owner: str) -> int:
         query = select(func.count()).select_from(R).where(R.c.owner == owner)
-        async with self._database.read() as connection:
-            return int((await connection.execute(query)).scalar_one())
+        return int((await self._database.rows(query))[0][0])
 
     async def of_session(self, session_id: str) -> list[Run]:
         query = select(R).where(R.c.session_id == session_id).order_by(R.c.model_seq_id)
-        async with self._database.read() as connection:
-            return [run_of(row) for row in await connection.execute(query)]
+        return [run_of(row) for row in await self._database.rows(query)]
 
     async def unload(self, run_id: str) -> None:
         """End a run: it takes no further operations. Repeating it changes nothing."""
@@ -66,8 +61,7 @@ class RunStore:
     async def steps(self, run_id: str, *, after: int = 0, limit: int = 1000) -> list[Step]:
         """Metrics of the optimizer steps above `after`, in order."""
         query = select(S).where(S.c.run_id == run_id, S.c.step > after).order_by(S.c.step).limit(limit)
-        async with self._database.read() as connection:
-            return [Step(**row._mapping) for row in await connection.execute(query)]
+        return [Step(**row._mapping) for row in await self._database.rows(query)]
 
 
 def run_of(row: Row[Any]) -> Run:
@@ -76,12 +70,12 @@ def run_of(row: Row[Any]) -> Run:
     return Run(**{**values, "status": RunStatus(values["status"])})
 
 
-async def insert_runs(connection: AsyncConnection, runs: list[Run]) -> None:
+def insert_runs(connection: Connection, runs: list[Run]) -> None:
     """Runs that are known already stay as they are."""
-    await connection.execute(insert_or_ignore(connection, R), [asdict(run) for run in runs])
+    connection.execute(insert_or_ignore(connection, R), [asdict(run) for run in runs])
 
 
-async def unload_runs(connection: AsyncConnection, run_ids: list[str]) -> list[None]:
+def unload_runs(connection: Connection, run_ids: list[str]) -> list[None]:
     statement = update(R).where(R.c.run_id.in_(run_ids))
-    await connection.execute(statement.values(status=RunStatus.UNLOADED, last_request_at=now()))
+    connection.execute(statement.values(status=RunStatus.UNLOADED, last_request_at=now()))
     return [None] * len(run_ids)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, select
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -26,20 +25,18 @@ class SamplerStore:
         await self._database.write(_create, sampler)
 
     async def get(self, sampler_id: str) -> Sampler | None:
-        async with self._database.read() as connection:
-            row = (await connection.execute(select(S).where(S.c.sampler_id == sampler_id))).first()
+        row = await self._database.first(select(S).where(S.c.sampler_id == sampler_id))
         return Sampler(**row._mapping) if row is not None else None
 
     async def of_session(self, session_id: str) -> list[Sampler]:
         query = select(S).where(S.c.session_id == session_id).order_by(S.c.created_at)
-        async with self._database.read() as connection:
-            return [Sampler(**row._mapping) for row in await connection.execute(query)]
+        return [Sampler(**row._mapping) for row in await self._database.rows(query)]
 
 
-async def insert_samplers(connection: AsyncConnection, samplers: list[Sampler]) -> None:
-    await connection.execute(insert_or_ignore(connection, S), [asdict(sampler) for sampler in samplers])
+def insert_samplers(connection: Connection, samplers: list[Sampler]) -> None:
+    connection.execute(insert_or_ignore(connection, S), [asdict(sampler) for sampler in samplers])
 
 
-async def _create(connection: AsyncConnection, samplers: list[Sampler]) -> list[None]:
-    await insert_samplers(connection, samplers)
+def _create(connection: Connection, samplers: list[Sampler]) -> list[None]:
+    insert_samplers(connection, samplers)
     return [None] * len(samplers)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Row, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Row, select, update
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -36,8 +35,7 @@ class SessionStore:
         return await self._database.write(insert_sessions, session)
 
     async def get(self, session_id: str) -> Session | None:
-        async with self._database.read() as connection:
-            row = (await connection.execute(select(S).where(S.c.session_id == session_id))).first()
+        row = await self._database.first(select(S).where(S.c.session_id == session_id))
         return session_of(row) if row is not None else None
 
     async def beat(self, session_id: str) -> None:
@@ -65,8 +63,7 @@ class SessionStore:
             created_at, session_id = before
             older = (S.c.created_at == created_at) & (S.c.session_id < session_id)
             query = query.where((S.c.created_at < created_at) | older)
-        async with self._database.read() as connection:
-            return [session_of(row) for row in await connection.execute(query)]
+        return [session_of(row) for row in await self._database.rows(query)]
 
 
 def session_of(row: Row[Any]) -> Session:
@@ -74,26 +71,26 @@ def session_of(row: Row[Any]) -> Session:
     return Session(**row._mapping)
 
 
-async def insert_sessions(connection: AsyncConnection, sessions: list[Session]) -> list[Session]:
+def insert_sessions(connection: Connection, sessions: list[Session]) -> list[Session]:
     """Each session, or the earlier one of the same owner and idempotency key."""
-    await connection.execute(insert_or_ignore(connection, S), [asdict(session) for session in sessions])
+    connection.execute(insert_or_ignore(connection, S), [asdict(session) for session in sessions])
     stored = []
     for session in sessions:
         same = S.c.session_id == session.session_id
         if session.idempotency_key is not None:
             same = (S.c.owner == session.owner) & (S.c.idempotency_key == session.idempotency_key)
-        stored.append(session_of((await connection.execute(select(S).where(same))).one()))
+        stored.append(session_of(connection.execute(select(S).where(same)).one()))
     return stored
 
 
-async def touch_sessions(connection: AsyncConnection, session_ids: list[str]) -> list[None]:
-    await connection.execute(update(S).where(S.c.session_id.in_(session_ids)).values(heartbeat_at=now()))
+def touch_sessions(connection: Connection, session_ids: list[str]) -> list[None]:
+    connection.execute(update(S).where(S.c.session_id.in_(session_ids)).values(heartbeat_at=now()))
     return [None] * len(session_ids)
 
 
-async def finish_sessions(connection: AsyncConnection, finishes: list[Finish]) -> list[None]:
+def finish_sessions(connection: Connection, finishes: list[Finish]) -> list[None]:
     for finish in finishes:
-        await connection.execute(
+        connection.execute(
             update(S)
             .where(S.c.session_id == finish.session_id, S.c.finished_at.is_(None))
             .values(finished_at=now(), finish_reason=finish.reason, finish_detail=finish.detail)

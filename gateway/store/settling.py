@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import bindparam, case, insert, literal, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, bindparam, case, insert, literal, select, update
 
 from gateway.store import schema
 from gateway.store.checkpoints import folder_in_use, insert_checkpoint
@@ -75,9 +74,9 @@ _ADVANCE_RUN = (
 )
 
 
-async def settle_futures(connection: AsyncConnection, outcomes: list[Outcome]) -> list[Settled | None]:
+def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Settled | None]:
     """Store several outcomes; None for each that is not its sender's to settle any more."""
-    settleable = await _settleable(connection, outcomes)
+    settleable = _settleable(connection, outcomes)
     at = now()
     answers: list[Settled | None] = []
     stored: list[Outcome] = []
@@ -86,12 +85,12 @@ async def settle_futures(connection: AsyncConnection, outcomes: list[Outcome]) -
             answers.append(None)
             continue
         settleable.discard(outcome.future.request_id)
-        final, orphan = await _store_checkpoint(connection, outcome)
+        final, orphan = _store_checkpoint(connection, outcome)
         stored.append(final)
         answers.append(Settled(_finished(final, at), final.result, orphan))
     if stored:
-        await _store_outcomes(connection, stored, at)
-        await _advance_runs(connection, stored, at)
+        _store_outcomes(connection, stored, at)
+        _advance_runs(connection, stored, at)
     return answers
 
 
@@ -106,23 +105,23 @@ def _finished(outcome: Outcome, at: float) -> Future:
     )
 
 
-async def _settleable(connection: AsyncConnection, outcomes: list[Outcome]) -> set[str]:
+def _settleable(connection: Connection, outcomes: list[Outcome]) -> set[str]:
     """Those futures that are open and of the epoch that their outcome was computed in."""
     epochs = {outcome.future.request_id: outcome.future.epoch for outcome in outcomes}
     query = select(F.c.request_id, F.c.status, F.c.epoch).where(F.c.request_id.in_(list(epochs)))
-    rows = await connection.execute(for_update(connection, query))
+    rows = connection.execute(for_update(connection, query))
     open_statuses = (FutureStatus.QUEUED, FutureStatus.RUNNING)
     return {
         row.request_id for row in rows if row.status in open_statuses and row.epoch == epochs[row.request_id]
     }
 
 
-async def _store_checkpoint(connection: AsyncConnection, outcome: Outcome) -> tuple[Outcome, str | None]:
+def _store_checkpoint(connection: Connection, outcome: Outcome) -> tuple[Outcome, str | None]:
     """Register what a save has written. A name that is taken makes the operation fail, as its owner was promised."""
     checkpoint = outcome.checkpoint
     if checkpoint is None or outcome.failed:
         return outcome, None
-    inserted, replaced = await insert_checkpoint(connection, checkpoint, overwrite=outcome.overwrite)
+    inserted, replaced = insert_checkpoint(connection, checkpoint, overwrite=outcome.overwrite)
     if not inserted:
         message = (
             f"a checkpoint named {checkpoint.name!r} exists already in this run ({checkpoint.path}); "
@@ -133,12 +132,12 @@ async def _store_checkpoint(connection: AsyncConnection, outcome: Outcome) -> tu
             outcome, result=None, error=message, error_category="user", sampler=None, checkpoint=None
         )
         return failed, checkpoint.folder
-    if replaced is not None and not await folder_in_use(connection, replaced):
+    if replaced is not None and not folder_in_use(connection, replaced):
         return outcome, replaced
     return outcome, None
 
 
-async def _store_outcomes(connection: AsyncConnection, outcomes: list[Outcome], at: float) -> None:
+def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) -> None:
     rows = [
         {
             "key": outcome.future.request_id,
@@ -150,16 +149,16 @@ async def _store_outcomes(connection: AsyncConnection, outcomes: list[Outcome], 
         }
         for outcome in outcomes
     ]
-    await connection.execute(_SETTLE_FUTURE, rows)
+    connection.execute(_SETTLE_FUTURE, rows)
     bodies = [{"request_id": o.future.request_id, "body": o.result} for o in outcomes if o.result is not None]
     if bodies:
-        await connection.execute(insert_or_ignore(connection, schema.results), bodies)
+        connection.execute(insert_or_ignore(connection, schema.results), bodies)
     samplers = [outcome.sampler for outcome in outcomes if outcome.sampler is not None and not outcome.failed]
     if samplers:
-        await insert_samplers(connection, samplers)
+        insert_samplers(connection, samplers)
 
 
-async def _advance_runs(connection: AsyncConnection, outcomes: list[Outcome], at: float) -> None:
+def _advance_runs(connection: Connection, outcomes: list[Outcome], at: float) -> None:
     """Move each run past its operation, and keep the sums that become the metrics of its next step."""
     advances: list[dict[str, Any]] = []
     passes: list[dict[str, Any]] = []
@@ -186,9 +185,9 @@ async def _advance_runs(connection: AsyncConnection, outcomes: list[Outcome], at
                 {"key": future.run_id, "seq": future.seq_id, "seconds": seconds, "at": at, **numbers}
             )
     if passes:
-        await connection.execute(_ADD_TO_STEP, passes)
+        connection.execute(_ADD_TO_STEP, passes)
     if steps:
-        await connection.execute(_RECORD_STEP, steps)
-        await connection.execute(_FINISH_STEP, [{"key": step["key"]} for step in steps])
+        connection.execute(_RECORD_STEP, steps)
+        connection.execute(_FINISH_STEP, [{"key": step["key"]} for step in steps])
     if advances:
-        await connection.execute(_ADVANCE_RUN, advances)
+        connection.execute(_ADVANCE_RUN, advances)

@@ -149,7 +149,10 @@ def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
+        try:
+            return files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"chat_template.jinja is not UTF-8: {error}") from error
     declared = _json_object(files, "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(declared, list):
         # Several templates under names; without tools the one called default is meant.

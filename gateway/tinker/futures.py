@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
-from gateway.auth import owner_of
-from gateway.state import Gateway, gateway_of
+from gateway.auth import Owner
+from gateway.state import Gateway, Running
 from gateway.store.records import FutureStatus
 from gateway.supervisor import EngineState
 from gateway.tinker import results, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, takes
 
 router = APIRouter()
-
-Owner = Annotated[str, Depends(owner_of)]
-Running = Annotated[Gateway, Depends(gateway_of)]
 
 
 @router.post("/retrieve_future", openapi_extra=takes(schemas.RetrieveFuture))

@@ -6,20 +6,18 @@ import time
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from gateway.auth import owner_of
+from gateway.auth import Owner
 from gateway.checkpoints import checkpoint_path, delete_checkpoint, owned_checkpoint
 from gateway.errors import NotFound
-from gateway.state import Gateway, gateway_of
+from gateway.state import Gateway, Running
 from gateway.store.records import Checkpoint, CheckpointKind, Run, RunStatus
 from gateway.tinker import schemas
 from gateway.tinker.edge import json_body, json_reply, takes
 
 router = APIRouter()
 
-Owner = Annotated[str, Depends(owner_of)]
-Running = Annotated[Gateway, Depends(gateway_of)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=10**9)]
 

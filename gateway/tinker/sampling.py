@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from engines.interface import UserError
-from gateway.auth import owner_of
+from gateway.auth import Owner
 from gateway.checkpoints import readable_checkpoint
 from gateway.errors import BadRequest, Unprocessable
-from gateway.state import Gateway, gateway_of
+from gateway.state import Running
 from gateway.store.records import Future, Sampler
 from gateway.submit import draw_seed, sampler_id_of, submit_rejected_sample, submit_sample
 from gateway.tinker import requests, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, parse_json, read_body, takes
 
 router = APIRouter()
-
-Owner = Annotated[str, Depends(owner_of)]
-Running = Annotated[Gateway, Depends(gateway_of)]
 
 
 @router.post("/create_sampling_session", openapi_extra=takes(schemas.CreateSamplingSession))

@@ -6,19 +6,16 @@ import time
 import uuid
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from gateway.auth import owner_of
-from gateway.state import Gateway, gateway_of
+from gateway.auth import Owner
+from gateway.state import Running
 from gateway.store.records import Session
 from gateway.store.sessions import Finish
 from gateway.tinker import schemas
 from gateway.tinker.edge import json_body, json_reply, read_body, takes
 
 router = APIRouter()
-
-Owner = Annotated[str, Depends(owner_of)]
-Running = Annotated[Gateway, Depends(gateway_of)]
 
 
 @router.post("/client/config", openapi_extra=takes(schemas.ClientConfig))

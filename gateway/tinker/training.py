@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import APIRouter, Request, Response
 
-from fastapi import APIRouter, Depends, Request, Response
-
-from gateway.auth import owner_of
-from gateway.state import Gateway, gateway_of
+from gateway.auth import Owner
+from gateway.state import Gateway, Running
 from gateway.store.records import Future, Run
 from gateway.submit import NewRun, draw_seed, submit_operation, submit_run
 from gateway.tinker import requests, schemas
@@ -16,9 +14,6 @@ from gateway.tinker.operations import accept_json, accept_or_reject, body_of_pas
 from gateway.tinker.results import PROTOBUF
 
 router = APIRouter()
-
-Owner = Annotated[str, Depends(owner_of)]
-Running = Annotated[Gateway, Depends(gateway_of)]
 
 
 @router.post("/create_model", openapi_extra=takes(schemas.CreateModel))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from engines.interface import UserError
 from engines.operations import LoraSpec
-from gateway.auth import owner_of
+from gateway.auth import Owner
 from gateway.checkpoints import readable_checkpoint
 from gateway.errors import BadRequest, Unprocessable
-from gateway.state import Gateway, gateway_of
+from gateway.state import Gateway, Running
 from gateway.store.records import CheckpointKind, Future, Run
 from gateway.submit import NewRun, SaveRequest, sampler_id_of, submit_load, submit_run, submit_save
 from gateway.tinker import requests, schemas
@@ -19,9 +17,6 @@ from gateway.tinker.edge import json_body, json_reply, parse_json, read_body, ta
 from gateway.tinker.operations import accept_json, accept_or_reject, promise
 
 router = APIRouter()
-
-Owner = Annotated[str, Depends(owner_of)]
-Running = Annotated[Gateway, Depends(gateway_of)]
 
 
 @router.post("/save_weights", openapi_extra=takes(schemas.SaveWeights))

@@ -21,7 +21,7 @@ _COUNTER = itertools.count()
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     if request.param == "sqlite":
-        database = Database(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}", sqlite_synchronous="NORMAL")
+        database = Database(f"sqlite:///{tmp_path / 'test.db'}", sqlite_synchronous="NORMAL")
         await upgrade(database)
     else:
         database = Database(request.getfixturevalue("pg_url"))
