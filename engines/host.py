@@ -139,9 +139,10 @@ class Host:
 def run(socket: Socket) -> int:
     """A process's whole life on a connected socket; gives its exit status."""
     socket.send_multipart(pack(Hello(PROTOCOL, os.getpid(), platform.python_version())))
-    config = _await_load(socket)
-    if config is None:
-        return EXIT_OWNER_GONE
+    said = _await_load(socket)
+    if not isinstance(said, Load):
+        return EXIT_STOPPED if isinstance(said, Stop) else EXIT_OWNER_GONE
+    config = said.config
     start_logging(config.name)
     engine = _load(socket, config)
     if engine is None:
@@ -157,16 +158,14 @@ def run(socket: Socket) -> int:
     return status
 
 
-def _await_load(socket: Socket) -> EngineConfig | None:
-    """What to load; None when the owner says nothing, or says stop. Pings may come first."""
+def _await_load(socket: Socket) -> Load | Stop | None:
+    """What the owner says, signs of life apart; None when it says nothing."""
     deadline = time.monotonic() + _GREETING_S
     while (left_s := deadline - time.monotonic()) > 0:
         if socket.poll(int(left_s * 1000) + 1):
             message, _ = unpack_to_engine(socket.recv_multipart())
-            if isinstance(message, Load):
-                return message.config
-            if isinstance(message, Stop):
-                return None
+            if isinstance(message, (Load, Stop)):
+                return message
     log.error("the owner has not said what to load within %.0f s", _GREETING_S)
     return None
 
