@@ -187,6 +187,13 @@ async def test_an_end_of_sequence_token_is_counted_and_not_shown(connect: Connec
         assert answer["usage"]["completion_tokens"] == len(backend.text.encode("Hi")) - 1 + 1
 
 
+async def test_a_character_that_is_cut_off_is_shown_as_replacement(connect: Connect) -> None:
+    backend = says("")
+    first = next(token for token in range(420) if backend.text.token_bytes(token) == b"\xf0")
+    backend.script = lambda request, index: Script([first], "length")
+    assert (await ask(connect, backend))["choices"][0]["text"] == "\ufffd"
+
+
 async def test_special_tokens_within_a_text(connect: Connect) -> None:
     backend = says("a<|turn|>b", "length")
     assert (await ask(connect, backend))["choices"][0]["text"] == "ab"
@@ -347,6 +354,14 @@ async def test_what_the_engine_refuses_at_once_has_its_status(
     backend.failure = failure
     found, error = await refused(connect, backend, stream=stream, echo=True)
     assert (found, error["message"]) == (status, str(failure))
+
+
+async def test_bodies_are_bounded(connect: Connect) -> None:
+    backend = says("x")
+    status, error = await refused(connect, backend, user="x" * 16 * 1024 * 1024)
+    assert (status, error["code"]) == (413, "payload_too_large")
+    assert "16777216 bytes" in error["message"]
+    await ask(connect, backend, user="x" * 15 * 1024 * 1024)
 
 
 async def test_a_key_is_needed(connect: Connect) -> None:

@@ -219,6 +219,7 @@ class HangingUp:
         self._body = json.dumps(body).encode()
         self._asked = False
         self.hang_up = asyncio.Event()
+        self.takes = 1000
         self.sent: list[dict[str, Any]] = []
 
     async def receive(self) -> dict[str, Any]:
@@ -230,6 +231,8 @@ class HangingUp:
 
     async def send(self, message: Any) -> None:
         self.sent.append(message)
+        if len(self.sent) >= self.takes:
+            await asyncio.Event().wait()
 
     async def call(self, backend: ScriptedBackend) -> None:
         scope = {
@@ -263,6 +266,19 @@ async def test_hanging_up_cancels_the_samples(streamed: bool, hang_after: int) -
         await call
     assert backend.cancelled == 2
     assert bool(client.sent and client.sent[0]["status"] == 200) == (streamed and hang_after > 0)
+
+
+@pytest.mark.parametrize("taken", [1, 2])
+async def test_hanging_up_cancels_although_the_client_has_stopped_reading(taken: int) -> None:
+    backend = says("Hello world, hello", hang_after=4)
+    client = HangingUp("/v1/completions", {"model": "tiny/base", "prompt": "a", "stream": True})
+    client.takes = taken
+    async with asyncio.timeout(5):
+        call = asyncio.create_task(client.call(backend))
+        await backend.hanging.wait()
+        client.hang_up.set()
+        await call
+    assert (backend.cancelled, len(client.sent)) == (1, taken)
 
 
 # ---------------------------------------------------------------------------- stop strings

@@ -192,6 +192,7 @@ def test_tokens_that_only_the_configuration_declares(
         ({"tokenizer.json": b"{"}, "tokenizer.json cannot be read"),
         ({"tokenizer.json": None, "tokenizer_config.json": b"nonsense"}, "tokenizer_config.json is not JSON"),
         ({"tokenizer.json": None, "tokenizer_config.json": b"[1]"}, "tokenizer_config.json holds a list"),
+        ({"tokenizer.json": None, "chat_template.jinja": b"\xff"}, "chat_template.jinja is not UTF-8"),
     ],
 )
 def test_unreadable_files_are_named(files: dict[str, bytes | None], says: str) -> None:
