@@ -14,11 +14,15 @@
 The tests ask the engine itself how large it is; they suit any model, and run in seconds on a small one.
 """
 
+from engines.contract.checkpoints import CheckpointContract
+from engines.contract.drawing import DrawingContract
+from engines.contract.losses import LossContract
 from engines.contract.material import EngineFactory
+from engines.contract.sampling import SamplingContract
 from engines.contract.training import TrainingContract
 
 
-class EngineContract(TrainingContract):
+class EngineContract(TrainingContract, LossContract, CheckpointContract, DrawingContract, SamplingContract):
     """All of it."""
 
 

@@ -22,17 +22,22 @@ from engines.operations import (
     ForwardResult,
     LoadWeights,
     LoraSpec,
+    LossConfig,
     OptimStep,
+    SampledSequence,
     SampleRequest,
     SampleResult,
     SaveWeights,
     SaveWeightsResult,
+    TopLogprobs,
 )
 from engines.tensors import Tensor
 
 Array = NDArray[Any]
 EngineFactory = Callable[[], Engine]
 T = TypeVar("T")
+
+NO_CONFIG: LossConfig = {}
 
 
 class Caller:
@@ -50,15 +55,25 @@ class Caller:
         return only(self.engine.create_runs([RunOperation(run_id, CreateRun(lora, **start))]))
 
     def forward_backward(
-        self, data: Sequence[Datum], loss: str = "cross_entropy", run_id: str = "run", **config: float
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: LossConfig = NO_CONFIG,
+        *,
+        run_id: str = "run",
     ) -> ForwardResult:
-        operation = ForwardBackward(list(data), loss, dict(config))
+        operation = ForwardBackward(list(data), loss, config)
         return only(self.engine.forward_backward([RunOperation(run_id, operation)]))
 
     def forward(
-        self, data: Sequence[Datum], loss: str = "cross_entropy", run_id: str = "run", **config: float
+        self,
+        data: Sequence[Datum],
+        loss: str = "cross_entropy",
+        config: LossConfig = NO_CONFIG,
+        *,
+        run_id: str = "run",
     ) -> ForwardResult:
-        return only(self.engine.forward([RunOperation(run_id, Forward(list(data), loss, dict(config)))]))
+        return only(self.engine.forward([RunOperation(run_id, Forward(list(data), loss, config))]))
 
     def step(self, run_id: str = "run", **settings: float) -> float:
         """One optimizer step; gives the gradient norm that the engine tells."""
@@ -195,6 +210,26 @@ def logprobs(result: ForwardResult) -> list[Array]:
 def drawn(result: SampleResult) -> list[list[int]]:
     """The tokens of each sequence."""
     return [sequence.tokens.array().tolist() for sequence in result.sequences]
+
+
+def sequence_logprobs(sequences: Sequence[SampledSequence]) -> list[Array]:
+    """The log-probs of each sequence."""
+    return [sequence.logprobs.array() for sequence in sequences]
+
+
+def prompt_scores(scores: Tensor | None) -> Array:
+    """Log-probs of the prompt's tokens after the first."""
+    assert scores is not None
+    return scores.array()[1:]
+
+
+def alternatives(top: TopLogprobs | None) -> list[list[tuple[int, float]]]:
+    """(token, log-prob) pairs of each position."""
+    assert top is not None
+    return [
+        list(zip(tokens.tolist(), scores.tolist(), strict=True))
+        for tokens, scores in zip(top.tokens.array(), top.logprobs.array(), strict=True)
+    ]
 
 
 def steps_of(events: Sequence[SampleEvent], call_id: int, sequence: int) -> list[SampleStep]:

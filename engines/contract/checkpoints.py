@@ -1,0 +1,218 @@
+"""The contract of saving and loading: nothing is lost, nothing is made up, and a refusal changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
+from engines.contract.material import Caller, EngineFactory, batch, same, weights
+from engines.interface import Engine, RunOperation, UserError
+from engines.operations import CreateRun, LoraSpec
+
+
+class CheckpointContract:
+    """All comparisons are exact: a checkpoint holds the numbers themselves."""
+
+    def test_a_checkpoint_is_a_peft_folder(self, engine: Engine, storage: Path) -> None:
+        caller = Caller(engine)
+        caller.create(rank=3, alpha=6.0)
+        result = caller.save("checkpoints/plain")
+        folder = storage / "checkpoints/plain"
+        names = {path.name: path.stat().st_size for path in folder.iterdir()}
+        assert names.keys() == {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+        assert result.size_bytes == sum(names.values())
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 6)
+        factors = weights(storage, "checkpoints/plain")
+        for name, values in factors.items():
+            module, _, factor = name.removesuffix(".weight").rpartition(".lora_")
+            assert module.startswith("base_model.model.")
+            assert module.rpartition(".")[2] in config["target_modules"]
+            assert values.shape[0 if factor == "A" else 1] == 3
+            assert f"{module}.lora_{'B' if factor == 'A' else 'A'}.weight" in factors
+
+    def test_optimizer_state_is_saved_when_asked(self, engine: Engine, storage: Path) -> None:
+        caller = Caller(engine)
+        caller.create()
+        result = caller.save("checkpoints/full", optimizer_state=True)
+        files = list((storage / "checkpoints/full").iterdir())
+        assert {path.name for path in files} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER}
+        assert result.size_bytes == sum(path.stat().st_size for path in files)
+
+    @pytest.mark.parametrize("trained_before", [0, 3])
+    @pytest.mark.parametrize("way", ["load", "create", "create in another engine"])
+    def test_continuing_is_never_having_stopped(
+        self, engine_factory: EngineFactory, way: str, trained_before: int
+    ) -> None:
+        caller = Caller(engine_factory())
+        data = batch(caller.info)
+        caller.create(seed=2)
+        caller.train(data, trained_before, weight_decay=0.1)
+        caller.save("checkpoints/middle", optimizer_state=True)
+        expected_losses = caller.train(data, 3, weight_decay=0.1)
+        expected = caller.logprobs(data)
+        if way == "load":
+            caller.load("checkpoints/middle", optimizer_state=True)
+        else:
+            caller = Caller(engine_factory()) if way == "create in another engine" else caller
+            caller.create(seed=2, folder="checkpoints/middle", optimizer_state=True)
+        assert caller.train(data, 3, weight_decay=0.1) == expected_losses
+        assert same(caller.logprobs(data), expected)
+
+    @pytest.mark.parametrize("way", ["load", "create"])
+    def test_without_optimizer_state_it_starts_afresh(self, engine: Engine, way: str) -> None:
+        """The weights are the checkpoint's, the next step is a first one: of another length than a third one."""
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create("old")
+        caller.train(data, 2, "old")
+        caller.save("checkpoints/both", "old", optimizer_state=True)
+        caller.save("checkpoints/weights", "old")
+        saved = caller.logprobs(data, "old")
+        after = {}
+        for folder in ("checkpoints/both", "checkpoints/weights"):
+            if way == "load":
+                caller.create(folder)
+                caller.train(data, 1, folder)
+                caller.load(folder, folder)
+            else:
+                caller.create(folder, folder=folder)
+            assert same(caller.logprobs(data, folder), saved)
+            caller.train(data, 1, folder)
+            after[folder] = caller.logprobs(data, folder)
+        assert same(after["checkpoints/both"], after["checkpoints/weights"])
+        caller.train(data, 1, "old")
+        assert not same(after["checkpoints/both"], caller.logprobs(data, "old"))
+
+    @pytest.mark.parametrize("optimizer_state", [False, True])
+    def test_saving_between_gradient_and_step_loses_nothing(
+        self, engine: Engine, optimizer_state: bool
+    ) -> None:
+        caller = Caller(engine)
+        data = batch(caller.info)
+        for run_id in ("plain", "saved"):
+            caller.create(run_id)
+            caller.train(data, 1, run_id)
+            caller.forward_backward(data, run_id=run_id)
+            if run_id == "saved":
+                caller.save("checkpoints/between", run_id, optimizer_state)
+            caller.step(run_id)
+        assert same(caller.logprobs(data, "saved"), caller.logprobs(data, "plain"))
+
+    def test_a_checkpoint_holds_no_pending_gradient(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create()
+        caller.forward_backward(data)
+        caller.save("checkpoints/pending", optimizer_state=True)
+        caller.create("new", folder="checkpoints/pending", optimizer_state=True)
+        assert caller.step("new") == 0.0
+
+    def test_loading_clears_the_pending_gradient(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create()
+        caller.save("checkpoints/start", optimizer_state=True)
+        caller.forward_backward(data)
+        caller.load("checkpoints/start", optimizer_state=True)
+        assert caller.step() == 0.0
+
+    def test_a_checkpoint_does_not_follow_its_run(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create()
+        caller.train(data, 1)
+        saved = caller.logprobs(data)
+        caller.save("checkpoints/then")
+        caller.train(data, 2)
+        caller.load("checkpoints/then")
+        assert same(caller.logprobs(data), saved)
+
+    def test_a_save_may_come_again(self, engine: Engine, storage: Path) -> None:
+        """A replayed operation writes the same folder once more."""
+        caller = Caller(engine)
+        caller.create()
+        caller.save("checkpoints/twice")
+        before = weights(storage, "checkpoints/twice")
+        caller.save("checkpoints/twice")
+        after = weights(storage, "checkpoints/twice")
+        assert before.keys() == after.keys()
+        assert same(list(after.values()), list(before.values()))
+
+    # ------------------------------------------------------------------ refusals
+
+    def test_a_missing_folder_is_refused_without_effect(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create()
+        caller.train(data, 1)
+        caller.forward_backward(data)
+        before = caller.logprobs(data)
+        for optimizer_state in (False, True):
+            with pytest.raises(UserError, match="checkpoints/never-saved"):
+                caller.load("checkpoints/never-saved", optimizer_state=optimizer_state)
+        assert same(caller.logprobs(data), before)
+        assert caller.step() > 0
+
+    def test_missing_optimizer_state_is_refused_without_effect(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create()
+        caller.save("checkpoints/weights")
+        caller.train(data, 1)
+        before = caller.logprobs(data)
+        with pytest.raises(UserError, match="optimizer"):
+            caller.load("checkpoints/weights", optimizer_state=True)
+        with pytest.raises(UserError, match="optimizer"):
+            caller.create("new", folder="checkpoints/weights", optimizer_state=True)
+        assert same(caller.logprobs(data), before)
+
+    def test_an_adapter_of_another_shape_is_refused_without_effect(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create("small", rank=2)
+        caller.create("large", rank=4)
+        caller.train(data, 1, "small")
+        before = caller.logprobs(data, "small")
+        caller.save("checkpoints/large", "large")
+        with pytest.raises(UserError, match="rank"):
+            caller.load("checkpoints/large", "small")
+        assert same(caller.logprobs(data, "small"), before)
+
+    def test_an_adapter_of_other_layers_is_refused(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        caller.create("all")
+        caller.create("attention", train_mlp=False, train_unembed=False)
+        caller.save("checkpoints/attention", "attention")
+        with pytest.raises(UserError, match="train_mlp"):
+            caller.load("checkpoints/attention", "all")
+
+    @pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, OPTIMIZER])
+    def test_a_damaged_file_is_refused_and_named(self, engine: Engine, storage: Path, name: str) -> None:
+        caller = Caller(engine)
+        caller.create()
+        caller.save("checkpoints/damaged", optimizer_state=True)
+        path = storage / "checkpoints/damaged" / name
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(UserError, match=name):
+            caller.load("checkpoints/damaged", optimizer_state=True)
+        path.unlink()
+        with pytest.raises(UserError):
+            caller.load("checkpoints/damaged", optimizer_state=True)
+
+    def test_one_load_that_fails_fails_alone(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create("source")
+        caller.train(data, 1, "source")
+        caller.save("checkpoints/source", "source")
+        lora = LoraSpec(4, 1, train_unembed=caller.info.train_unembed)
+        folders = {"first": "checkpoints/none", "second": "checkpoints/source"}
+        items = [RunOperation(run_id, CreateRun(lora, folder=folder)) for run_id, folder in folders.items()]
+        first, second = engine.create_runs(items)
+        assert isinstance(first, UserError)
+        assert not isinstance(second, UserError)
+        assert same(caller.logprobs(data, "second"), caller.logprobs(data, "source"))
