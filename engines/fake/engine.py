@@ -94,27 +94,27 @@ class FakeEngine(Engine):
 
     def _forward_backward(self, run_id: str, operation: ForwardBackward) -> ForwardResult:
         self._look_at(datum.tokens.array() for datum in operation.data)
-        return forward_backward(self._weights, self._runs[run_id], operation)
+        return forward_backward(self._weights, self._run(run_id), operation)
 
     def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
         return self._each(self._forward, items)
 
     def _forward(self, run_id: str, operation: Forward) -> ForwardResult:
         self._look_at(datum.tokens.array() for datum in operation.data)
-        return forward(self._weights, self._runs[run_id], operation)
+        return forward(self._weights, self._run(run_id), operation)
 
     def optim_step(self, items: Sequence[RunOperation[OptimStep]]) -> list[OptimStepResult | UserError]:
         return self._each(self._optim_step, items)
 
     def _optim_step(self, run_id: str, operation: OptimStep) -> OptimStepResult:
-        norm = optim_step(self._runs[run_id], operation)
+        norm = optim_step(self._run(run_id), operation)
         return OptimStepResult(metrics={"unclipped_grad_l2:mean": norm})
 
     def save_weights(self, items: Sequence[RunOperation[SaveWeights]]) -> list[SaveWeightsResult | UserError]:
         return self._each(self._save_weights, items)
 
     def _save_weights(self, run_id: str, operation: SaveWeights) -> SaveWeightsResult:
-        run, base_model = self._runs[run_id], self._config.base_model
+        run, base_model = self._run(run_id), self._config.base_model
         return SaveWeightsResult(
             write_run(self._storage, operation.folder, base_model, run, operation.optimizer_state)
         )
@@ -123,9 +123,15 @@ class FakeEngine(Engine):
         return self._each(self._load_weights, items)
 
     def _load_weights(self, run_id: str, operation: LoadWeights) -> LoadWeightsResult:
-        spec = self._runs[run_id].adapter.spec
+        spec = self._run(run_id).adapter.spec
         self._runs[run_id] = read_run(self._storage, operation.folder, spec, operation.optimizer_state)
         return LoadWeightsResult()
+
+    def _run(self, run_id: str) -> Run:
+        run = self._runs.get(run_id)
+        if run is None:
+            raise UserError(f"there is no run {run_id} in this engine; create it first")
+        return run
 
     def _each(
         self, perform: Callable[[str, Op], Outcome], items: Sequence[RunOperation[Op]]
