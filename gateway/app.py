@@ -71,7 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 @asynccontextmanager
 async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """Everything behind the routes, started in order and stopped in reverse."""
-    logging.getLogger("gateway").setLevel(settings.log_level)
+    _configure_log(settings.log_level)
     _check_file_limit()
     settings.storage_dir.mkdir(parents=True, exist_ok=True)
     lock = _lock_data_dir(settings) if settings.embedded else None
@@ -104,6 +104,17 @@ def _assemble(settings: Settings, store: Store) -> Gateway:
     futures = Futures(store, accepted, settings.result_cache_bytes)
     fleet = Fleet(settings, store, futures.opened, settled)
     return Gateway(settings, store, futures, fleet, Keys(store, settings.allowed_hosts))
+
+
+def _configure_log(level: str) -> None:
+    """One line an event, to standard error, in the form of the engines' own; an application that has set up logging
+    itself is left alone."""
+    logger = logging.getLogger("gateway")
+    logger.setLevel(level)
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s gateway: %(message)s"))
+        logger.addHandler(handler)
 
 
 def _lock_data_dir(settings: Settings) -> IO[str]:

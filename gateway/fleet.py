@@ -27,7 +27,7 @@ class Fleet:
         on_opened: Callable[[Future], None],
         on_settled: Callable[[Settled | None], None],
     ) -> None:
-        holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        holder = _holder(settings)
         self.dispatchers: dict[str, Dispatcher] = {}
         for engine in settings.engines:
             supervisor = Supervisor(engine, settings, store, holder)
@@ -67,3 +67,11 @@ class Fleet:
             f"base model {base_model!r} is not {verb} here; available: {served}",
             param="base_model",
         )
+
+
+def _holder(settings: Settings) -> str:
+    """This process, as a lease's holder. With the embedded database, whose folder is locked, there is no other one, so
+    a lease that a killed predecessor left need not run out first."""
+    if settings.embedded:
+        return "the only one"
+    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
