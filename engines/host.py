@@ -181,7 +181,7 @@ def _load(socket: Socket, config: EngineConfig) -> Engine | None:
         socket.send_multipart(pack(LoadFailed(str(error))))
         return None
     except Exception as error:  # the process boundary: a plugin may raise anything while it loads
-        failure = failure_of_engine(error, "model", f"loading {config.base_model}")
+        failure = failure_of_engine(error, "loading the model", f"loading {config.base_model}")
         socket.send_multipart(pack(LoadFailed(failure.message)))
         return None
     return engine

@@ -172,7 +172,7 @@ class TrainingCalls:
             Exception
         ) as error:  # the process boundary: a plugin may raise anything, and its other runs go on
             places = ", ".join(f"{item.address.run_id}#{item.address.seq_id}" for item in items)
-            failure = failure_of_engine(error, "operation", f"{kind} of {places}")
+            failure = failure_of_engine(error, "this operation", f"{kind} of {places}")
             for item in items:
                 self.drop(item.address.run_id)
             return failure
@@ -183,7 +183,7 @@ def failure_of_engine(error: Exception, what: str, details: str) -> Failure:
     """The failure to answer with when an engine raised what it should not; the log gets the traceback."""
     error_id = secrets.token_hex(6)
     log.error("error %s: the engine failed at %s", error_id, details, exc_info=error)
-    message = f"the engine failed at this {what}; its log says why under {error_id}"
+    message = f"the engine failed at {what}; its log says why under {error_id}"
     return Failure("server", message, error_id)
 
 

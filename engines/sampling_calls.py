@@ -41,7 +41,7 @@ class SamplingCalls:
             Exception
         ) as error:  # the process boundary: a plugin may raise anything, and other samples go on
             self._fail(
-                call.call_id, failure_of_engine(error, "sample", f"the start of sample {call.call_id}")
+                call.call_id, failure_of_engine(error, "this sample", f"the start of sample {call.call_id}")
             )
             self._engine.cancel_sample(call.call_id)
 
@@ -57,7 +57,9 @@ class SamplingCalls:
         except (
             Exception
         ) as error:  # the process boundary: which sample the engine failed at is not known, so all fail
-            self._fail_all(failure_of_engine(error, "sample", f"a step of samples {sorted(self._streamed)}"))
+            self._fail_all(
+                failure_of_engine(error, "this sample", f"a step of samples {sorted(self._streamed)}")
+            )
             return
         self._tell(events)
 
