@@ -1,8 +1,8 @@
 """What an operation or a sample request must satisfy, whatever the engine: checked before an engine sees it.
 
 Every refusal is a UserError in the words of the Tinker API (`loss_fn`, `data[3].loss_fn_inputs['weights']`): which
-field, what came, what is allowed. An engine may rely on all of it: tensors hold what their shapes say, tokens are in the
-vocabulary, numbers are finite, sequences fit into the context.
+field, what came, what is allowed. An engine may rely on all of it: tensors hold what their shapes say, tokens are in
+the vocabulary, numbers are finite, sequences fit into the context.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ MAX_STOP_LENGTH = 1024
 
 _LEAST_EPS = float(np.finfo(np.float32).tiny)
 """Below it, and above all at 0, a weight without gradient becomes 0 / 0."""
+_LONGEST_ECHO = 80
+"""Characters of a sender's own words that an error repeats."""
 _PER_TOKEN_BOUNDS = ("clip_low_threshold", "clip_high_threshold")
 
 
@@ -99,7 +101,9 @@ def _check_number(field: str, value: float, allowed: str, holds: Callable[[float
 def _check_pass(operation: Forward | ForwardBackward, info: EngineInfo) -> None:
     spec = LOSSES.get(operation.loss)
     if spec is None or operation.loss not in info.losses:
-        raise UserError(f"loss_fn is {operation.loss!r}; this engine has {', '.join(info.losses)}")
+        raise UserError(
+            f"loss_fn is {operation.loss[:_LONGEST_ECHO]!r}; this engine has {', '.join(info.losses)}"
+        )
     _check_config(spec, operation.loss_config)
     if not operation.data:
         raise UserError("data is empty; at least one datum is needed")
@@ -121,9 +125,11 @@ def _check_setting(spec: LossSpec, name: str, value: float | str) -> None:
     setting = spec.settings.get(name)
     if setting is None:
         allowed = ", ".join(spec.settings) or "no settings"
-        raise UserError(f"loss_fn_config has {name!r}; {spec.name} takes {allowed}")
+        raise UserError(f"loss_fn_config has {name[:_LONGEST_ECHO]!r}; {spec.name} takes {allowed}")
     if isinstance(value, str):
-        raise UserError(f"loss_fn_config[{name!r}] is the text {value!r}; {spec.name} takes a number")
+        raise UserError(
+            f"loss_fn_config[{name!r}] is the text {value[:_LONGEST_ECHO]!r}; {spec.name} takes a number"
+        )
     least = setting.least
     _check_number(f"loss_fn_config[{name!r}]", value, f"at least {least:g}", lambda number: number >= least)
 
@@ -203,16 +209,15 @@ def _check_target_shape(where: str, targets: Tensor, length: int, spec: LossSpec
 
 
 def _values(field: str, tensor: Tensor, dtype: str) -> NDArray[Any]:
-    """The items of a tensor that must have this dtype, flat and read-only."""
+    """The items of a tensor that must have this dtype; read-only, of its shape."""
     if tensor.dtype != dtype:
         raise UserError(f"{field} has dtype {tensor.dtype}; it must be {dtype}")
-    count = math.prod(tensor.shape)
-    width = 8 if dtype == "int64" else 4
-    if min(tensor.shape, default=0) < 0 or len(tensor.data) != count * width:
+    expected = math.prod(tensor.shape) * (8 if dtype == "int64" else 4)
+    if min(tensor.shape, default=0) < 0 or len(tensor.data) != expected:
         raise UserError(
-            f"{field} holds {len(tensor.data)} bytes, but shape {list(tensor.shape)} of {dtype} takes {count * width}"
+            f"{field} holds {len(tensor.data)} bytes, but shape {list(tensor.shape)} of {dtype} takes {expected}"
         )
-    return tensor.array().ravel()
+    return tensor.array()
 
 
 def _check_vocabulary(field: str, tokens: NDArray[Any], info: EngineInfo) -> None:
@@ -220,20 +225,26 @@ def _check_vocabulary(field: str, tokens: NDArray[Any], info: EngineInfo) -> Non
     unsigned: NDArray[Any] = tokens.view(np.uint32 if tokens.itemsize == 4 else np.uint64)
     if int(unsigned.max()) < info.vocab_size:
         return
-    place = int((unsigned >= info.vocab_size).argmax())
-    raise UserError(
-        f"{field} holds the token {int(tokens[place])} at place {place}; the vocabulary of {info.base_model} goes "
-        f"from 0 to {info.vocab_size - 1}"
-    )
+    place = _first(unsigned >= info.vocab_size)
+    token = int(tokens[place])
+    advice = "; to leave a position out, give it weight 0 and any token" if token == -100 else ""
+    raise UserError(f"{field}{list(place)} is {token}; {_vocabulary(info)}{advice}")
+
+
+def _vocabulary(info: EngineInfo) -> str:
+    return f"the tokens of {info.base_model} are 0 to {info.vocab_size - 1}"
 
 
 def _check_finite(field: str, values: NDArray[Any]) -> None:
     finite = np.isfinite(values)
     if not finite.all():
-        place = int(finite.argmin())
-        raise UserError(
-            f"{field} holds {float(values[place])} at place {place}; all its numbers must be finite"
-        )
+        place = _first(~finite)
+        raise UserError(f"{field}{list(place)} is {float(values[place])}; all its numbers must be finite")
+
+
+def _first(mask: NDArray[Any]) -> tuple[int, ...]:
+    """Index of the first true item."""
+    return tuple(int(axis) for axis in np.unravel_index(int(mask.argmax()), mask.shape))
 
 
 # ---------------------------------------------------------------------------- samples
@@ -287,10 +298,7 @@ def _check_stops(request: SampleRequest, info: EngineInfo) -> None:
         raise UserError(f"sampling_params.stop has {count} entries; at most {MAX_STOPS} are taken")
     for token in request.stop_tokens:
         if not 0 <= token < info.vocab_size:
-            raise UserError(
-                f"sampling_params.stop holds the token {token}; the vocabulary of {info.base_model} goes from 0 to "
-                f"{info.vocab_size - 1}"
-            )
+            raise UserError(f"sampling_params.stop holds the token {token}; {_vocabulary(info)}")
     for string in request.stop_strings:
         if not 1 <= len(string) <= MAX_STOP_LENGTH:
             raise UserError(
