@@ -179,10 +179,7 @@ def _check_names(where: str, datum: Datum, spec: LossSpec) -> None:
     needed = ", ".join(spec.inputs)
     for name in spec.inputs:
         if name not in datum.loss_inputs:
-            came = ", ".join(datum.loss_inputs) or "nothing"
-            raise UserError(
-                f"{where}.loss_fn_inputs has no {name!r}; {spec.name} needs {needed}, and {came} came"
-            )
+            raise UserError(f"{where}.loss_fn_inputs has no {name!r}; {spec.name} needs {needed}")
     if len(datum.loss_inputs) == len(spec.inputs):
         return
     for name in datum.loss_inputs:

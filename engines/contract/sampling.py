@@ -161,7 +161,8 @@ class SamplingContract:
         other = Caller(engine_factory())
         for found in other.sample(asked, msgspec.structs.replace(asked, adapter=training)):
             assert drawn(found) == drawn(expected)
-            assert same(sequence_logprobs(found.sequences), sequence_logprobs(expected.sequences))
+            scores = (sequence_logprobs(result.sequences) for result in (found, expected))
+            assert distance(*scores) < self.sampling_tolerance
 
     def test_a_missing_adapter_is_refused(self, engine: Engine) -> None:
         caller = Caller(engine)

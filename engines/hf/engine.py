@@ -111,26 +111,26 @@ class HfEngine(Engine):
         return [_attempt(self._forward_backward, item) for item in items]
 
     def _forward_backward(self, item: RunOperation[ForwardBackward]) -> ForwardResult:
-        return forward_backward(self.base, self.runs[item.run_id], item.operation, self.pass_tokens)
+        return forward_backward(self.base, self._run(item.run_id), item.operation, self.pass_tokens)
 
     def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
         return [_attempt(self._forward, item) for item in items]
 
     def _forward(self, item: RunOperation[Forward]) -> ForwardResult:
-        return forward(self.base, self.runs[item.run_id], item.operation, self.pass_tokens)
+        return forward(self.base, self._run(item.run_id), item.operation, self.pass_tokens)
 
     def optim_step(self, items: Sequence[RunOperation[OptimStep]]) -> list[OptimStepResult | UserError]:
         return [_attempt(self._optim_step, item) for item in items]
 
     def _optim_step(self, item: RunOperation[OptimStep]) -> OptimStepResult:
-        norm = optim_step(self.runs[item.run_id], item.operation)
+        norm = optim_step(self._run(item.run_id), item.operation)
         return OptimStepResult(metrics={"unclipped_grad_l2:mean": norm})
 
     def save_weights(self, items: Sequence[RunOperation[SaveWeights]]) -> list[SaveWeightsResult | UserError]:
         return [_attempt(self._save_weights, item) for item in items]
 
     def _save_weights(self, item: RunOperation[SaveWeights]) -> SaveWeightsResult:
-        run, operation = self.runs[item.run_id], item.operation
+        run, operation = self._run(item.run_id), item.operation
         size = write_run(self.config, operation.folder, run, operation.optimizer_state)
         if not operation.optimizer_state:
             self.adapters.put(operation.folder, run.adapter.copy())
@@ -141,10 +141,16 @@ class HfEngine(Engine):
 
     def _load_weights(self, item: RunOperation[LoadWeights]) -> LoadWeightsResult:
         operation = item.operation
-        spec = self.runs[item.run_id].adapter.spec
+        spec = self._run(item.run_id).adapter.spec
         run = read_run(self.config.storage, operation.folder, self.base, spec, operation.optimizer_state)
         self.runs[item.run_id] = run
         return LoadWeightsResult()
+
+    def _run(self, run_id: str) -> Run:
+        run = self.runs.get(run_id)
+        if run is None:
+            raise UserError(f"there is no run {run_id} in this engine; create it first")
+        return run
 
     # ------------------------------------------------------------------ sampling
 
