@@ -18,6 +18,7 @@ from pathlib import Path
 from engines.interface import UserError
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_RANDOM = "[0-9a-f]" * 32
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -48,7 +49,7 @@ class FolderStorage:
         """
         target = self.path(key)
         _make_synced(target.parent)
-        for stale in target.parent.glob(f".{target.name}.*.partial"):
+        for stale in target.parent.glob(f".{target.name}.{_RANDOM}.partial"):
             shutil.rmtree(stale, ignore_errors=True)
         partial = _sibling(target)
         partial.mkdir()
@@ -67,7 +68,9 @@ class FolderStorage:
         """The folder of a key, which holds files of the given names. Raises UserError naming what is missing."""
         folder = self.path(key)
         if not folder.is_dir():
-            raise UserError(f"there is nothing stored under {key}; it has been deleted, or its save did not finish")
+            raise UserError(
+                f"there is nothing stored under {key}; it has been deleted, or its save did not finish"
+            )
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(f"{key} holds no {name}")
