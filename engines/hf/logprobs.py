@@ -41,9 +41,8 @@ class Unembedding:
         for adapter, start, stop in segments:
             factors = adapter.factors[self.site]
             if factors is not None:
-                inner = hidden[start:stop].float() @ factors.a.t()
-                inner *= adapter.scale
-                logits[start:stop].addmm_(inner, factors.b.t())
+                inner = F.linear(hidden[start:stop].float(), factors.a)
+                add_product(logits[start:stop], inner, factors.b.t(), adapter.scale)
         return logits
 
     def chunks(self, hidden: Tensor, segments: Sequence[Segment]) -> Iterator[tuple[int, Tensor]]:
@@ -126,9 +125,7 @@ def _span_logits(
     logits = project(hidden, weight, bias)
     if span.place >= 0:
         a, b = factors[span.place : span.place + 2]
-        inner = hidden.float() @ a.t()
-        inner *= span.scale
-        logits.addmm_(inner, b.t())
+        add_product(logits, F.linear(hidden.float(), a), b.t(), span.scale)
     return logits
 
 
@@ -195,10 +192,7 @@ def _adapter_grads(
     a, b = factors
     grad_a, grad_b = grads
     rows = hidden.float()
-    inner = rows @ a.t()
-    inner *= span.scale
-    grad_inner = grad_logits @ b
-    grad_inner *= span.scale
-    grad_b.addmm_(grad_logits.t(), inner)
+    grad_inner = (grad_logits @ b).mul_(span.scale)
+    grad_b.addmm_(grad_logits.t(), F.linear(rows, a), alpha=span.scale)
     grad_a.addmm_(grad_inner.t(), rows)
-    add_product(grad_hidden, grad_inner, a)
+    add_product(grad_hidden, grad_inner, a, 1.0)

@@ -165,23 +165,22 @@ class LoraLinear(nn.Module):
 def add_deltas(out: Tensor, rows: Tensor, pieces: Sequence[Piece], factors: Sequence[Tensor]) -> list[Tensor]:
     """Add `scale * rows @ A.T @ B.T` to each piece of `out` in place, computed in float32.
 
-    Returns `scale * rows @ A.T` of each piece, which the gradient of B needs.
+    Returns `rows @ A.T` of each piece, which the gradient of B needs.
     """
     inner = []
     for piece, a, b in zip(pieces, factors[::2], factors[1::2], strict=True):
-        hidden = rows[piece.start : piece.stop].float() @ a.t()
-        hidden *= piece.scale
-        add_product(out[piece.start : piece.stop], hidden, b.t())
+        hidden = F.linear(rows[piece.start : piece.stop].float(), a)
+        add_product(out[piece.start : piece.stop], hidden, b.t(), piece.scale)
         inner.append(hidden)
     return inner
 
 
-def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, the product in float32."""
+def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """out += scale * left @ right, the product in float32."""
     if out.dtype == torch.float32:
-        out.addmm_(left, right)
+        out.addmm_(left, right, alpha=scale)
     else:
-        out += (left @ right).to(out.dtype)
+        out += (left @ right).mul_(scale).to(out.dtype)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -207,9 +206,11 @@ class _AdaptedLinear(torch.autograd.Function):
         grads: list[Tensor] = []
         for piece, a, b, hidden in zip(ctx.pieces, factors[::2], factors[1::2], inner, strict=True):
             part = grad[piece.start : piece.stop].float()
-            grad_hidden = part @ b
-            grad_hidden *= piece.scale
-            grads += (grad_hidden.t() @ rows[piece.start : piece.stop].float(), part.t() @ hidden)
+            grad_hidden = (part @ b).mul_(piece.scale)
+            grads += (
+                grad_hidden.t() @ rows[piece.start : piece.stop].float(),
+                part.t() @ (hidden * piece.scale),
+            )
             if grad_rows is not None:
-                add_product(grad_rows[piece.start : piece.stop], grad_hidden, a)
+                add_product(grad_rows[piece.start : piece.stop], grad_hidden, a, 1.0)
         return (grad_rows, None, None, None, *grads)

@@ -95,7 +95,7 @@ def load_base_model(config: EngineConfig, options: HfOptions) -> BaseModel:
 def versions(options: HfOptions) -> dict[str, str]:
     """What the last bits of the numbers depend on."""
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
