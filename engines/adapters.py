@@ -56,8 +56,8 @@ def initial_a(seed: int, module_name: str, rank: int, in_features: int) -> NDArr
     The numbers are a function of the seed and the layer's Hugging Face name (`model.layers.0.mlp.up_proj`), the same on
     every platform: Philox-4x64 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), keyed by the
     first 128 bits, little-endian, of the SHA-256 of `"<seed>/<name>"`, one raw 64-bit draw for each number, row after
-    row. The upper 24 bits k of a draw become (2k + 1) / 2^24 - 1, which float32 holds exactly, so that the only rounding
-    is the product with the bound.
+    row. The upper 24 bits k of a draw become (2k + 1) / 2^24 - 1, which float32 holds exactly, so that only the
+    product with the bound is rounded.
     """
     digest = hashlib.sha256(f"{seed}/{module_name}".encode()).digest()
     generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))

@@ -13,8 +13,9 @@ from engines.operations import SampleRequest
 Decode = Callable[[list[int]], str]
 """The text of some tokens, special ones included."""
 
-_LONGEST_CHARACTER = 8
-"""Tokens that may pass without completing a character. UTF-8 needs four; more of them are no text at all."""
+_LONGEST_CHARACTER = 16
+"""Tokens in a row that may end inside a character or have no text. A character has four bytes at most, but a token may
+complete one and begin the next; a run this long is no text."""
 
 
 def uniforms(seed: int, sample_index: int, position: int) -> float:

@@ -1,7 +1,7 @@
 """Stored folders by key: either complete and synced, or not there at all.
 
-A key is a relative path such as `checkpoints/0f3a`, decided when an operation is accepted. A folder is written once. Only
-a save that was cut short may come again with its key; nobody has been told of the first one, so it is replaced.
+A key is a relative path such as `checkpoints/0f3a`, decided when an operation is accepted. A folder is written once.
+Only a save that was cut short may come again with its key; nobody has been told of the first one, so it is replaced.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class FolderStorage:
         """
         if not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
             raise ValueError(
-                f"storage key {key!r}: its segments, separated by '/', consist of letters, digits, '.', '-' and '_' and "
-                "do not begin with '.'"
+                f"storage key {key!r}: its segments, separated by '/', consist of letters, digits, '.', '-' and '_' "
+                "and do not begin with '.'"
             )
         return self.root.joinpath(*key.split("/"))
 
