@@ -57,4 +57,6 @@ CISPO = LossSpec("cispo", _POLICY, _BOUNDS)
 DRO = LossSpec("dro", _POLICY, {"beta": Setting(None)})
 """-sum(p * A - beta / 2 * (p - q)^2). Richemond et al., 2024, arXiv:2405.19107."""
 
-LOSSES: dict[str, LossSpec] = {spec.name: spec for spec in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO)}
+LOSSES: dict[str, LossSpec] = {
+    spec.name: spec for spec in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO)
+}
