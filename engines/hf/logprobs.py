@@ -19,8 +19,8 @@ from engines.hf.lora import Segment, add_product
 
 KEPT_LOGITS = 2**26
 """Logits (float32) that may stay in memory between forward and backward: 256 MiB."""
-CHUNK_LOGITS = 2**24
-"""Logits of one chunk: 64 MiB, and as much again for temporaries."""
+CHUNK_LOGITS = 2**25
+"""Logits of one chunk: 128 MiB. Everything that is done to them is done in place."""
 
 
 class Unembedding:
@@ -70,7 +70,9 @@ class Unembedding:
         for span in spans:
             rows = slice(span.start, span.stop)
             logits = _span_logits(span, hidden[rows], self.weight, self.bias, factors)
-            out[rows] = logits.gather(1, targets[rows]).sub_(logits.logsumexp(1, keepdim=True))
+            own = logits.gather(1, targets[rows])
+            peak, total = exponentials_(logits)
+            out[rows] = own.sub_(peak).sub_(total.log_())
         return out
 
 
@@ -97,6 +99,12 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     else:
         logits = F.linear(hidden, weight).float()
     return logits if bias is None else logits.add_(bias.float())
+
+
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace each row by exp(row - its maximum); gives the maxima and the sums of the exponentials, both [T, 1]."""
+    peak = logits.amax(1, keepdim=True)
+    return peak, logits.sub_(peak).exp_().sum(1, keepdim=True)
 
 
 def _spans(segments: Sequence[Segment], site: int, rows: int, step: int) -> tuple[list[_Span], list[Tensor]]:
@@ -152,10 +160,11 @@ class _Logprobs(torch.autograd.Function):
         for span in spans:
             rows = slice(span.start, span.stop)
             logits = _span_logits(span, hidden[rows], weight, bias, factors)
-            norm[rows] = logits.logsumexp(1, keepdim=True)
             out[rows] = logits.gather(1, targets[rows])
+            peak, total = exponentials_(logits)
+            norm[rows] = total.log() + peak
             if keep:
-                ctx.kept.append(logits)
+                ctx.kept.append((logits, total))
         ctx.spans = spans
         ctx.save_for_backward(hidden, targets, norm, weight, bias, *factors)
         return out.sub_(norm)
@@ -169,8 +178,13 @@ class _Logprobs(torch.autograd.Function):
         kept = iter(ctx.kept or [None] * len(ctx.spans))
         for span, held in zip(ctx.spans, kept, strict=True):
             rows = slice(span.start, span.stop)
-            logits = _span_logits(span, hidden[rows], weight, bias, factors) if held is None else held
-            grad_logits = logits.sub_(norm[rows]).exp_().mul_(-grad[rows].sum(1, keepdim=True))
+            share = -grad[rows].sum(1, keepdim=True)
+            if held is None:
+                logits = _span_logits(span, hidden[rows], weight, bias, factors)
+                grad_logits = logits.sub_(norm[rows]).exp_().mul_(share)
+            else:
+                exponentials, total = held
+                grad_logits = exponentials.mul_(share / total)
             grad_logits.scatter_add_(1, targets[rows], grad[rows])
             torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
             if span.place >= 0:
