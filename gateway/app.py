@@ -34,6 +34,7 @@ from gateway.store.records import Future, Settled
 log = logging.getLogger(__name__)
 
 _FILES_NEEDED = 4096
+_OPENAI_PATHS = ("/v1/", "/oai/")
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -163,7 +164,7 @@ def _answer_user_error(request: Request, error: Exception) -> Response:
 def _answer_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)
-    if request.url.path.startswith(("/v1/", "/oai/")):
+    if request.url.path.startswith(_OPENAI_PATHS):
         return openai.render_error(error)
     return JSONResponse({"detail": f"{error.detail}: {request.method} {request.url.path}"}, error.status_code)
 
@@ -172,6 +173,8 @@ def _answer_bug(request: Request, error: Exception) -> Response:
     """Nobody's plan: the log has the traceback under an id, the client gets the id."""
     error_id = secrets.token_hex(6)
     log.error("%s %s failed (%s)", request.method, request.url.path, error_id, exc_info=error)
+    if request.url.path.startswith(_OPENAI_PATHS):
+        return openai.render_error(error, error_id)
     return JSONResponse(
         {"detail": f"the server failed to answer this request; its log says why under {error_id}"}, 500
     )

@@ -1,0 +1,117 @@
+"""Processes are killed; clients see a pause, then the same numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import tinker
+
+from tests.gateway.conftest import KEY, datum
+from tests.postgres import PostgresServer
+from tests.served import ServedGateway
+
+# The SDK warns of its own deprecations, and leaves the connections of its background loops to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+STEPS = 30
+ADAM = tinker.AdamParams(learning_rate=0.01)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> ServedGateway:
+    """A gateway of this test's own, started and ended by it."""
+    settings = {"lease_s": "2"}
+    if request.param == "postgres":
+        server: PostgresServer = request.getfixturevalue("pg_server")
+        template: str = request.getfixturevalue("_pg_template")
+        settings["database_url"] = server.url(server.create_database(template=template))
+    return ServedGateway(tmp_path / "data", **settings)
+
+
+def train(gateway: ServedGateway, disasters: dict[int, object]) -> tuple[list[float], bytes]:
+    """Losses of a pipelined run, and the final adapter; at some steps something happens to the processes."""
+    with tinker.ServiceClient(base_url=gateway.url, api_key=KEY) as service:
+        client = service.create_lora_training_client("fake/model", rank=4, seed=1).result()
+        futures = []
+        for step in range(STEPS):
+            futures.append(client.forward_backward([datum(step)], "cross_entropy"))
+            futures.append(client.optim_step(ADAM))
+            if step in disasters:
+                disasters[step](gateway)  # type: ignore[operator]
+        losses = [future.result() for future in futures][::2]
+        client.save_state("end").result()
+    [adapter] = gateway.data_dir.glob("storage/checkpoints/*/adapter_model.safetensors")
+    return [result.metrics["loss:sum"] for result in losses], adapter.read_bytes()  # type: ignore[union-attr]
+
+
+def kill_engine(gateway: ServedGateway) -> None:
+    for pid in gateway.engine_pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_gateway(gateway: ServedGateway) -> None:
+    gateway.kill()
+    threading.Thread(target=gateway.start).start()
+
+
+def undisturbed(tmp_path: Path) -> tuple[list[float], bytes]:
+    gateway = ServedGateway(tmp_path / "calm")
+    gateway.start()
+    try:
+        return train(gateway, {})
+    finally:
+        gateway.stop()
+
+
+@pytest.mark.slow
+def test_killed_processes_change_no_number(mortal: ServedGateway, tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path)
+    mortal.start()
+    try:
+        assert train(mortal, {5: kill_engine, 12: kill_gateway, 24: kill_engine}) == expected
+        log = mortal.log.read_text()
+    finally:
+        mortal.stop()
+    assert "killed by signal 9" in log
+    assert "is restored" in log
+
+
+def test_what_was_accepted_before_a_kill_runs_after_the_restart(mortal: ServedGateway) -> None:
+    mortal.start()
+    with tinker.ServiceClient(base_url=mortal.url, api_key=KEY) as service:
+        client = service.create_lora_training_client("fake/model", rank=4, seed=1).result()
+        sampler = service.create_sampling_client(base_model="fake/model").result()
+        accepted = [client.forward_backward([datum(seed)], "cross_entropy") for seed in range(20)]
+        prompt = tinker.ModelInput.from_ints([1, 2, 3])
+        params = tinker.SamplingParams(max_tokens=5, seed=1)
+        sampled = sampler.sample(prompt, num_samples=1, sampling_params=params)
+        mortal.kill()
+        mortal.start()
+        assert all(future.result().metrics["loss:sum"] > 0 for future in accepted)
+        assert sampled.result().sequences[0].tokens
+    mortal.stop()
+
+
+def test_the_engine_ends_with_its_gateway(mortal: ServedGateway) -> None:
+    mortal.start()
+    [engine] = mortal.engine_pids()
+    mortal.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{engine}").exists() or "zombie" in Path(f"/proc/{engine}/status").read_text():
+            return
+        threading.Event().wait(0.1)
+    pytest.fail("the engine outlived its gateway by ten seconds")
+
+
+def test_a_clean_stop_has_status_zero_and_a_second_gateway_is_refused(tmp_path: Path) -> None:
+    first = ServedGateway(tmp_path / "data")
+    first.start()
+    second = ServedGateway(tmp_path / "data")
+    with pytest.raises(RuntimeError, match="another gateway process uses"):
+        second.start()
+    assert first.stop() == 0
