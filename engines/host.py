@@ -1,8 +1,8 @@
 """The engine process: `python -m engines.host --connect ipc://…`, started by the gateway.
 
 It says Hello, loads the model that it is told to, and then repeats: receive → perform → reply. Training calls and
-decoding steps take turns, so that neither keeps the other waiting for long. The process ends when its owner says so,
-closes its standard input (as the system does for an owner that dies) or is silent, or by SIGTERM; what it holds in
+decoding steps share the time, so that neither keeps the other waiting for long. The process ends when its owner says
+so, closes its standard input (as the system does for an owner that dies) or is silent, or by SIGTERM; what it holds in
 memory can be built again from the runs' logs, so it may end anywhere. SIGINT is the owner's business.
 """
 
@@ -49,9 +49,6 @@ EXIT_STOPPED = 0
 EXIT_LOAD_FAILED = 1
 EXIT_OWNER_GONE = 3
 
-STEPS_BETWEEN_CALLS = 8
-"""Decoding steps that follow a training call before the next one, as long as there are samples."""
-
 _GREETING_S = 30.0
 _LINGER_MS = 2000
 
@@ -68,7 +65,7 @@ class Host:
         self._training = TrainingCalls(engine, info, config.epoch)
         self._samples = SamplingCalls(engine, info, self._send)
         self._waiting: deque[tuple[Perform | DropRun, list[bytes]]] = deque()
-        self._steps_left = 0
+        self._training_lead_s = 0.0
         self._stopped = False
         self._heard_at = time.monotonic()
 
@@ -113,14 +110,18 @@ class Host:
                 log.warning("a second load was ignored: a process serves one model")
 
     def _work(self) -> None:
-        """One training call or one decoding step."""
+        """One training call or one decoding step. While both have work each gets half of the time, however long a
+        call or a step takes: it is the turn of the one that has had less."""
         sampling = self._engine.sampling
-        if self._waiting and not (sampling and self._steps_left):
+        if not (self._waiting and sampling):
+            self._training_lead_s = 0.0
+        begun = time.monotonic()
+        if self._waiting and not (sampling and self._training_lead_s > 0):
             self._perform(*self._waiting.popleft())
-            self._steps_left = STEPS_BETWEEN_CALLS
+            self._training_lead_s += time.monotonic() - begun
         elif sampling:
             self._samples.advance()
-            self._steps_left = max(0, self._steps_left - 1)
+            self._training_lead_s -= time.monotonic() - begun
 
     def _perform(self, message: Perform | DropRun, payloads: list[bytes]) -> None:
         if isinstance(message, DropRun):
