@@ -152,7 +152,9 @@ class Engine(ABC):
         """Free a run. An unknown one is no error."""
 
     @abstractmethod
-    def forward_backward(self, items: Sequence[RunOperation[ForwardBackward]]) -> list[ForwardResult | UserError]:
+    def forward_backward(
+        self, items: Sequence[RunOperation[ForwardBackward]]
+    ) -> list[ForwardResult | UserError]:
         """Losses, log-probs (float32, from float32 logits) and gradients; gradients are added to the run's own."""
 
     @abstractmethod

@@ -7,7 +7,7 @@ that the gateway passes on without decoding. The engine speaks first (`Hello`); 
 
 from __future__ import annotations
 
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import msgspec
 
@@ -96,7 +96,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Finish the call at hand and exit with status 0."""
 
 
-ToEngine = Union[Load, Perform, Sample, Cancel, DropRun, Ping, Stop]
+ToEngine = Load | Perform | Sample | Cancel | DropRun | Ping | Stop
 
 # ---------------------------------------------------------------------------- engine -> gateway
 
@@ -155,7 +155,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
     stats: dict[str, float]
 
 
-FromEngine = Union[Hello, Ready, LoadFailed, Performed, Sampled, SampleDelta, Pong]
+FromEngine = Hello | Ready | LoadFailed | Performed | Sampled | SampleDelta | Pong
 
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

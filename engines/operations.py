@@ -7,13 +7,13 @@ decode them again, not even to replay them years later. Everything random (seeds
 
 from __future__ import annotations
 
-from typing import Literal, Union
+from typing import Literal
 
 import msgspec
 
 from engines.tensors import Tensor
 
-LossConfig = dict[str, Union[float, str]]
+LossConfig = dict[str, float | str]
 
 
 class LoraSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -97,8 +97,10 @@ class LoadWeights(msgspec.Struct, frozen=True, tag="load_weights", omit_defaults
     optimizer_state: bool = False
 
 
-Operation = Union[CreateRun, ForwardBackward, Forward, OptimStep, SaveWeights, LoadWeights]
-OperationKind = Literal["create_run", "forward_backward", "forward", "optim_step", "save_weights", "load_weights"]
+Operation = CreateRun | ForwardBackward | Forward | OptimStep | SaveWeights | LoadWeights
+OperationKind = Literal[
+    "create_run", "forward_backward", "forward", "optim_step", "save_weights", "load_weights"
+]
 
 CHANGES_STATE: frozenset[str] = frozenset({"create_run", "forward_backward", "optim_step", "load_weights"})
 """Kinds that a replay applies again; the others only read, or have stored their outcome already."""
@@ -198,7 +200,9 @@ class SampleResult(msgspec.Struct, frozen=True, tag="sample"):
     prompt_cache_hit_tokens: int = 0
 
 
-Result = Union[CreateRunResult, ForwardResult, OptimStepResult, SaveWeightsResult, LoadWeightsResult, SampleResult]
+Result = (
+    CreateRunResult | ForwardResult | OptimStepResult | SaveWeightsResult | LoadWeightsResult | SampleResult
+)
 
 _ENCODER = msgspec.msgpack.Encoder()
 _OPERATION: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
