@@ -87,6 +87,11 @@ class ServedGateway:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait(30)
 
+    def close(self) -> None:
+        """Leave no process behind."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
     def stop(self) -> int:
         """As Ctrl-C does; the exit status."""
         assert self._process is not None

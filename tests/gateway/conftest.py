@@ -32,6 +32,7 @@ def served(
     gateway.start()
     yield gateway
     gateway.stop()
+    gateway.close()
 
 
 @pytest.fixture

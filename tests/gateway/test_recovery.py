@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,21 @@ ADAM = tinker.AdamParams(learning_rate=0.01)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> ServedGateway:
+def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServedGateway]:
     """A gateway of this test's own, started and ended by it."""
     settings = {"lease_s": "2"}
     if request.param == "postgres":
         server: PostgresServer = request.getfixturevalue("pg_server")
         template: str = request.getfixturevalue("_pg_template")
         settings["database_url"] = server.url(server.create_database(template=template))
-    return ServedGateway(tmp_path / "data", **settings)
+    gateway = ServedGateway(tmp_path / "data", **settings)
+    yield gateway
+    gateway.close()
 
 
-def train(gateway: ServedGateway, disasters: dict[int, object]) -> tuple[list[float], bytes]:
+def train(
+    gateway: ServedGateway, disasters: dict[int, Callable[[ServedGateway], None]]
+) -> tuple[list[float], bytes]:
     """Losses of a pipelined run, and the final adapter; at some steps something happens to the processes."""
     with tinker.ServiceClient(base_url=gateway.url, api_key=KEY) as service:
         client = service.create_lora_training_client("fake/model", rank=4, seed=1).result()
@@ -42,7 +47,7 @@ def train(gateway: ServedGateway, disasters: dict[int, object]) -> tuple[list[fl
             futures.append(client.forward_backward([datum(step)], "cross_entropy"))
             futures.append(client.optim_step(ADAM))
             if step in disasters:
-                disasters[step](gateway)  # type: ignore[operator]
+                disasters[step](gateway)
         losses = [future.result() for future in futures][::2]
         client.save_state("end").result()
     [adapter] = gateway.data_dir.glob("storage/checkpoints/*/adapter_model.safetensors")
@@ -50,6 +55,7 @@ def train(gateway: ServedGateway, disasters: dict[int, object]) -> tuple[list[fl
 
 
 def kill_engine(gateway: ServedGateway) -> None:
+    gateway.wait_until_ready()
     for pid in gateway.engine_pids():
         os.kill(pid, signal.SIGKILL)
 
@@ -72,11 +78,8 @@ def undisturbed(tmp_path: Path) -> tuple[list[float], bytes]:
 def test_killed_processes_change_no_number(mortal: ServedGateway, tmp_path: Path) -> None:
     expected = undisturbed(tmp_path)
     mortal.start()
-    try:
-        assert train(mortal, {5: kill_engine, 12: kill_gateway, 24: kill_engine}) == expected
-        log = mortal.log.read_text()
-    finally:
-        mortal.stop()
+    assert train(mortal, {5: kill_engine, 12: kill_gateway, 24: kill_engine}) == expected
+    log = mortal.log.read_text()
     assert "killed by signal 9" in log
     assert "is restored" in log
 
@@ -94,7 +97,6 @@ def test_what_was_accepted_before_a_kill_runs_after_the_restart(mortal: ServedGa
         mortal.start()
         assert all(future.result().metrics["loss:sum"] > 0 for future in accepted)
         assert sampled.result().sequences[0].tokens
-    mortal.stop()
 
 
 def test_the_engine_ends_with_its_gateway(mortal: ServedGateway) -> None:
@@ -111,7 +113,10 @@ def test_the_engine_ends_with_its_gateway(mortal: ServedGateway) -> None:
 def test_a_clean_stop_has_status_zero_and_a_second_gateway_is_refused(tmp_path: Path) -> None:
     first = ServedGateway(tmp_path / "data")
     first.start()
-    second = ServedGateway(tmp_path / "data")
-    with pytest.raises(RuntimeError, match="another gateway process uses"):
-        second.start()
-    assert first.stop() == 0
+    try:
+        second = ServedGateway(tmp_path / "data")
+        with pytest.raises(RuntimeError, match="another gateway process uses"):
+            second.start()
+        assert first.stop() == 0
+    finally:
+        first.close()
