@@ -1,8 +1,10 @@
-"""Decompression with a bound: a small body must not become an enormous one."""
+"""Decompression with a bound: a small body must not become an enormous one, in bytes or in time."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import zstandard
 
@@ -11,71 +13,86 @@ from gateway.errors import BadRequest, PayloadTooLarge, UnsupportedMediaType
 _WINDOW = 128 << 20
 _PIECE = 512
 """Bytes fed at a time: zstd can make 128 KiB of four bytes, so a piece becomes at most some MiB."""
+_MOST_FRAMES = 1000
+"""Each frame of a body costs a decompressor of its own, even when nothing is in it."""
 
 
-def decompress(body: bytes, encoding: str, limit: int) -> bytes:
-    """The body behind a Content-Encoding: identity, gzip or zstd, at most `limit` bytes.
+class _Frame(Protocol):
+    """What zlib and zstandard call a decompression object: it takes one frame and keeps what follows."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
+    """The body behind a Content-Encoding: none, identity, gzip or zstd; at most `limit` bytes.
 
     Raises UnsupportedMediaType, PayloadTooLarge, or BadRequest when the body is not what the header says.
     """
-    match encoding.strip().lower():
+    name = (encoding or "identity").strip().lower()
+    match name:
         case "identity" | "":
-            return body
+            return _bounded(iter((body,)), limit)
         case "zstd":
-            return _zstd(body, limit)
+            return _bounded(_pieces(body, name, _zstd_frame), limit)
         case "gzip":
-            return _gzip(body, limit)
+            return _bounded(_pieces(body, name, _gzip_frame), limit)
         case other:
             raise UnsupportedMediaType(
                 f"Content-Encoding is {other[:40]!r}; allowed are identity, gzip and zstd"
             )
 
 
-def _zstd(body: bytes, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    rest = body
-    try:
-        while rest:
-            frame = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
-            for start in range(0, len(rest), _PIECE):
-                part = frame.decompress(rest[start : start + _PIECE])
-                size += len(part)
-                if size > limit:
-                    raise _too_large(limit)
-                parts.append(part)
-                if frame.eof:
-                    rest = frame.unused_data + rest[start + _PIECE :]
-                    break
-            else:
-                raise BadRequest("the body ends in the middle of a zstd frame")
-    except zstandard.ZstdError as error:
-        raise BadRequest(f"the body is not zstd as its Content-Encoding says: {error}") from error
-    return b"".join(parts)
-
-
 def decompressed_beginning(body: bytes) -> bytes:
     """What the first bytes of a zstd body decompress to, as far as they go; nothing if they are no zstd."""
     try:
-        return zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj().decompress(body[:_PIECE])
+        return _zstd_frame().decompress(body[:_PIECE])
     except zstandard.ZstdError:
         return b""
 
 
-def _gzip(body: bytes, limit: int) -> bytes:
-    decompressor = zlib.decompressobj(wbits=31)
-    try:
-        data = decompressor.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise BadRequest(f"the body is not gzip as its Content-Encoding says: {error}") from error
-    if len(data) > limit:
-        raise _too_large(limit)
-    if not decompressor.eof:
-        raise BadRequest("the body ends in the middle of its gzip stream")
-    return data
+def _bounded(pieces: Iterator[bytes], limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > limit:
+            raise PayloadTooLarge(
+                f"the body decompresses to more than {limit} bytes (setting max_decompressed_bytes)"
+            )
+        parts.append(piece)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _too_large(limit: int) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        f"the body decompresses to more than {limit} bytes (setting max_decompressed_bytes)"
-    )
+def _pieces(body: bytes, name: str, new_frame: Callable[[], _Frame]) -> Iterator[bytes]:
+    """What the frames of a body hold, in pieces of some MiB at most."""
+    start = 0
+    for _ in range(_MOST_FRAMES):
+        frame = new_frame()
+        while not frame.eof:
+            piece = body[start : start + _PIECE]
+            if not piece:
+                raise BadRequest(f"the body ends in the middle of its {name} data")
+            start += len(piece)
+            try:
+                plain = frame.decompress(piece)
+            except (zlib.error, zstandard.ZstdError) as error:
+                raise BadRequest(f"the body is not {name} as its Content-Encoding says: {error}") from error
+            yield plain
+        start -= len(frame.unused_data)
+        if start == len(body):
+            return
+    raise BadRequest(f"the body has more than {_MOST_FRAMES} {name} frames; compress it as one")
+
+
+def _zstd_frame() -> _Frame:
+    return zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
+
+
+def _gzip_frame() -> _Frame:
+    return zlib.decompressobj(wbits=31)

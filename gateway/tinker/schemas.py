@@ -15,8 +15,9 @@ from msgspec import Meta
 Id = Annotated[str, Meta(min_length=1, max_length=300)]
 Text = Annotated[str, Meta(max_length=10_000)]
 SeqId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 TrainingSeqId = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._=+@-]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._=+@-]+$(?!\n)")]
 Ttl = Annotated[int, Meta(ge=3600, le=10 * 366 * 86400)]
 UserMetadata = dict[str, Any]
 TextMetadata = dict[str, str]
@@ -70,17 +71,11 @@ class Telemetry(Lenient):
 
 
 class LoraConfig(Strict):
-    rank: int = 32
+    rank: Count = 32
     seed: int | None = None
     train_unembed: bool | None = None
     train_mlp: bool | None = None
     train_attn: bool | None = None
-
-
-class OptimizerConfig(Lenient):
-    """Families are told apart by `type`; only adamw is trained here."""
-
-    type: str = "adamw"
 
 
 class CreateModel(Strict):
@@ -88,7 +83,7 @@ class CreateModel(Strict):
     model_seq_id: SeqId
     base_model: Id
     lora_config: LoraConfig | None = None
-    optimizer_config: OptimizerConfig | None = None
+    optimizer_config: dict[str, Any] | None = None
     user_metadata: UserMetadata | None = None
 
 
@@ -134,10 +129,10 @@ class TensorData(Strict):
 
 
 class ModelInputChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """`type` may be missing; a chunk of text is one that has `tokens`."""
+    """`type` may be missing; a chunk of text is one that has a list of `tokens`. Images of early SDKs have a number."""
 
     type: str | None = None
-    tokens: list[int] | None = None
+    tokens: list[int] | int | None = None
 
 
 class ModelInput(Strict):
@@ -192,7 +187,7 @@ class LoadWeights(Strict):
     model_id: Id | None = None
     seq_id: TrainingSeqId | None = None
     base_model: Id | None = None
-    optimizer_config: OptimizerConfig | None = None
+    optimizer_config: dict[str, Any] | None = None
     user_metadata: UserMetadata | None = None
     weights_access_token: Text | None = None
 
@@ -216,11 +211,11 @@ class CreateSamplingSession(Strict):
 
 
 class SamplingParams(Strict):
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     seed: int | None = None
-    stop: str | list[str | int] | None = None
+    stop: str | list[str | Count] | None = None
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Count | None = None
     top_p: float | None = None
 
 
@@ -236,10 +231,10 @@ class SampleBody(Strict):
     seq_id: SeqId
     prompt: ModelInput
     sampling_params: SamplingParams | None = None
-    num_samples: int | None = None
+    num_samples: Count | None = None
     prompt_logprobs: bool | None = None
-    topk_prompt_logprobs: int | None = None
-    topk_sample_logprobs: int | None = None
+    topk_prompt_logprobs: Count | None = None
+    topk_sample_logprobs: Count | None = None
     target_prompt_logprobs: Any = None
     prompt_alt_tokens_k: int | None = None
     prompt_logprobs_last_n: int | None = None
