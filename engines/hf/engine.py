@@ -50,6 +50,7 @@ class HfEngine(Engine):
         self.files = files
         self.tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
         self.pass_tokens = options.pass_tokens or (16384 if base.device.type == "cuda" else 4096)
+        self._info = _describe(config, options, base)
         self.runs: dict[str, Run] = {}
         self.adapters = AdapterVersions(config.storage, base, options.cached_adapters)
         self.decoder = Decoder(base, options.sample_slots, options.prefill_tokens, options.deterministic)
@@ -61,22 +62,7 @@ class HfEngine(Engine):
         return cls(config, options, load_base_model(config, options), files)
 
     def info(self) -> EngineInfo:
-        vocabulary = self.base.unembedding.vocabulary
-        return EngineInfo(
-            base_model=self.config.base_model,
-            architecture=type(self.base.module).__name__,
-            roles=self.config.roles,
-            vocab_size=vocabulary,
-            max_context=self.base.max_context,
-            losses=tuple(FORMULAS),
-            max_rank=self.options.max_rank,
-            eos_tokens=self.base.eos_tokens,
-            max_top_logprobs=min(MAX_TOP_LOGPROBS, vocabulary),
-            device=str(self.base.device),
-            dtype=str(self.base.dtype).removeprefix("torch."),
-            deterministic=self.options.deterministic,
-            versions=versions(self.options),
-        )
+        return self._info
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return self.files
@@ -178,6 +164,25 @@ class HfEngine(Engine):
             "resident_adapters": len(self.adapters),
             "active_samples": self.decoder.active,
         }
+
+
+def _describe(config: EngineConfig, options: HfOptions, base: BaseModel) -> EngineInfo:
+    vocabulary = base.unembedding.vocabulary
+    return EngineInfo(
+        base_model=config.base_model,
+        architecture=type(base.module).__name__,
+        roles=config.roles,
+        vocab_size=vocabulary,
+        max_context=base.max_context,
+        losses=tuple(FORMULAS),
+        max_rank=options.max_rank,
+        eos_tokens=base.eos_tokens,
+        max_top_logprobs=min(MAX_TOP_LOGPROBS, vocabulary),
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+        deterministic=options.deterministic,
+        versions=versions(options),
+    )
 
 
 def _attempt(perform: Callable[[RunOperation[Op]], Result], item: RunOperation[Op]) -> Result | UserError:

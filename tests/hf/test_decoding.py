@@ -1,0 +1,131 @@
+"""The running batch: who joins when, what a step says, how slots are used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.hf import HfEngine
+from engines.interface import SampleEnd, SampleEvent, SampleStep
+from engines.operations import SampleRequest, SampleResult
+from tests.hf.conftest import MakeEngine
+from tests.hf.material import numbers, request, sample_all, text
+
+
+def tokens_of(events: Sequence[SampleEvent]) -> dict[int, int]:
+    """Number of new tokens of each sample in one step."""
+    counts: dict[int, int] = {}
+    for event in events:
+        if isinstance(event, SampleStep):
+            counts[event.call_id] = counts.get(event.call_id, 0) + 1
+    return counts
+
+
+def start(engine: HfEngine, requests: Sequence[SampleRequest]) -> None:
+    for call_id, wanted in enumerate(requests):
+        engine.start_sample(call_id, wanted)
+
+
+def test_every_sequence_gets_a_token_at_every_step(engine: HfEngine) -> None:
+    start(engine, [request(text(0, 4), max_tokens=3, num_samples=2), request(text(1, 9), max_tokens=2)])
+    assert tokens_of(engine.advance()) == {0: 2, 1: 1}
+    second = engine.advance()
+    assert tokens_of(second) == {0: 2, 1: 1}
+    assert [event.call_id for event in second if isinstance(event, SampleEnd)] == [1]
+    assert tokens_of(engine.advance()) == {0: 2}
+    assert not engine.sampling
+
+
+def test_reasons_come_with_the_last_token(engine: HfEngine) -> None:
+    start(engine, [request(text(0, 4), max_tokens=3)])
+    events = [event for _ in range(3) for event in engine.advance()]
+    reasons = [event.stop_reason for event in events if isinstance(event, SampleStep)]
+    assert reasons == [None, None, "length"]
+    assert isinstance(events[-1], SampleEnd)
+
+
+def test_a_sample_joins_the_batch_while_others_run(engine: HfEngine) -> None:
+    first, second = request(text(0, 30), max_tokens=9), request(text(1, 3), max_tokens=9)
+    expected = [sample_all(engine, [one])[0].sequences[0].tokens for one in (first, second)]
+    engine.start_sample(0, first)
+    events = [*engine.advance(), *engine.advance()]
+    engine.start_sample(1, second)
+    while engine.sampling:
+        step = engine.advance()
+        assert len(tokens_of(step)) == 2 or len(events) > 10
+        events += step
+    ends = {event.call_id: event.result for event in events if isinstance(event, SampleEnd)}
+    for call_id, tokens in enumerate(expected):
+        result = ends[call_id]
+        assert isinstance(result, SampleResult) and result.sequences[0].tokens == tokens
+
+
+def test_slots_are_the_limit_and_are_used_again(make_engine: MakeEngine) -> None:
+    engine = make_engine(sample_slots=3)
+    start(engine, [request(text(i, 5), max_tokens=4, num_samples=2) for i in range(4)])
+    assert engine.stats()["active_samples"] == 4
+    steps = []
+    while engine.sampling:
+        steps.append(tokens_of(engine.advance()))
+    assert max(sum(step.values()) for step in steps) == 3
+    assert steps[0] == {0: 2, 1: 1}
+    assert sum(sum(step.values()) for step in steps) == 4 * 2 * 4
+
+
+def test_long_prompts_do_not_all_come_at_once(make_engine: MakeEngine) -> None:
+    """Prompts of 40 tokens, 100 a step: two join at the first step, two at the next. One of 200 joins alone."""
+    engine = make_engine(prefill_tokens=100)
+    prompts = [text(i, 40) for i in range(4)] + [text(5, 200)]
+    start(engine, [request(prompt, max_tokens=10) for prompt in prompts])
+    assert [len(tokens_of(engine.advance())) for _ in range(4)] == [2, 4, 5, 5]
+
+
+def test_the_prompt_is_run_once_for_all_its_samples(
+    engine: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[int] = []
+    plain = engine.base.hidden
+
+    def counting(*arguments: object) -> object:
+        hidden = plain(*arguments)  # type: ignore[arg-type]
+        passed.append(hidden.shape[0])
+        return hidden
+
+    monkeypatch.setattr(engine.base, "hidden", counting)
+    sample_all(engine, [request(text(0, 50), max_tokens=3, num_samples=6)])
+    assert passed == [50, 6, 6]
+
+
+def test_sequences_end_at_eos_only_when_asked(
+    make_engine: MakeEngine, model_folders: dict[str, str], tmp_path: Path
+) -> None:
+    """A model with two end-of-sequence tokens, one of which is drawn."""
+    free = numbers(sample_all(make_engine(), [request(text(3, 6), max_tokens=40)])[0].sequences[0].tokens)
+    unseen = next(token for token in range(288) if token not in free)
+    folder = shutil.copytree(model_folders["tied"], tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings["eos_token_id"] = [int(free[10]), unseen]
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    engine = make_engine(str(folder))
+    first = int(np.flatnonzero(free == free[10])[0])
+    ended = sample_all(engine, [request(text(3, 6), max_tokens=40, stop_at_eos=True)])[0].sequences[0]
+    assert numbers(ended.tokens).tolist() == free[: first + 1].tolist()
+    assert (ended.stop_reason, ended.logprobs.shape) == ("stop", (first + 1,))
+    assert engine.info().eos_tokens == (int(free[10]), unseen)
+    unended = sample_all(engine, [request(text(3, 6), max_tokens=40)])[0].sequences[0]
+    assert numbers(unended.tokens).tolist() == free.tolist()
+
+
+def test_many_and_long_samples_outgrow_the_first_cache(make_engine: MakeEngine) -> None:
+    """More than 8 slots and 128 tokens: the cache grows under running sequences, and is given back."""
+    engine = make_engine()
+    requests = [request(text(i, 20 + i), max_tokens=150, seed=i, temperature=0.0) for i in range(11)]
+    results = sample_all(engine, requests)
+    assert not engine.decoder.cache.layers
+    for wanted, result in list(zip(requests, results, strict=True))[::5]:
+        assert sample_all(engine, [wanted])[0].sequences[0].tokens == result.sequences[0].tokens

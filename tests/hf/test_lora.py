@@ -1,0 +1,142 @@
+"""Adapters in memory, and the linear layer that applies several of them to one batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engines.adapters import initial_a
+from engines.hf.attention import PackedLayout
+from engines.hf.lora import Adapter, LoraLinear, Routing, Segment, Site, size
+from engines.hf.samples import segments_of
+from engines.operations import LoraSpec
+from tests.hf.conftest import MakeEngine
+from tests.hf.material import difference, text
+
+SITES = [
+    Site("model.layers.0.self_attn.q_proj", 6, 10),
+    Site("model.layers.0.mlp.up_proj", 6, 7),
+    Site("lm_head", 6, 20),
+]
+
+
+def random(spec: LoraSpec, sites: list[Site], seed: int) -> Adapter:
+    """An adapter none of whose factors is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return Adapter(sites, spec, torch.randn(size(sites, spec), generator=generator) * 0.3)
+
+
+def test_factors_are_views_of_the_values() -> None:
+    adapter = random(LoraSpec(rank=3, seed=0), SITES, 1)
+    assert adapter.values.shape == (3 * (16 + 13 + 26),)
+    copy = adapter.copy()
+    first = adapter.factors[0]
+    assert first is not None and (first.a.shape, first.b.shape) == ((3, 6), (10, 3))
+    adapter.values.zero_()
+    assert not first.a.any() and not first.b.any()
+    assert copy.values.any()
+
+
+@pytest.mark.parametrize(
+    ("parts", "attached"),
+    [
+        ((True, False, False), [0]),
+        ((False, True, False), [1]),
+        ((False, False, True), [2]),
+        ((True, True, True), [0, 1, 2]),
+    ],
+)
+def test_an_adapter_attaches_where_it_is_asked_to(
+    parts: tuple[bool, bool, bool], attached: list[int]
+) -> None:
+    adapter = random(LoraSpec(2, 0, 32.0, *parts), SITES, 1)
+    assert [i for i, pair in enumerate(adapter.factors) if pair is not None] == attached
+    assert len(adapter.leaves()) == 2 * len(attached)
+    assert sum(leaf.numel() for leaf in adapter.leaves()) == adapter.values.numel()
+
+
+def test_a_fresh_adapter_holds_the_shared_initial_numbers() -> None:
+    adapter = Adapter.initial(SITES, LoraSpec(rank=3, seed=17), torch.device("cpu"))
+    for site, pair in zip(SITES, adapter.factors, strict=True):
+        assert pair is not None
+        np.testing.assert_array_equal(pair.a.numpy(), initial_a(17, site.name, 3, site.in_features))
+        assert not pair.b.any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_segment_gets_its_own_adapter(bias: bool, dtype: torch.dtype) -> None:
+    """Rows of two adapters of different ranks, of one that does not attach here, and of none: values and gradients."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 10, bias=bias).to(dtype).requires_grad_(False)
+    routing = Routing()
+    layer = LoraLinear(linear, 0, routing)
+    first, second = random(LoraSpec(3, 0, 6.0), SITES, 1), random(LoraSpec(5, 0), SITES, 2)
+    absent = random(LoraSpec(2, 0, train_attn=False), SITES, 3)
+    segments = [Segment(first, 0, 4), Segment(second, 6, 9), Segment(absent, 9, 11)]
+    x = torch.randn(1, 12, 6).to(dtype).requires_grad_(True)
+    upstream = torch.randn(1, 12, 10).to(dtype)
+    variables = [x, *(leaf for adapter in (first, second) for leaf in adapter.leaves()[:2])]
+
+    expected = linear(x).float()
+    parts = []
+    for adapter, start, stop in segments[:2]:
+        a, b = adapter.leaves()[:2]
+        parts.append((start, stop, adapter.scale * x[:, start:stop].float() @ a.t() @ b.t()))
+    for start, stop, delta in parts:
+        expected = torch.cat(
+            [expected[:, :start], expected[:, start:stop] + delta, expected[:, stop:]], dim=1
+        )
+    expected_grads = torch.autograd.grad((expected * upstream.float()).sum(), variables)
+
+    with routing.along(segments):
+        found = layer(x)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), found.detach())
+    assert found.dtype == dtype
+    grads = torch.autograd.grad((found * upstream).sum(), variables)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        assert difference(grad.float(), reference.float()) <= tolerance
+    assert torch.equal(layer(x), linear(x))
+
+
+def test_segments_of_neighbours_are_joined() -> None:
+    a, b = random(LoraSpec(2, 0), SITES, 1), random(LoraSpec(2, 0), SITES, 2)
+    found = segments_of([a, a, None, a, b, None, b], [1, 2, 3, 1, 1, 1, 2])
+    assert found == [Segment(a, 0, 3), Segment(a, 6, 7), Segment(b, 7, 8), Segment(b, 9, 11)]
+
+
+def test_runs_in_one_pass_equal_runs_alone(make_engine: MakeEngine) -> None:
+    """A whole model, several adapters and the base model in one packed pass, with gradients."""
+    base = make_engine("untied").base
+    adapters = [
+        random(LoraSpec(4, 0), base.sites, 1),
+        None,
+        random(LoraSpec(2, 0, train_mlp=False), base.sites, 2),
+    ]
+    sequences = [text(seed, length) for seed, length in enumerate((9, 4, 13))]
+    lengths = [len(tokens) for tokens in sequences]
+    targets = torch.tensor(np.concatenate([np.roll(tokens, -1) for tokens in sequences]).astype(np.int64))[
+        :, None
+    ]
+
+    def passed(members: list[int], wanted: torch.Tensor) -> torch.Tensor:
+        own = [lengths[i] for i in members]
+        segments = segments_of([adapters[i] for i in members], own)
+        hidden = base.hidden(base.pack([sequences[i] for i in members]), PackedLayout(own), segments)
+        return base.unembedding.logprobs(hidden, wanted, segments)
+
+    leaves = [leaf for adapter in adapters if adapter is not None for leaf in adapter.leaves()]
+    together = passed([0, 1, 2], targets)
+    grads = torch.autograd.grad(together.square().sum(), leaves)
+    alone = []
+    for i, wanted in enumerate(targets.split(lengths)):
+        alone.append(passed([i], wanted))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+    references = torch.autograd.grad(sum(part.square().sum() for part in alone), leaves)  # type: ignore[arg-type]
+    for grad, reference in zip(grads, references, strict=True):
+        assert difference(grad, reference) <= 1e-5
