@@ -3,6 +3,20 @@
 Speaks HTTP only; nothing of the gateway or its engines is imported.
 """
 
-from sdk.connection import connect
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["connect"]
+from sdk.admin import AdminClient, AdminError
+
+if TYPE_CHECKING:
+    from sdk.connection import ConnectionFailed, connect
+
+__all__ = ["AdminClient", "AdminError", "ConnectionFailed", "connect"]
+
+
+def __getattr__(name: str) -> Any:
+    """The official SDK is imported by those who connect: the command line works without it, and starts at once."""
+    if name in ("ConnectionFailed", "connect"):
+        from sdk import connection
+
+        return getattr(connection, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

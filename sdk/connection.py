@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import tinker
 
+from sdk.environment import DEFAULT_URL
 from sdk.tokenizers import serve_tokenizer
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 LOCAL_KEY = "tml-local"
 """The SDK insists on a key that begins with `tml-`; a gateway without configured keys takes any."""
 

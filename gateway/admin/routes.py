@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from gateway.auth import Caller, Who
 from gateway.checkpoints import checkpoint_path, delete_checkpoint
 from gateway.errors import Forbidden, NotFound
 from gateway.state import Gateway, Running
-from gateway.store.records import Checkpoint, CheckpointKind, Run
+from gateway.store.records import Checkpoint, CheckpointKind, FutureStatus, Run, RunStatus
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"])
 
@@ -22,8 +23,6 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="rows in a page")]
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before", max_length=1000)]
 Filter = Annotated[str | None, Query(max_length=300)]
 OwnerFilter = Annotated[str | None, Query(max_length=300, description="for admins; others see their own")]
-
-_PAGE_BYTES = 4096
 
 
 def scope(caller: Caller, owner: str | None) -> str | None:
@@ -42,7 +41,7 @@ async def list_runs(
     limit: Limit = 100,
     cursor: Cursor = None,
     owner: OwnerFilter = None,
-    status: Filter = None,
+    status: RunStatus | None = None,
     base_model: Filter = None,
     session_id: Filter = None,
 ) -> views.Page[views.RunView]:
@@ -90,7 +89,7 @@ async def list_checkpoints(
     cursor: Cursor = None,
     owner: OwnerFilter = None,
     run_id: Filter = None,
-    kind: Filter = None,
+    kind: CheckpointKind | None = None,
     base_model: Filter = None,
 ) -> views.Page[views.CheckpointView]:
     """Checkpoints, newest first."""
@@ -149,7 +148,7 @@ async def list_futures(
     limit: Limit = 100,
     cursor: Cursor = None,
     owner: OwnerFilter = None,
-    status: Filter = None,
+    status: FutureStatus | None = None,
     kind: Filter = None,
     run_id: Filter = None,
     engine: Filter = None,
@@ -245,6 +244,6 @@ def _resident(gateway: Gateway, run: Run) -> bool:
 def _resident_bytes() -> int:
     """Memory of this process, by the operating system's account; 0 where it gives none."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
         return 0

@@ -1,0 +1,213 @@
+"""A small typed client of the admin API (`/admin/v1`): what a gateway holds and does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from sdk.admin_records import Checkpoint, Engine, Future, Metrics, Page, Run, Session, Step
+from sdk.environment import DEFAULT_URL
+
+T = TypeVar("T")
+
+_SCHEME = "tinker://"
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_PAGE = 100
+_STEPS_IN_A_PAGE = 1000
+
+
+class AdminError(Exception):
+    """The gateway refused, or there is none. The message is its own sentence; `status` is the HTTP status, None when
+    nothing was answered."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class AdminClient:
+    """The admin API of the gateway at `url`.
+
+    `key` may be left out for a gateway on this machine that has no keys configured. Lists are iterators, newest first,
+    that ask for the next page when they need it; a filter that is None filters nothing. Others' things are shown to an
+    admin's key only. Every method raises AdminError.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, key: str | None = None, *, timeout_s: float = 60.0) -> None:
+        self.url = url.rstrip("/")
+        try:
+            base = httpx.URL(f"{self.url}/admin/v1/")
+        except httpx.InvalidURL as error:
+            raise AdminError(f"{url!r} is no URL ({error}); one looks like {DEFAULT_URL}") from error
+        # A proxy of the environment cannot reach this machine's own gateway, which would refuse it anyway.
+        self._http = httpx.Client(
+            base_url=base,
+            headers={"X-API-Key": key} if key else {},
+            timeout=timeout_s,
+            trust_env=base.host not in _LOCAL,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def runs(
+        self,
+        *,
+        owner: str | None = None,
+        status: str | None = None,
+        base_model: str | None = None,
+        session_id: str | None = None,
+        page: int = _PAGE,
+    ) -> Iterator[Run]:
+        """Runs; `page` is how many are asked for at a time."""
+        where = {"owner": owner, "status": status, "base_model": base_model, "session_id": session_id}
+        return self._walk("runs", where, page, Page[Run])
+
+    def run(self, run_id: str) -> Run:
+        """One run."""
+        return self._get(f"runs/{_segment(run_id)}", Run)
+
+    def steps(self, run_id: str, *, after: int = 0) -> Iterator[Step]:
+        """Metrics of a run's optimizer steps above `after`, in order."""
+        while True:
+            where = {"after": after, "limit": _STEPS_IN_A_PAGE}
+            steps = self._get(f"runs/{_segment(run_id)}/metrics", list[Step], where)
+            yield from steps
+            if len(steps) < _STEPS_IN_A_PAGE:
+                return
+            after = steps[-1].step
+
+    def checkpoints(
+        self,
+        *,
+        owner: str | None = None,
+        run_id: str | None = None,
+        kind: str | None = None,
+        base_model: str | None = None,
+        page: int = _PAGE,
+    ) -> Iterator[Checkpoint]:
+        """Checkpoints, without expired ones."""
+        where = {"owner": owner, "run_id": run_id, "kind": kind, "base_model": base_model}
+        return self._walk("checkpoints", where, page, Page[Checkpoint])
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        """One checkpoint by its `tinker://` path."""
+        return self._get(checkpoint_route(path), Checkpoint)
+
+    def delete_checkpoint(self, path: str) -> None:
+        """Delete a checkpoint for good. Runs that began at it and samplers made from it are not affected."""
+        self._answer("DELETE", checkpoint_route(path))
+
+    def sessions(self, *, owner: str | None = None, page: int = _PAGE) -> Iterator[Session]:
+        """Sessions."""
+        return self._walk("sessions", {"owner": owner}, page, Page[Session])
+
+    def session(self, session_id: str) -> Session:
+        """One session."""
+        return self._get(f"sessions/{_segment(session_id)}", Session)
+
+    def futures(
+        self,
+        *,
+        owner: str | None = None,
+        status: str | None = None,
+        kind: str | None = None,
+        run_id: str | None = None,
+        engine: str | None = None,
+        page: int = _PAGE,
+    ) -> Iterator[Future]:
+        """Accepted calls."""
+        where = {"owner": owner, "status": status, "kind": kind, "run_id": run_id, "engine": engine}
+        return self._walk("futures", where, page, Page[Future])
+
+    def future(self, request_id: str) -> Future:
+        """One accepted call."""
+        return self._get(f"futures/{_segment(request_id)}", Future)
+
+    def engines(self) -> list[Engine]:
+        """The engine processes of this gateway."""
+        return self._get("engines", list[Engine])
+
+    def engine(self, name: str) -> Engine:
+        """One engine process."""
+        return self._get(f"engines/{_segment(name)}", Engine)
+
+    def metrics(self) -> Metrics:
+        """Counters of the gateway process; for an admin's key."""
+        return self._get("metrics", Metrics)
+
+    def _walk(self, route: str, where: dict[str, str | None], page: int, form: type[Page[T]]) -> Iterator[T]:
+        cursor: str | None = None
+        while True:
+            answer = self._get(route, form, {**where, "limit": page, "cursor": cursor})
+            yield from answer.items
+            if answer.next_cursor is None:
+                return
+            cursor = answer.next_cursor
+
+    def _get(self, route: str, form: type[T], where: dict[str, Any] | None = None) -> T:
+        given = {name: value for name, value in (where or {}).items() if value is not None}
+        response = self._answer("GET", route, given)
+        try:
+            return msgspec.json.decode(response.content, type=form)
+        except msgspec.DecodeError as error:
+            raise AdminError(f"{self.url} answers as no gateway of this version does: {error}") from error
+
+    def _answer(self, method: str, route: str, where: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            response = self._http.request(method, route, params=where)
+        except httpx.RequestError as error:
+            self._explain(error)
+        if not response.is_success:
+            raise AdminError(_sentence(self.url, response), response.status_code)
+        return response
+
+    def _explain(self, error: httpx.RequestError) -> NoReturn:
+        if isinstance(error, httpx.UnsupportedProtocol):
+            raise AdminError(f"{self.url!r} is no URL; one looks like {DEFAULT_URL}") from error
+        if isinstance(error, httpx.ConnectError):
+            raise AdminError(f"nothing answers at {self.url}; start it with `tandem serve`") from error
+        if isinstance(error, httpx.TimeoutException):
+            raise AdminError(f"{self.url} did not answer in time") from error
+        raise AdminError(
+            f"the connection to {self.url} broke: {str(error) or type(error).__name__}"
+        ) from error
+
+
+def _segment(text: str) -> str:
+    """One segment of a route, whatever is in it."""
+    return quote(text, safe=":")
+
+
+def checkpoint_route(path: str) -> str:
+    """Where a checkpoint is found. Raises AdminError for what is no checkpoint's path."""
+    segments = path.removeprefix(_SCHEME).split("/")
+    if not path.startswith(_SCHEME) or len(segments) != 3 or not all(segments):
+        raise AdminError(
+            f"{path!r} is no checkpoint's path; one looks like {_SCHEME}RUN/weights/NAME "
+            f"or {_SCHEME}RUN/sampler_weights/NAME"
+        )
+    return "checkpoints/" + "/".join(_segment(segment) for segment in segments)
+
+
+def _sentence(url: str, response: httpx.Response) -> str:
+    """What the gateway says, in one line; a wrong parameter is named."""
+    try:
+        detail = response.json()["detail"]
+        if isinstance(detail, list):
+            return "; ".join(f"{item['loc'][-1]}: {item['msg']}" for item in detail)
+    except (ValueError, KeyError, TypeError, IndexError):
+        # Not the gateway's own form: a proxy before it, or another program on that port.
+        return f"{url} answers {response.status_code}: {' '.join(response.text.split())[:200] or 'nothing'}"
+    return str(detail)

@@ -1,0 +1,161 @@
+"""What the admin API tells of each thing, as frozen dataclasses. Times are aware datetimes, UTC.
+
+A field that a newer gateway adds is passed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a list, newest first; `next_cursor` asks for the page behind it."""
+
+    items: list[T]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Configuration of an adapter."""
+
+    rank: int
+    alpha: float
+    seed: int | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One fine-tuning in progress, or ended. `step` counts optimizer steps."""
+
+    run_id: str
+    owner: str
+    session_id: str
+    status: str
+    base_model: str
+    engine: str
+    lora: Lora
+    optimizer: str
+    origin_path: str | None
+    user_metadata: dict[str, Any]
+    step: int
+    next_seq: int
+    resident: bool
+    created_at: datetime
+    last_request_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step. `loss` is a sum over `tokens`; `grad_norm` is the L2 norm before clipping.
+
+    A number is None when it was not finite, or is not known.
+    """
+
+    step: int
+    seq_id: int
+    loss: float | None
+    tokens: int
+    loss_per_token: float | None
+    grad_norm: float | None
+    learning_rate: float | None
+    seconds: float
+    finished_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Weights saved under a name. `kind` is `weights` (to train on) or `sampler_weights`."""
+
+    path: str
+    owner: str
+    run_id: str
+    kind: str
+    name: str
+    base_model: str
+    lora: Lora
+    has_optimizer: bool
+    size_bytes: int
+    public: bool
+    user_metadata: dict[str, Any]
+    created_at: datetime
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A client's connection, kept by heartbeats."""
+
+    session_id: str
+    owner: str
+    sdk_version: str
+    display_name: str | None
+    project_id: str | None
+    tags: list[str]
+    user_metadata: dict[str, Any]
+    created_at: datetime
+    heartbeat_at: datetime
+    finished_at: datetime | None
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Future:
+    """One accepted call, without its input and result."""
+
+    request_id: str
+    owner: str
+    kind: str
+    status: str
+    engine: str
+    run_id: str | None
+    sampler_id: str | None
+    seq_id: int
+    attempts: int
+    error: str | None
+    error_category: str | None
+    error_id: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    waited_s: float | None
+    ran_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine process of the gateway; `problem` says why it is not ready."""
+
+    name: str
+    base_model: str
+    plugin: str
+    roles: list[str]
+    state: str
+    problem: str | None
+    pid: int | None
+    epoch: int
+    starts: int
+    resident_runs: int
+    max_context: int | None
+    device: str | None
+    dtype: str | None
+    versions: dict[str, str]
+    stats: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Counters of the gateway process; `open_futures` by engine and status."""
+
+    uptime_s: float
+    resident_bytes: int
+    open_futures: dict[str, dict[str, int]]
+    engines: dict[str, dict[str, float]]
