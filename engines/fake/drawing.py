@@ -55,6 +55,4 @@ def _cut(scores: Array, weights: Array, request: SampleRequest) -> Array:
     if 0 < request.top_k < len(scores):
         weights = np.where(scores >= scores[request.top_k - 1], weights, 0.0)
     before = weights.cumsum() - weights
-    kept = before < request.top_p * weights.sum()
-    kept[0] = True
-    return np.where(kept, weights, 0.0)
+    return np.where(before < request.top_p * weights.sum(), weights, 0.0)

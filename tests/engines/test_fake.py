@@ -37,6 +37,7 @@ from engines.losses import LOSSES
 from engines.losses.formulas import FORMULAS as TORCH_FORMULAS
 from engines.operations import (
     AdapterRef,
+    CreateRun,
     Datum,
     Forward,
     ForwardBackward,
@@ -332,9 +333,19 @@ def test_the_ends_of_the_range_stay_inside_what_is_allowed() -> None:
     assert best(log_softmax(logits), 2)[0][0] == 1
 
 
-def test_a_samples_logprobs_are_the_trainers(engine: FakeEngine) -> None:
-    train(engine, learn())
-    step(engine)
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraSpec(4, 7),
+        LoraSpec(2, 7, 8.0, train_mlp=False),
+        LoraSpec(3, 7, train_attn=False, train_unembed=False),
+    ],
+)
+def test_a_samples_logprobs_are_the_trainers(engine: FakeEngine, lora: LoraSpec) -> None:
+    engine.create_runs([RunOperation("a", CreateRun(lora))])
+    for _ in range(5):
+        train(engine, learn())
+        step(engine)
     engine.save_weights([RunOperation("a", SaveWeights("saved/a"))])
     ref = AdapterRef("one", "saved/a")
     result = draw_all(
