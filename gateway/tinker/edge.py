@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import Request, Response
 
-from gateway.errors import BadRequest, PayloadTooLarge, Unprocessable
+from gateway.errors import PayloadTooLarge
 from gateway.settings import Settings
 from gateway.state import gateway_of
 from gateway.tinker.bodies import decompress
+from gateway.tinker.decoding import parse_json
 
 T = TypeVar("T")
 
@@ -30,7 +31,8 @@ async def read_body(request: Request) -> bytes:
     encoding = request.headers.get("content-encoding")
     if encoding is None:
         return body
-    return await in_thread_if_large(body, lambda: decompress(body, encoding, settings.max_decompressed_bytes))
+    # always in a thread: a small body can decompress to a large one
+    return await asyncio.to_thread(decompress, body, encoding, settings.max_decompressed_bytes)
 
 
 class BodyTooLarge(PayloadTooLarge):
@@ -73,16 +75,6 @@ async def json_body(request: Request, schema: type[T]) -> T:
     """The body as a struct. Raises BadRequest when it is not JSON and Unprocessable naming the field otherwise."""
     body = await read_body(request)
     return parse_json(body, schema)
-
-
-def parse_json(body: bytes, schema: type[T]) -> T:
-    """A struct from JSON. Raises BadRequest and Unprocessable."""
-    try:
-        return msgspec.json.decode(body, type=schema)
-    except msgspec.ValidationError as error:
-        raise Unprocessable(f"the body does not fit: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from error
 
 
 def json_reply(value: object) -> Response:

@@ -17,7 +17,8 @@ from gateway.state import Gateway
 from gateway.store.records import Future, Run
 from gateway.submit import submit_rejection
 from gateway.tinker import requests, schemas
-from gateway.tinker.edge import BodyTooLarge, in_thread_if_large, json_reply, parse_json, read_body
+from gateway.tinker.decoding import parse_json
+from gateway.tinker.edge import BodyTooLarge, in_thread_if_large, json_reply, read_body
 
 
 class Addressed(Protocol):

@@ -31,6 +31,11 @@ JSON = "application/json"
 
 _OUTPUT_TYPE = "ArrayRecord"
 _WIRE_DTYPE = {"float32": wire.DTYPE_FLOAT32, "int64": wire.DTYPE_INT64, "int32": wire.DTYPE_INT32}
+_NOT_FINITE = {
+    "error": "the result holds numbers that are not finite, and JSON has none; an SDK that accepts protobuf gets them. "
+    "Numbers that are not finite most often mean that training diverged: try a smaller learning rate",
+    "category": "user",
+}
 _NOTHING = -99999.0
 """The wire's logprob for a position without alternatives."""
 
@@ -56,7 +61,10 @@ def render(future: Future, body: bytes, *, protobuf: bool) -> tuple[bytes, str]:
         return _forward_proto(result).SerializeToString(), PROTOBUF
     if protobuf and isinstance(result, SampleResult):
         return _sample_proto(result).SerializeToString(), PROTOBUF
-    return json.dumps(_as_json(future, result), allow_nan=False).encode(), JSON
+    try:
+        return json.dumps(_as_json(future, result), allow_nan=False).encode(), JSON
+    except ValueError:
+        return json.dumps(_NOT_FINITE).encode(), JSON
 
 
 def _as_json(future: Future, result: Result) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from gateway.state import Running
 from gateway.store.records import Future, Sampler
 from gateway.submit import draw_seed, sampler_id_of, submit_rejected_sample, submit_sample
 from gateway.tinker import requests, schemas
-from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, parse_json, read_body, takes
+from gateway.tinker.decoding import parse_json
+from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, read_body, takes
 
 router = APIRouter()
 

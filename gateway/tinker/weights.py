@@ -13,7 +13,8 @@ from gateway.state import Gateway, Running
 from gateway.store.records import CheckpointKind, Future, Run
 from gateway.submit import NewRun, SaveRequest, sampler_id_of, submit_load, submit_run, submit_save
 from gateway.tinker import requests, schemas
-from gateway.tinker.edge import json_body, json_reply, parse_json, read_body, takes
+from gateway.tinker.decoding import parse_json
+from gateway.tinker.edge import json_body, json_reply, read_body, takes
 from gateway.tinker.operations import accept_json, accept_or_reject, promise
 
 router = APIRouter()
