@@ -146,14 +146,15 @@ def train(client: tinker.TrainingClient, tokenizer: Any, args: argparse.Namespac
 
 
 def plot(rewards: list[float]) -> None:
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plot_size(min(console.width, 78), 14)
-    plotext.plot(range(1, len(rewards) + 1), rewards, marker="braille")
-    plotext.ylim(0, 1)
-    plotext.title("mean reward")
-    plotext.xlabel("step")
-    console.print(plotext.build().rstrip(), markup=False)
+    figure = plotext.figure
+    figure.clear.all()
+    figure.theme("colorless")
+    figure.plot_size(min(console.width, 78), 14)
+    figure.draw(figure.signal(range(1, len(rewards) + 1), rewards, marker="braille").lines())
+    figure.ruler("y").lim(0, 1)
+    figure.title("mean reward")
+    figure.label("step", "x")
+    console.print(figure.build().string(colorless=True).rstrip(), markup=False)
 
 
 def main(argv: list[str] | None = None) -> Report:

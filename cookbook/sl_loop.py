@@ -122,13 +122,14 @@ def train(client: tinker.TrainingClient, data: list[tinker.Datum], args: argpars
 
 
 def plot(losses: list[float]) -> None:
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plot_size(min(console.width, 78), 14)
-    plotext.plot(range(1, len(losses) + 1), losses, marker="braille")
-    plotext.title("loss per answer token")
-    plotext.xlabel("step")
-    console.print(plotext.build().rstrip(), markup=False)
+    figure = plotext.figure
+    figure.clear.all()
+    figure.theme("colorless")
+    figure.plot_size(min(console.width, 78), 14)
+    figure.draw(figure.signal(range(1, len(losses) + 1), losses, marker="braille").lines())
+    figure.title("loss per answer token")
+    figure.label("step", "x")
+    console.print(figure.build().string(colorless=True).rstrip(), markup=False)
 
 
 def main(argv: list[str] | None = None) -> Report:

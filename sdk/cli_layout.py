@@ -58,11 +58,13 @@ def show_rows(console: Console, columns: Sequence[Column], rows: Sequence[Row]) 
 
 
 def show_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
-    """Names and values of one thing; values are not cut."""
+    """Names and values of one thing. A value for which the rest of the line is too short gets the next one."""
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
-        line = Text.assemble((f"  {name:<{width}}{_GAP}", "dim"), _coloured(value))
-        console.print(line, soft_wrap=True)
+        head = f"{name:<{width}}{_GAP}"
+        if console.is_terminal and len(head) + cell_len(value) > console.width:
+            head = f"{name}\n{_GAP}"
+        console.print(Text.assemble((head, "dim"), _coloured(value)), soft_wrap=True)
 
 
 def _show_table(

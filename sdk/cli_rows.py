@@ -221,6 +221,9 @@ def plot_text(steps: Sequence[Step], width: int) -> str | None:
         import plotext
     except ImportError:
         return None  # an extra of the client; the table above the plot has the same numbers
+    steps_shown = [step for step, _ in points]
+    count = min(6, len(points) - 1)
+    ticks = sorted({steps_shown[index * (len(points) - 1) // count] for index in range(count + 1)})
     figure = plotext.figure
     figure.clear.all()
     figure.theme("colorless")
@@ -228,4 +231,5 @@ def plot_text(steps: Sequence[Step], width: int) -> str | None:
     figure.draw(figure.signal(*zip(*points, strict=True), marker="braille").lines())
     figure.title("loss per token")
     figure.label("step", "x")
+    figure.ruler("x").ticks(ticks, [str(tick) for tick in ticks])
     return str(figure.build().string(colorless=True)).rstrip()
