@@ -56,9 +56,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.include_router(tinker.router)
     app.include_router(health)
     app.include_router(models)
-    app.include_router(tinker.router)
     app.include_router(admin.router)
     for prefix in ("/v1", "/oai/api/v1"):
         app.include_router(openai.router, prefix=prefix)

@@ -10,7 +10,14 @@ from gateway.tinker.training import router as training
 from gateway.tinker.weights import router as weights
 
 router = APIRouter(prefix="/api/v1", tags=["tinker"])
-for topic in (sessions, training, weights, sampling, futures, registry):
+for topic in (
+    futures,
+    training,
+    sampling,
+    weights,
+    sessions,
+    registry,
+):  # routes are tried in order: the busiest first
     router.include_router(topic)
 
 __all__ = ["router"]
