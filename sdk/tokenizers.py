@@ -11,11 +11,18 @@ the hub's cache on this machine. A built-in or local model is in neither. So its
 from __future__ import annotations
 
 import functools
+import logging
+import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 from huggingface_hub import constants
+
+log = logging.getLogger(__name__)
 
 _MARK = ".from-tandem"
 _folders: dict[str, Path] = {}
@@ -31,27 +38,58 @@ def serve_tokenizer(http: httpx.Client, model: str) -> None:
         return
     described.raise_for_status()
     revision, files = described.json()["revision"], described.json()["files"]
-    repository = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
-    if repository.exists() and not (repository / _MARK).exists():
-        return  # downloaded from the hub: that is the model's own
-    folder = repository / "snapshots" / revision
     for name in files:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"the gateway names a tokenizer file {name!r}, which is no plain file name")
-        if not (folder / name).exists():
-            _download(http, model, name, folder / name)
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text(revision)
-    (repository / _MARK).touch()
+    if not re.fullmatch("[0-9a-f]{8,64}", revision):
+        raise ValueError(
+            f"the gateway names a tokenizer revision {revision!r}, which is no hexadecimal number"
+        )
+    repository = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
+    try:
+        if not _claim(repository):
+            return  # downloaded from the hub: that is the model's own
+        folder = repository / "snapshots" / revision
+        _fetch(http, model, files, folder)
+        _write(repository / "refs" / "main", revision.encode())
+    except OSError as error:
+        log.warning("the hub's cache takes no files (%s): other programs will not find this tokenizer", error)
+        folder = Path(tempfile.mkdtemp(prefix="tandem-tokenizer-"))
+        _fetch(http, model, files, folder)
     _prefer(model, folder)
 
 
-def _download(http: httpx.Client, model: str, name: str, target: Path) -> None:
-    response = http.get(f"/api/v1/tokenizer/{name}", params={"model": model})
-    response.raise_for_status()
+def _claim(repository: Path) -> bool:
+    """Whether a folder of the hub's cache is ours, made now if there was none.
+
+    It appears together with its mark, so that of two programs that connect at once neither takes the other's half-made
+    folder for one of the hub's.
+    """
+    if not repository.exists():
+        staged = repository.with_name(f".{repository.name}.{uuid4().hex}")
+        staged.mkdir(parents=True)
+        (staged / _MARK).touch()
+        try:
+            staged.rename(repository)
+        except OSError:
+            shutil.rmtree(staged)  # another program was first
+    return (repository / _MARK).exists()
+
+
+def _fetch(http: httpx.Client, model: str, files: dict[str, int], folder: Path) -> None:
+    """Download the files that are not in the folder yet."""
+    for name in files:
+        if not (folder / name).exists():
+            response = http.get(f"/api/v1/tokenizer/{name}", params={"model": model})
+            response.raise_for_status()
+            _write(folder / name, response.content)
+
+
+def _write(target: Path, content: bytes) -> None:
+    """A file appears whole, whoever else writes it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(response.content)
+    partial = target.with_name(f"{target.name}.{uuid4().hex}")
+    partial.write_bytes(content)
     partial.rename(target)
 
 
@@ -63,7 +101,8 @@ def _prefer(model: str, folder: Path) -> None:
         original = AutoTokenizer.from_pretrained
 
         @functools.wraps(original)
-        def from_pretrained(name: Any, *arguments: Any, **options: Any) -> Any:
+        def from_pretrained(pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
+            name = pretrained_model_name_or_path
             return original(_folders.get(str(name), name), *arguments, **options)
 
         AutoTokenizer.from_pretrained = from_pretrained
