@@ -189,7 +189,7 @@ The gateway keeps running at {url}; stop it with Ctrl-C. Meanwhile, in another t
 
   .venv/bin/python cookbook/rl_loop.py --base-url {url}         teach it arithmetic by reward
   .venv/bin/python cookbook/openai_sample.py --base-url {url}   sample with the openai client
-  .venv/bin/tandem --url {url} runs                             list what has been trained
+  .venv/bin/tandem runs --url {url}                             list what has been trained
 
 Every route is described at {url}/docs
 """

@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("gateway", "engines", "sdk", "cookbook", "bootstrap.py", "check.py", "quickstart.py")
-"""What the amount of tests is compared with."""
+CONTRACT = "engines/contract/"
+"""The tests that every plugin must pass; they lie with the interface that they describe, for plugins elsewhere."""
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 _Block = (
     ast.If | ast.For | ast.AsyncFor | ast.While | ast.With | ast.AsyncWith | ast.Try | ast.TryStar | ast.Match
@@ -107,7 +108,14 @@ def modules() -> tuple[Module, ...]:
 
 def product() -> list[Module]:
     """The modules that users run or import."""
-    return [module for module in modules() if module.package in PRODUCT]
+    return [
+        module for module in modules() if module.package in PRODUCT and not module.path.startswith(CONTRACT)
+    ]
+
+
+def tests() -> list[Module]:
+    """The modules that test the others."""
+    return [module for module in modules() if module.package == "tests" or module.path.startswith(CONTRACT)]
 
 
 def _docstring(node: ast.AST) -> ast.Expr | None:
