@@ -113,7 +113,7 @@ def product() -> list[Module]:
     ]
 
 
-def testing() -> list[Module]:
+def suite() -> list[Module]:
     """The modules that test the others."""
     return [module for module in modules() if module.package == "tests" or module.path.startswith(CONTRACT)]
 
