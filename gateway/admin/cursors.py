@@ -25,9 +25,18 @@ def decode_cursor(cursor: str | None) -> Position | None:
         return None
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
-        return msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])
+        time, key = msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])
     except (ValueError, msgspec.DecodeError) as error:
-        raise BadRequest("cursor must be the next_cursor of an earlier answer", param="cursor") from error
+        raise _broken(cursor) from error
+    if "\0" in key:
+        raise _broken(cursor)  # no id holds NUL, and Postgres refuses it
+    return time, key
+
+
+def _broken(cursor: str) -> BadRequest:
+    return BadRequest(
+        f"cursor is {cursor[:100]!r}; it must be the next_cursor of an earlier answer", param="cursor"
+    )
 
 
 def next_cursor(rows: Sequence[T], limit: int, position: Callable[[T], Position]) -> str | None:

@@ -50,7 +50,7 @@ class StepView(BaseModel):
     step: int
     seq_id: int
     loss: Annotated[float, Field(description="sum over tokens, weighted as the client asked")]
-    tokens: int
+    tokens: Annotated[int, Field(description="of the passes' data, those of weight 0 included")]
     loss_per_token: float | None
     grad_norm: Annotated[float | None, Field(description="global L2 norm before clipping")]
     learning_rate: float | None

@@ -1,0 +1,1 @@
+"""The admin API, as people who run a gateway and their programs meet it."""
