@@ -12,8 +12,11 @@ from contextlib import asynccontextmanager
 from typing import IO
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engines.interface import UserError
 from gateway import admin, openai, tinker
@@ -34,6 +37,8 @@ from gateway.store.records import Future, Settled
 log = logging.getLogger(__name__)
 
 _FILES_NEEDED = 4096
+_ECHO = 200
+"""Characters of an address that an error repeats."""
 _OPENAI_PATHS = ("/v1/", "/oai/")
 
 
@@ -64,9 +69,27 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(openai.router, prefix=prefix)
     app.add_exception_handler(TandemError, _answer_error)
     app.add_exception_handler(UserError, _answer_user_error)
+    app.add_exception_handler(RequestValidationError, _answer_bad_parameter)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_bug)
+    app.add_middleware(_StorableAddresses)
     return app
+
+
+class _StorableAddresses:
+    """Refuses addresses with a NUL character, which PostgreSQL cannot hold, so that nothing has such a name."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and ("\0" in scope["path"] or b"%00" in scope["query_string"]):
+            refusal = HTTPException(400, "a NUL character stands in the address")
+            response = _answer_http_error(Request(scope), refusal)
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 @asynccontextmanager
@@ -161,12 +184,27 @@ def _answer_user_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error), "code": "bad_request"}, 400)
 
 
+def _answer_bad_parameter(request: Request, error: Exception) -> Response:
+    """A part of the path or the query that a route does not take."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"][1:])
+    message = f"{name} is {str(first.get('input'))[:80]!r}: {first['msg']}"
+    return JSONResponse({"detail": message, "code": "unprocessable", "param": name}, 422)
+
+
+def _answer_nobody(request: Request, error: Exception) -> Response:
+    """Whoever asked has hung up in the middle; the status is for the access log."""
+    return Response(status_code=openai.HUNG_UP)
+
+
 def _answer_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)
     if request.url.path.startswith(_OPENAI_PATHS):
         return openai.render_error(error)
-    return JSONResponse({"detail": f"{error.detail}: {request.method} {request.url.path}"}, error.status_code)
+    detail = f"{error.detail}: {request.method} {request.url.path[:_ECHO]}"
+    return JSONResponse({"detail": detail}, error.status_code, error.headers)
 
 
 def _answer_bug(request: Request, error: Exception) -> Response:

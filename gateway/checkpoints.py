@@ -26,7 +26,13 @@ def parse_path(path: str, *, param: str = "path") -> tuple[str, CheckpointKind, 
     """Run, kind and name of a tinker:// path. Raises BadRequest."""
     segments = path.removeprefix(SCHEME).split("/")
     kinds = {str(kind) for kind in CheckpointKind}
-    if not path.startswith(SCHEME) or len(segments) != 3 or not all(segments) or segments[1] not in kinds:
+    if (
+        not path.startswith(SCHEME)
+        or len(segments) != 3
+        or not all(segments)
+        or segments[1] not in kinds
+        or "\0" in path
+    ):
         raise BadRequest(
             f"{param} is {path[:200]!r}; a checkpoint's path is tinker://RUN/KIND/NAME, KIND one of "
             f"{', '.join(sorted(kinds))}",

@@ -13,7 +13,7 @@ from gateway.dispatch import Dispatcher
 from gateway.errors import NotFound
 from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
-from gateway.store.records import Future, Settled
+from gateway.store.records import Future, Run, Settled
 from gateway.supervisor import Supervisor
 
 
@@ -49,6 +49,12 @@ class Fleet:
         dispatcher = self.dispatchers.get(future.engine)
         if dispatcher is not None:
             dispatcher.accept(future)
+
+    async def drop_run(self, run: Run) -> None:
+        """Free a run's memory, if its engine is still one of ours."""
+        dispatcher = self.dispatchers.get(run.engine)
+        if dispatcher is not None:
+            await dispatcher.drop_run(run.run_id)
 
     def base_models(self) -> list[str]:
         """Names of the base models that are served."""

@@ -11,6 +11,7 @@ from typing import Annotated, Generic, TypeVar, cast
 from fastapi import Depends, Request
 
 from gateway.auth import Keys
+from gateway.dispatch import Dispatcher
 from gateway.errors import Gone, NotFound
 from gateway.fleet import Fleet
 from gateway.futures import Futures
@@ -31,6 +32,8 @@ class Remembered(Generic[T]):
 
     async def get(self, key: str) -> T | None:
         """The record, from memory or from the database."""
+        if "\0" in key:
+            return None  # no id has one, and PostgreSQL does not take it as text
         record = self._records.get(key)
         if record is None:
             record = await self._look_up(key)
@@ -93,6 +96,17 @@ class Gateway:
                 f"run {run_id} has been unloaded; begin a new one from a checkpoint of it", param="model_id"
             )
         return run
+
+    def dispatcher_of(self, run: Run) -> Dispatcher:
+        """Whoever feeds a run's engine. Raises NotFound when the settings do not have that engine any more."""
+        dispatcher = self.fleet.dispatchers.get(run.engine)
+        if dispatcher is None:
+            raise NotFound(
+                f"run {run.run_id} was made on the engine {run.engine!r}, which this gateway's settings do not have; "
+                f"there are {', '.join(self.fleet.dispatchers)}",
+                param="model_id",
+            )
+        return dispatcher
 
     async def sampler(self, owner: str, sampler_id: str) -> Sampler:
         """An owner's sampler. Raises NotFound."""

@@ -156,11 +156,7 @@ async def submit_save(gateway: Gateway, run: Run, seq_id: int, save: SaveRequest
 
 async def submit_rejection(gateway: Gateway, run: Run, seq_id: int, kind: str, message: str) -> Future:
     """Record an operation that cannot be performed as failed: its sender learns why, and its number is consumed."""
-    future = _future(run, seq_id, kind, {}, None)
-    now = time.time()
-    failed = replace(
-        future, status=FutureStatus.FAILED, error=message, error_category="user", finished_at=now
-    )
+    failed = _rejected(_future(run, seq_id, kind, {}, None), message)
     return await _append(gateway, run, failed, b"")
 
 
@@ -179,11 +175,7 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, seq_id: int, request
 
 async def submit_rejected_sample(gateway: Gateway, sampler: Sampler, seq_id: int, message: str) -> Future:
     """Record a sample that cannot be served as failed."""
-    future = _sample_future(sampler, sampler.engine, seq_id)
-    now = time.time()
-    failed = replace(
-        future, status=FutureStatus.FAILED, error=message, error_category="user", finished_at=now
-    )
+    failed = _rejected(_sample_future(sampler, sampler.engine, seq_id), message)
     await gateway.futures.submit(Submission(failed, b""))
     return failed
 
@@ -193,7 +185,7 @@ async def _append(gateway: Gateway, run: Run, future: Future, body: bytes) -> Fu
         raise BadRequest(
             f"seq_id is {future.seq_id}; operations of a run are numbered from 1", param="seq_id"
         )
-    waiting = gateway.fleet.dispatchers[run.engine].training.waiting_in_run(run.run_id)
+    waiting = gateway.dispatcher_of(run).training.waiting_in_run(run.run_id)
     if waiting >= gateway.settings.max_queued_per_run:
         raise TooManyRequests(
             f"{waiting} operations of run {run.run_id} wait already; retry when some are done"
@@ -213,6 +205,17 @@ def _future(run: Run, seq_id: int, kind: str, context: dict[str, Any], folder: s
         run_id=run.run_id,
         context=context,
         folder=folder,
+    )
+
+
+def _rejected(future: Future, message: str) -> Future:
+    """A future that has failed already. A message may repeat a name of the sender's; PostgreSQL holds no NUL."""
+    return replace(
+        future,
+        status=FutureStatus.FAILED,
+        error=message.replace("\0", "\\0"),
+        error_category="user",
+        finished_at=time.time(),
     )
 
 

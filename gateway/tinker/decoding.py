@@ -17,6 +17,8 @@ from gateway.errors import BadRequest, Unprocessable
 
 T = TypeVar("T")
 
+_LONGEST = 400
+
 
 def parse_json(body: bytes, schema: type[T]) -> T:
     """Raises BadRequest when the body is not JSON and Unprocessable naming the field when it does not fit."""
@@ -30,13 +32,13 @@ def parse_json(body: bytes, schema: type[T]) -> T:
 
 def _decode_without_idle_fields(body: bytes, schema: type[T], first: msgspec.ValidationError) -> T:
     if "unknown field" not in str(first):
-        raise Unprocessable(f"the body does not fit: {first}") from first
+        raise Unprocessable(f"the body does not fit: {_shortened(first)}") from first
     try:
         value = msgspec.json.decode(body)
         _drop_idle(value, _kind(cast(Hashable, schema)))
         return msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
-        raise Unprocessable(f"the body does not fit: {error}") from error
+        raise Unprocessable(f"the body does not fit: {_shortened(error)}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
 
@@ -44,6 +46,12 @@ def _decode_without_idle_fields(body: bytes, schema: type[T], first: msgspec.Val
 @cache
 def _kind(schema: Hashable) -> inspect.Type:
     return inspect.type_info(schema)
+
+
+def _shortened(error: Exception) -> str:
+    """Errors repeat names that a sender has chosen, and those can be of any length."""
+    text = str(error)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def _drop_idle(value: Any, kind: inspect.Type) -> None:

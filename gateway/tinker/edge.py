@@ -10,14 +10,14 @@ import msgspec
 from fastapi import Request, Response
 
 from gateway.errors import PayloadTooLarge
-from gateway.settings import Settings
 from gateway.state import gateway_of
 from gateway.tinker.bodies import decompress
 from gateway.tinker.decoding import parse_json
 
 T = TypeVar("T")
 
-_BEGINNING = 1024
+BEGINNING = 1024
+"""Bytes of a body that are enough to find out whose operation it was to be."""
 _DRAINED = 4
 
 WORTH_A_THREAD = 64 * 1024
@@ -26,13 +26,18 @@ WORTH_A_THREAD = 64 * 1024
 
 async def read_body(request: Request) -> bytes:
     """The decompressed body. Raises PayloadTooLarge, UnsupportedMediaType, BadRequest."""
-    settings = gateway_of(request).settings
-    body = await _read_bounded(request, settings)
+    return await decompressed(request, await read_sent(request))
+
+
+async def decompressed(request: Request, body: bytes) -> bytes:
+    """What was sent, decompressed as its header says."""
     encoding = request.headers.get("content-encoding")
     if encoding is None:
         return body
     # always in a thread: a small body can decompress to a large one
-    return await asyncio.to_thread(decompress, body, encoding, settings.max_decompressed_bytes)
+    return await asyncio.to_thread(
+        decompress, body, encoding, gateway_of(request).settings.max_decompressed_bytes
+    )
 
 
 class BodyTooLarge(PayloadTooLarge):
@@ -45,8 +50,9 @@ class BodyTooLarge(PayloadTooLarge):
         self.beginning = beginning
 
 
-async def _read_bounded(request: Request, settings: Settings) -> bytes:
-    limit = settings.max_body_bytes
+async def read_sent(request: Request) -> bytes:
+    """The body as it was sent. Raises BodyTooLarge."""
+    limit = gateway_of(request).settings.max_body_bytes
     chunks: list[bytes] = []
     beginning = b""
     size = 0
@@ -55,7 +61,7 @@ async def _read_bounded(request: Request, settings: Settings) -> bytes:
         if size <= limit:
             chunks.append(chunk)
             continue
-        beginning = beginning or b"".join(chunks)[:_BEGINNING] or chunk[:_BEGINNING]
+        beginning = beginning or b"".join(chunks)[:BEGINNING] or chunk[:BEGINNING]
         chunks.clear()
         if size > _DRAINED * limit:  # most clients read the answer only after they have sent everything
             break

@@ -12,13 +12,22 @@ from typing import Protocol, TypeVar
 from fastapi import Request, Response
 
 from engines.interface import UserError
-from gateway.errors import BadRequest, NotFound, TandemError, Unprocessable
+from gateway.errors import BadRequest, NotFound, PayloadTooLarge, TandemError, Unprocessable
 from gateway.state import Gateway
 from gateway.store.records import Future, Run
 from gateway.submit import submit_rejection
 from gateway.tinker import requests, schemas
+from gateway.tinker import wire_pb2 as wire
 from gateway.tinker.decoding import parse_json
-from gateway.tinker.edge import BodyTooLarge, in_thread_if_large, json_reply, read_body
+from gateway.tinker.edge import (
+    BEGINNING,
+    BodyTooLarge,
+    decompressed,
+    in_thread_if_large,
+    json_reply,
+    read_body,
+    read_sent,
+)
 
 
 class Addressed(Protocol):
@@ -50,10 +59,17 @@ async def accept_json(
         body = await in_thread_if_large(raw, lambda: parse_json(raw, schema))
     except Unprocessable as error:
         envelope = parse_json(raw, schemas.OperationEnvelope)
-        run = await gateway.live_run(owner, envelope.model_id)
-        return promise(await submit_rejection(gateway, run, envelope.seq_id, kind, error.message))
+        return await reject(gateway, owner, envelope.model_id, envelope.seq_id, kind, error.message)
     run = await gateway.live_run(owner, body.model_id)
     return await accept_or_reject(gateway, run, body.seq_id, kind, lambda: submit(run, body))
+
+
+async def reject(
+    gateway: Gateway, owner: str, model_id: str, seq_id: int, kind: str, message: str
+) -> Response:
+    """The promise of a recorded rejection. Raises NotFound and Gone."""
+    run = await gateway.live_run(owner, model_id)
+    return promise(await submit_rejection(gateway, run, seq_id, kind, message))
 
 
 async def accept_or_reject(
@@ -67,14 +83,26 @@ async def accept_or_reject(
         return promise(await submit_rejection(gateway, run, seq_id, kind, message))
 
 
-async def body_of_pass(request: Request, gateway: Gateway, owner: str) -> bytes:
-    """The body of a protobuf pass; when it is too large the refusal is recorded before it is answered."""
+async def message_of_pass(
+    request: Request, gateway: Gateway, owner: str
+) -> tuple[bytes, wire.ForwardBackwardRequest]:
+    """Body and message of a protobuf pass.
+
+    When the body is too large or broken and still says which operation it was to be, the refusal is recorded before it
+    is answered.
+    """
+    encoding = request.headers.get("content-encoding")
+    beginning = b""
     try:
-        return await read_body(request)
-    except BodyTooLarge as error:
-        envelope = requests.peek_envelope(error.beginning, request.headers.get("content-encoding"))
+        sent = await read_sent(request)
+        beginning = sent[:BEGINNING]
+        body = await decompressed(request, sent)
+        return body, await in_thread_if_large(body, lambda: requests.parse_forward_backward(body))
+    except (PayloadTooLarge, BadRequest) as error:
+        if isinstance(error, BodyTooLarge):
+            beginning = error.beginning
+        envelope = requests.peek_envelope(beginning, encoding)
         if envelope is not None:
-            run = await gateway.live_run(owner, envelope.model_id)
             kind = "forward" if envelope.forward_only else "forward_backward"
-            await submit_rejection(gateway, run, envelope.seq_id, kind, error.message)
+            await reject(gateway, owner, envelope.model_id, envelope.seq_id, kind, error.message)
         raise

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from gateway.tinker.texts import require_name, require_storable
+
 Id = Annotated[str, Meta(min_length=1, max_length=300)]
 Text = Annotated[str, Meta(max_length=10_000)]
 SeqId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 TrainingSeqId = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!\.{1,2}$)[A-Za-z0-9._=+@-]+$(?!\n)")]
 Ttl = Annotated[int, Meta(ge=3600, le=10 * 366 * 86400)]
 UserMetadata = dict[str, Any]
 TextMetadata = dict[str, str]
@@ -47,6 +48,10 @@ class CreateSession(Lenient):
     project_id: Text | None = None
     display_name: Text | None = None
 
+    def __post_init__(self) -> None:
+        for field in ("tags", "user_metadata", "sdk_version", "project_id", "display_name"):
+            require_storable(field, getattr(self, field))
+
 
 class SessionHeartbeat(Lenient):
     session_id: Id
@@ -59,6 +64,9 @@ class FinishReason(Lenient):
 class FinishSession(Lenient):
     reason: FinishReason | None = None
     detail: Text | None = None
+
+    def __post_init__(self) -> None:
+        require_storable("detail", self.detail)
 
 
 class Telemetry(Lenient):
@@ -85,6 +93,9 @@ class CreateModel(Strict):
     lora_config: LoraConfig | None = None
     optimizer_config: dict[str, Any] | None = None
     user_metadata: UserMetadata | None = None
+
+    def __post_init__(self) -> None:
+        require_storable("user_metadata", self.user_metadata)
 
 
 class GetInfo(Lenient):
@@ -163,20 +174,29 @@ class ForwardBackwardBody(Strict):
 class SaveWeights(Strict):
     model_id: Id
     seq_id: TrainingSeqId
-    path: Name
+    path: str
     ttl_seconds: Ttl | None = None
     overwrite: bool | None = None
     user_metadata: TextMetadata | None = None
+
+    def __post_init__(self) -> None:
+        require_name("path", self.path)
+        require_storable("user_metadata", self.user_metadata)
 
 
 class SaveWeightsForSampler(Strict):
     model_id: Id
     seq_id: TrainingSeqId
-    path: Name | None = None
+    path: str | None = None
     sampling_session_seq_id: SeqId | None = None
     kind: str | None = None
     ttl_seconds: Ttl | None = None
     user_metadata: TextMetadata | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            require_name("path", self.path)
+        require_storable("user_metadata", self.user_metadata)
 
 
 class LoadWeights(Strict):
@@ -190,6 +210,16 @@ class LoadWeights(Strict):
     optimizer_config: dict[str, Any] | None = None
     user_metadata: UserMetadata | None = None
     weights_access_token: Text | None = None
+
+    def __post_init__(self) -> None:
+        require_storable("user_metadata", self.user_metadata)
+
+
+class LoadEnvelope(Lenient):
+    """Which operation of which run a load is, if it is one, whatever else its body holds."""
+
+    model_id: Id | None = None
+    seq_id: TrainingSeqId | None = None
 
 
 class WeightsInfo(Lenient):
@@ -244,3 +274,6 @@ class SampleBody(Strict):
 class RetrieveFuture(Lenient):
     request_id: Id
     allow_metadata_only: bool | None = None
+
+    def __post_init__(self) -> None:
+        require_storable("request_id", self.request_id)

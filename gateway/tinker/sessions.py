@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from gateway.auth import Owner
+from gateway.errors import BadRequest
 from gateway.state import Running
 from gateway.store.records import Session
 from gateway.store.sessions import Finish
@@ -16,6 +17,8 @@ from gateway.tinker import schemas
 from gateway.tinker.edge import json_body, json_reply, read_body, takes
 
 router = APIRouter()
+
+_LONGEST_KEY = 300
 
 
 @router.post("/client/config", openapi_extra=takes(schemas.ClientConfig))
@@ -52,11 +55,14 @@ async def get_server_capabilities(owner: Owner, gateway: Running) -> dict[str, A
 async def create_session(request: Request, owner: Owner, gateway: Running) -> Response:
     """Begin a session; a retry with the same idempotency key gets the same one."""
     body = await json_body(request, schemas.CreateSession)
+    key = request.headers.get("x-idempotency-key")
+    if key is not None and len(key) > _LONGEST_KEY:
+        raise BadRequest(f"X-Idempotency-Key has {len(key)} characters; at most {_LONGEST_KEY} are taken")
     now = time.time()
     session = Session(
         session_id=str(uuid.uuid4()),
         owner=owner,
-        idempotency_key=request.headers.get("x-idempotency-key"),
+        idempotency_key=key,
         user_metadata=body.user_metadata or {},
         tags=body.tags or [],
         sdk_version=body.sdk_version or "",
@@ -87,7 +93,7 @@ async def finish_session(request: Request, session_id: str, owner: Owner, gatewa
     await gateway.store.sessions.finish(Finish(session_id, reason, body.detail))
     gateway.known_sessions.forget(session_id)
     for run in await gateway.store.runs.of_session(session_id):
-        await gateway.fleet.dispatchers[run.engine].drop_run(run.run_id)
+        await gateway.fleet.drop_run(run)
     return json_reply({})
 
 

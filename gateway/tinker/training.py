@@ -10,7 +10,7 @@ from gateway.store.records import Future, Run
 from gateway.submit import NewRun, draw_seed, submit_operation, submit_run
 from gateway.tinker import requests, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
-from gateway.tinker.operations import accept_json, accept_or_reject, body_of_pass, promise
+from gateway.tinker.operations import accept_json, accept_or_reject, message_of_pass, promise
 from gateway.tinker.results import PROTOBUF
 
 router = APIRouter()
@@ -32,7 +32,7 @@ async def get_info(request: Request, owner: Owner, gateway: Running) -> Response
     """What a run is."""
     body = await json_body(request, schemas.GetInfo)
     run = await gateway.run(owner, body.model_id)
-    info = gateway.fleet.dispatchers[run.engine].supervisor.info
+    info = gateway.dispatcher_of(run).supervisor.info
     return json_reply(
         {
             "type": "get_info",
@@ -55,8 +55,7 @@ async def forward_backward(request: Request, owner: Owner, gateway: Running) -> 
     """Gradients of a loss, or with `forward_only` only its numbers. Protobuf, or the JSON form of older SDKs."""
     if not request.headers.get("content-type", "").startswith(PROTOBUF):
         return await _json_pass(request, owner, gateway, "forward_backward")
-    body = await body_of_pass(request, gateway, owner)
-    message = await in_thread_if_large(body, lambda: requests.parse_forward_backward(body))
+    body, message = await message_of_pass(request, gateway, owner)
     envelope = requests.envelope_of(message)
     run = await gateway.live_run(owner, envelope.model_id)
     kind = "forward" if envelope.forward_only else "forward_backward"
@@ -98,5 +97,5 @@ async def unload_model(request: Request, owner: Owner, gateway: Running) -> Resp
     run = await gateway.run(owner, body.model_id)
     await gateway.store.runs.unload(run.run_id)
     gateway.known_runs.forget(run.run_id)
-    await gateway.fleet.dispatchers[run.engine].drop_run(run.run_id)
+    await gateway.fleet.drop_run(run)
     return json_reply({"request_id": f"{run.run_id}:unload", "model_id": run.run_id})

@@ -15,7 +15,7 @@ from gateway.submit import NewRun, SaveRequest, sampler_id_of, submit_load, subm
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import json_body, json_reply, read_body, takes
-from gateway.tinker.operations import accept_json, accept_or_reject, promise
+from gateway.tinker.operations import accept_json, accept_or_reject, promise, reject
 
 router = APIRouter()
 
@@ -68,11 +68,13 @@ def _sampler_save(run: Run, body: schemas.SaveWeightsForSampler) -> SaveRequest:
 async def load_weights(request: Request, owner: Owner, gateway: Running) -> Response:
     """Begin a run at a checkpoint (session_id and model_seq_id), or load one into a run (model_id and seq_id)."""
     raw = await read_body(request)
-    body = parse_json(raw, schemas.LoadWeights)
-    if body.weights_access_token is not None:
-        raise BadRequest(
-            "weights_access_token is not served here; publish the checkpoint to let others load it"
-        )
+    try:
+        body = parse_json(raw, schemas.LoadWeights)
+    except Unprocessable as error:
+        envelope = parse_json(raw, schemas.LoadEnvelope)
+        if envelope.model_id is None or envelope.seq_id is None:
+            raise
+        return await reject(gateway, owner, envelope.model_id, envelope.seq_id, "load_weights", error.message)
     if body.model_id is not None and body.seq_id is not None:
         run = await gateway.live_run(owner, body.model_id)
         seq_id = body.seq_id
@@ -87,6 +89,7 @@ async def load_weights(request: Request, owner: Owner, gateway: Running) -> Resp
 
 
 async def _load_into(gateway: Gateway, run: Run, seq_id: int, body: schemas.LoadWeights) -> Future:
+    _refuse_token(body)
     checkpoint = await readable_checkpoint(gateway.store, run.owner, body.path)
     if checkpoint.base_model != run.base_model:
         raise UserError(
@@ -99,6 +102,7 @@ async def _load_into(gateway: Gateway, run: Run, seq_id: int, body: schemas.Load
 async def _begin_at(
     gateway: Gateway, owner: str, session_id: str, model_seq_id: int, body: schemas.LoadWeights
 ) -> Future:
+    _refuse_token(body)
     requests.require_adamw(body.optimizer_config)
     session = await gateway.live_session(owner, session_id)
     checkpoint = await readable_checkpoint(gateway.store, owner, body.path)
@@ -117,6 +121,14 @@ async def _begin_at(
         with_optimizer=_wants_optimizer(body, checkpoint.has_optimizer),
     )
     return await submit_run(gateway, new)
+
+
+def _refuse_token(body: schemas.LoadWeights) -> None:
+    if body.weights_access_token is not None:
+        raise BadRequest(
+            "weights_access_token is not served here; publish the checkpoint to let others load it",
+            param="weights_access_token",
+        )
 
 
 def _wants_optimizer(body: schemas.LoadWeights, has_optimizer: bool) -> bool:

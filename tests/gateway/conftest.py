@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,8 @@ from tests.served import ServedGateway
 
 KEY = "tml-test"
 VOCABULARY = 250
-_COUNTER = itertools.count()
+RETRIED = {408, 409, 429}
+"""Besides 5xx: the statuses that the official SDK repeats for minutes."""
 
 
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
@@ -28,7 +28,7 @@ def served(
         server: PostgresServer = request.getfixturevalue("pg_server")
         template: str = request.getfixturevalue("_pg_template")
         settings["database_url"] = server.url(server.create_database(template=template))
-    gateway = ServedGateway(tmp_path_factory.mktemp("gateway"), **settings)
+    gateway = ServedGateway(tmp_path_factory.mktemp("gateway"), None, **settings)
     gateway.start()
     yield gateway
     gateway.stop()
@@ -108,3 +108,13 @@ def outcome(http: httpx.Client, request_id: str) -> dict[str, Any]:
         body: dict[str, Any] = http.post("/api/v1/retrieve_future", json={"request_id": request_id}).json()
         if body.get("type") != "try_again":
             return body
+
+
+def clean(response: httpx.Response) -> dict[str, Any]:
+    """The body of an answer that a permanent error may have."""
+    assert response.status_code < 500, response.text
+    assert response.status_code not in RETRIED, response.text
+    for sign in ("Traceback", 'File "', ".py"):
+        assert sign not in response.text
+    body: dict[str, Any] = response.json()
+    return body
