@@ -126,7 +126,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def keep(name: str, results: dict[str, Any]) -> None:
-    """Write the results where docs/benchmarks.md takes them from."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+def keep(name: str, results: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Write the results, by default where docs/benchmarks.md takes them from."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """The smallest future's round trip: submit an optimizer step, fetch its result; numpy engine, durable store, HTTP.
 
-    python -m benchmarks.roundtrip [--database-url postgresql+asyncpg://…]
+    python -m benchmarks.roundtrip [--database-url postgresql+asyncpg://…] [--smoke]
 
 The clients are raw: a pooled asyncio HTTP client in a process of its own. Beside it a bare FastAPI echo with the same
 client (two requests, as a future takes), and the same future through the official SDK.
@@ -22,6 +22,7 @@ import aiohttp
 
 from benchmarks.measuring import (
     KEY,
+    RESULTS,
     free_port,
     gateway,
     keep,
@@ -32,6 +33,8 @@ from benchmarks.measuring import (
 )
 
 ENGINE = {"name": "fake", "plugin": "fake", "base_model": "fake/model"}
+SMOKE = 0.02
+"""Share of the futures that the short form sends."""
 ECHO = """
 from fastapi import FastAPI, Request
 app = FastAPI()
@@ -131,11 +134,11 @@ def sdk_latency(url: str, futures: int) -> dict[str, float]:
     return {"p50_ms": 1e3 * median(latencies)}
 
 
-def measure(folder: Path, database_url: str | None, repeats: int) -> dict[str, Any]:
+def measure(folder: Path, database_url: str | None, repeats: int, share: float) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with gateway(folder, ENGINE, database_url) as measured:
-        client_process("futures", measured.url, 4, 100)  # warm-up
-        for clients, count in ((1, 500), (16, 150)):
+        client_process("futures", measured.url, 4, int(100 * share))  # warm-up
+        for clients, count in ((1, int(500 * share)), (16, int(150 * share))):
             runs = []
             for _ in range(repeats):
                 before = processor_seconds(measured.pid)
@@ -143,12 +146,12 @@ def measure(folder: Path, database_url: str | None, repeats: int) -> dict[str, A
                 spent = processor_seconds(measured.pid) - before
                 runs.append({**run, "gateway_cpu_ms": 1e3 * spent / (clients * count)})
             results[f"{clients} clients"] = {name: median([run[name] for run in runs]) for name in runs[0]}
-        results["sdk"] = client_process("sdk", measured.url, 1, 300)
+        results["sdk"] = client_process("sdk", measured.url, 1, int(300 * share))
         results["gateway_resident_mb"] = resident_bytes(measured.pid) / 1e6
     return results
 
 
-def measure_echo(folder: Path, repeats: int) -> dict[str, Any]:
+def measure_echo(folder: Path, repeats: int, share: float) -> dict[str, Any]:
     (folder / "echo_app.py").write_text(ECHO)
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "echo_app:app", "--port", str(port), "--no-access-log"]
@@ -158,7 +161,7 @@ def measure_echo(folder: Path, repeats: int) -> dict[str, Any]:
         url = f"http://127.0.0.1:{port}/echo"
         results = {}
         for clients in (1, 16):
-            runs = [client_process("echo", url, clients, 300) for _ in range(repeats)]
+            runs = [client_process("echo", url, clients, int(300 * share)) for _ in range(repeats)]
             results[f"{clients} clients"] = {name: median([run[name] for run in runs]) for name in runs[0]}
         server.terminate()
     return results
@@ -181,20 +184,25 @@ def main() -> None:
     )
     parser.add_argument("--database-url", default=None, help="an empty Postgres database; SQLite if left out")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a short form that only shows that everything works"
+    )
     parser.add_argument("--as-client", nargs=4, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_client:
         kind, url, clients, count = args.as_client
         as_client(kind, url, int(clients), int(count))
         return
+    repeats, share = (1, SMOKE) if args.smoke else (args.repeats, 1.0)
     store = "postgres" if args.database_url else "sqlite"
     with tempfile.TemporaryDirectory() as folder:
         results = {
             "store": store,
-            "future": measure(Path(folder), args.database_url, args.repeats),
-            "echo": measure_echo(Path(folder), args.repeats),
+            "future": measure(Path(folder), args.database_url, repeats, share),
+            "echo": measure_echo(Path(folder), repeats, share),
         }
-    keep(f"roundtrip-{store}", results)
+    keep(f"roundtrip-{store}", results, args.out)
     print(json.dumps(results, indent=1))
 
 

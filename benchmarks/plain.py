@@ -1,0 +1,182 @@
+"""What one does without Tandem: a loop with PEFT and torch's AdamW, and `generate`, in a process of their own.
+
+The process reads one order a line from standard input, as JSON, and answers with a line. `PlainProcess` is the side
+that gives the orders; it needs neither torch nor PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import ROOT
+from benchmarks.workload import prompts, training_batches, vocabulary
+
+ADAM = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
+"""Of both sides' optimizers."""
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+ALPHA = 32
+
+
+class PlainProcess:
+    """The process, from the caller's side. Between two orders it waits and uses no processor time."""
+
+    def __init__(self, work: str, folder: Path, settings: dict[str, int]) -> None:
+        given = {"work": work, "folder": str(folder), **settings}
+        command = [sys.executable, "-m", "benchmarks.plain", json.dumps(given)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self._process.pid
+        self.parameters: int = self._answer()["parameters"]
+
+    def __enter__(self) -> PlainProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+    def order(self, **order: Any) -> dict[str, Any]:
+        """Have it work; gives its answer, `seconds` among it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"the plain process ended with status {self._process.wait(30)}; its error is above"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+# ---------------------------------------------------------------------------- in the process
+
+
+def load(folder: str, threads: int) -> Any:
+    """The model as Transformers loads it, float32, with its own choice of attention."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+class Training:
+    """Adapter, data and optimizer, from one order to the next."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        base = load(settings["folder"], settings["threads"])
+        self.parameters = sum(weight.numel() for weight in base.parameters())
+        config = LoraConfig(
+            r=settings["rank"], lora_alpha=ALPHA, lora_dropout=0.0, target_modules=LAYERS, bias="none"
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that tied weights cannot be merged, which nobody does here
+            self.model = get_peft_model(base, config)
+        self._start_like_tandem(settings["rank"], settings["seed"])
+        self.model.train()
+        size = vocabulary(Path(settings["folder"]))
+        made = training_batches(size, settings["batches"], settings["rows"], settings["length"])
+        self.batches = [[torch.from_numpy(part).long() for part in batch] for batch in made]
+        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=ADAM["learning_rate"],
+            betas=(ADAM["beta1"], ADAM["beta2"]),
+            eps=ADAM["eps"],
+            weight_decay=0.0,
+        )
+        self.done = 0
+
+    def _start_like_tandem(self, rank: int, seed: int) -> None:
+        """The same initial numbers on both sides, so that equal losses show equal work."""
+        import torch
+
+        from engines.adapters import initial_a
+
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                site, found, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
+                if found:
+                    weight.copy_(torch.from_numpy(initial_a(seed, site, rank, weight.shape[1])))
+
+    def perform(self, order: dict[str, Any]) -> dict[str, Any]:
+        """So many steps: their seconds and losses."""
+        import torch.nn.functional as F
+
+        losses = []
+        started = time.perf_counter()
+        for _ in range(order["steps"]):
+            inputs, targets = self.batches[self.done % len(self.batches)]
+            logits = self.model(input_ids=inputs, use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+            self.done += 1
+        return {"seconds": time.perf_counter() - started, "losses": losses}
+
+
+class Generating:
+    """The base model and its prompts."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from transformers import GenerationConfig
+
+        self.model = load(settings["folder"], settings["threads"]).eval()
+        self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=settings["new_tokens"], do_sample=False, pad_token_id=0
+        )
+        size = vocabulary(Path(settings["folder"]))
+        self.prompts = prompts(size, settings["prompts"], settings["shortest"], settings["longest"])
+
+    def perform(self, order: dict[str, Any]) -> dict[str, Any]:
+        """All prompts, one by one or in one batch padded on the left: seconds, and the new tokens of each."""
+        started = time.perf_counter()
+        packs = [self.prompts] if order["batched"] else [[prompt] for prompt in self.prompts]
+        tokens = [row for pack in packs for row in self._generate(pack)]
+        return {"seconds": time.perf_counter() - started, "tokens": tokens}
+
+    def _generate(self, pack: list[list[int]]) -> list[list[int]]:
+        import torch
+
+        longest = max(len(prompt) for prompt in pack)
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in pack]
+        seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in pack]
+        with torch.inference_mode():
+            out = self.model.generate(torch.tensor(padded), attention_mask=torch.tensor(seen))
+        new: list[list[int]] = out[:, longest:].tolist()
+        return new
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", type=json.loads, help="JSON; given by PlainProcess")
+    settings = parser.parse_args().settings
+    worker = Training(settings) if settings["work"] == "train" else Generating(settings)
+    print(json.dumps({"parameters": worker.parameters}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(worker.perform(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

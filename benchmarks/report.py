@@ -1,0 +1,183 @@
+"""Renews the tables and charts of docs/benchmarks.md from the results: `python -m benchmarks.report`.
+
+A table stands between two comments that name its results; whatever else the page says is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.measuring import RESULTS, ROOT, median
+
+Results = Mapping[str, Any]
+Chart = Callable[[Results], str]
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+TRAINING_TARGETS = {"tandem/tiny": 0.6, "random/qwen3-34m": 0.95}
+SAMPLING_TARGET = 4.0
+_GENERATED = re.compile(r"<!-- results: (?P<name>[\w-]+) -->\n.*?<!-- end -->\n", re.DOTALL)
+
+
+def renewed(page: str, folder: Path = RESULTS) -> str:
+    """The page with the tables of all results that the folder holds. Raises KeyError for an unknown name."""
+
+    def table(found: re.Match[str]) -> str:
+        name = found["name"]
+        render = TABLES[name]
+        file = folder / f"{name}.json"
+        if not file.exists():
+            return found[0]
+        results = json.loads(file.read_text())
+        body = "\n".join([*render(results), "", where(results)])
+        return f"<!-- results: {name} -->\n{body}\n<!-- end -->\n"
+
+    return _GENERATED.sub(table, page)
+
+
+def charts(folder: Path = RESULTS) -> dict[str, str]:
+    """File name and text of each chart whose results the folder holds."""
+    drawn = {}
+    for name, draw in CHARTS.items():
+        file = folder / f"{name}.json"
+        if file.exists():
+            drawn[f"{name}.svg"] = draw(json.loads(file.read_text()))
+    return drawn
+
+
+def where(results: Results) -> str:
+    """The line under a table: machine and date."""
+    machine = results["machine"]
+    threads = f", {results['threads']} threads" if "threads" in results else ""
+    return (
+        f"{machine['time']} UTC on {machine['cores']} cores of {machine['processor']}, Python {machine['python']}"
+        f"{threads}; load of the machine when it began: {machine['load_at_start']:.1f}."
+    )
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def roundtrip(results: Results) -> list[str]:
+    """One row a client: latency of a future, futures per second, what a future costs."""
+    future, echo = results["future"], results["echo"]
+    rows = ["| | median | 95 % | per second | gateway's processor time |", "|---|---:|---:|---:|---:|"]
+    for clients in ("1 clients", "16 clients"):
+        numbers = future[clients]
+        name = "1 client" if clients == "1 clients" else clients
+        rows.append(
+            f"| future, {name} | {numbers['p50_ms']:.2f} ms | {numbers['p95_ms']:.2f} ms | "
+            f"{numbers['per_second']:.0f} | {numbers['gateway_cpu_ms']:.2f} ms |"
+        )
+    for clients, numbers in echo.items():
+        name = "1 client" if clients == "1 clients" else clients
+        rows.append(
+            f"| two bare echoes, {name} | {numbers['p50_ms']:.2f} ms | | {numbers['per_second']:.0f} | |"
+        )
+    rows.append(f"| future, official SDK | {results['future']['sdk']['p50_ms']:.2f} ms | | | |")
+    return [*rows, "", f"The gateway occupied {future['gateway_resident_mb']:.0f} MB when it ended."]
+
+
+def training(results: Results) -> list[str]:
+    """One row a model: both speeds, their ratio, and where the processor time of a step goes."""
+    rows = [
+        "| model | Tandem, tokens/s | plain loop, tokens/s | ratio | of the repeats | target |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for model, found in results["models"].items():
+        rows.append(
+            f"| {model} | {_rate(found['tandem'])} | {_rate(found['plain'])} | **{found['ratio']:.2f}** | "
+            f"{_range(found['ratios'])} | ≥ {TRAINING_TARGETS[model]} |"
+        )
+    rows += [
+        "",
+        "| processor time of a step, ms | client | gateway | engine | plain loop |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for model, found in results["models"].items():
+        spent = {**found["tandem"]["cpu_ms"], **found["plain"]["cpu_ms"]}
+        rows.append(
+            f"| {model} | " + " | ".join(f"{milliseconds:.1f}" for milliseconds in spent.values()) + " |"
+        )
+    worst = max(found["largest_difference_of_losses"] for found in results["models"].values())
+    return [*rows, "", f"The losses of the two loops differ by at most {worst:.1g}, relatively."]
+
+
+def sampling(results: Results) -> list[str]:
+    """One row a way of sampling each model: speed, and the ratio to `generate` prompt by prompt and in a batch."""
+    rows = ["| model | | tokens/s | to one by one | to the batch |", "|---|---|---:|---:|---:|"]
+    names = {"tandem": "Tandem, base model", "tandem_adapter": "Tandem, an adapter on it"}
+    for model, found in results["models"].items():
+        for side, name in names.items():
+            compared = [found["ratios"][f"{side}_to_{other}"] for other in ("one_by_one", "batch")]
+            ratios = " | ".join(f"**{median(them):.2f}** ({_range(them)})" for them in compared)
+            rows.append(f"| {model} | {name} | {_rate(found[side])} | {ratios} |")
+        rows.append(f"| | `generate`, one by one | {_rate(found['one_by_one'])} | 1 | |")
+        rows.append(f"| | `generate`, padded batch | {_rate(found['batch'])} | | 1 |")
+    same = min(found["same_tokens"] for found in results["models"].values())
+    target = f"Target: ≥ {SAMPLING_TARGET:g} times one by one, base model."
+    return [
+        *rows,
+        "",
+        f"{target} {same:.0%} of the prompts, at least, are continued by both with the same tokens.",
+    ]
+
+
+def _rate(side: Results) -> str:
+    return f"{median(side['tokens_per_second']):,.0f}"
+
+
+def _range(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f}–{max(ratios):.2f}"
+
+
+# ---------------------------------------------------------------------------- charts
+
+
+def training_chart(results: Results) -> str:
+    series = {model: _by_repeat(found["ratios"]) for model, found in results["models"].items()}
+    wanted = {model: TRAINING_TARGETS[model] for model in series}
+    return plots.lines("Training through Tandem, against the plain loop", "repeat", "ratio", series, wanted)
+
+
+def sampling_chart(results: Results) -> str:
+    series = {
+        model: _by_repeat(found["ratios"]["tandem_to_one_by_one"])
+        for model, found in results["models"].items()
+    }
+    wanted = dict.fromkeys(series, SAMPLING_TARGET)
+    return plots.lines("16 prompts at once, against one by one", "repeat", "ratio", series, wanted)
+
+
+def _by_repeat(ratios: list[float]) -> list[tuple[float, float]]:
+    return [(float(repeat), ratio) for repeat, ratio in enumerate(ratios, start=1)]
+
+
+TABLES: Mapping[str, Callable[[Results], list[str]]] = {
+    "roundtrip-sqlite": roundtrip,
+    "roundtrip-postgres": roundtrip,
+    "training": training,
+    "sampling": sampling,
+}
+CHARTS: Mapping[str, Chart] = {"training": training_chart, "sampling": sampling_chart}
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    PAGE.write_text(renewed(PAGE.read_text()))
+    images = PAGE.parent / "images"
+    images.mkdir(exist_ok=True)
+    for name, text in charts().items():
+        (images / name).write_text(text)
+    print(f"{PAGE} is renewed")
+
+
+if __name__ == "__main__":
+    main()

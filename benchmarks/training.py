@@ -1,0 +1,171 @@
+"""LoRA training through HTTP, the durable store and an engine process, against a plain loop with PEFT.
+
+    python -m benchmarks.training [--repeats 15] [--models tandem/tiny …] [--smoke]
+
+Tandem's side is the official SDK: gradient and optimizer step are submitted together, and the next step is on its way
+before the result of the last one is read. The plain side is a loop in one process: PEFT on the same model, the same
+adapter, data and optimizer settings, `torch.optim.AdamW`. Both have the same number of threads, work in turn, and
+must arrive at the same losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tinker
+
+from benchmarks.alternating import Side, alternate, engine_process, ratios
+from benchmarks.measuring import KEY, RESULTS, gateway, keep, machine, median
+from benchmarks.plain import ADAM, PlainProcess
+from benchmarks.workload import LARGER, MODELS, TINY, Batch, model_folder, training_batches, vocabulary
+
+RANK = 16
+SEED = 7
+DIFFERENT_BATCHES = 8
+LOSS_TOLERANCE = 1e-2
+"""Relative, between the two loops' losses: above it they do not do the same work."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured. A repeat takes a few seconds, so that the empty pipeline at its ends counts for little."""
+
+    rows: int = 8
+    length: int = 128
+    repeats: int = 15
+    steps: dict[str, int] = field(default_factory=lambda: {TINY: 60, LARGER: 4})
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+SMOKE = Plan(rows=2, length=16, repeats=2, steps=dict.fromkeys(MODELS, 2))
+
+
+class SdkLoop:
+    """Training as a user of the SDK does it."""
+
+    def __init__(self, service: tinker.ServiceClient, model: str, batches: list[Batch]) -> None:
+        self.client = service.create_lora_training_client(model, rank=RANK, seed=SEED).result()
+        self.batches = [[_datum(*row) for row in zip(*batch, strict=True)] for batch in batches]
+        self.adam = tinker.AdamParams(**ADAM)
+        self.done = 0
+        self.losses: list[float] = []
+
+    def train(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        under_way: deque[tuple[Any, Any]] = deque()
+        started = time.perf_counter()
+        for _ in range(steps):
+            batch = self.batches[self.done % len(self.batches)]
+            under_way.append(
+                (self.client.forward_backward(batch, "cross_entropy"), self.client.optim_step(self.adam))
+            )
+            self.done += 1
+            if len(under_way) > 1:
+                self._finish(*under_way.popleft())
+        self._finish(*under_way.popleft())
+        return time.perf_counter() - started
+
+    def _finish(self, forward_backward: Any, optim_step: Any) -> None:
+        self.losses.append(forward_backward.result().metrics["loss:sum"])
+        optim_step.result()
+
+
+def _datum(inputs: Any, targets: Any) -> tinker.Datum:
+    return tinker.Datum(
+        model_input=tinker.ModelInput.from_ints(inputs.tolist()),
+        loss_fn_inputs={
+            "target_tokens": tinker.TensorData(data=targets.tolist(), dtype="int64"),
+            "weights": tinker.TensorData(data=[1.0] * len(targets), dtype="float32"),
+        },
+    )
+
+
+def measure(model: str, plan: Plan, threads: int, root: Path) -> dict[str, Any]:
+    """Both sides of one model."""
+    folder = model_folder(model, root)
+    data = root / f"gateway-{model.replace('/', '-')}"
+    data.mkdir()
+    options = {"threads": threads, "device": "cpu"}
+    engine = {"name": "engine", "base_model": model, "model": str(folder), "options": options}
+    settings = {"threads": threads, "rank": RANK, "seed": SEED, "batches": DIFFERENT_BATCHES}
+    settings |= {"rows": plan.rows, "length": plan.length}
+    steps = plan.steps[model]
+    plain_losses: list[float] = []
+    with (
+        PlainProcess("train", folder, settings) as plain,
+        gateway(data, engine) as measured,
+        tinker.ServiceClient(base_url=measured.url, api_key=KEY) as service,
+    ):
+        batches = training_batches(vocabulary(folder), DIFFERENT_BATCHES, plan.rows, plan.length)
+        loop = SdkLoop(service, model, batches)
+
+        def train_plainly() -> float:
+            answer = plain.order(steps=steps)
+            plain_losses.extend(answer["losses"])
+            return steps * plan.tokens / float(answer["seconds"])
+
+        processes = {"client": os.getpid(), "gateway": measured.pid, "engine": engine_process(measured.pid)}
+        ours = Side(lambda: steps * plan.tokens / loop.train(steps), processes)
+        theirs = Side(train_plainly, {"loop": plain.pid})
+        alternate([ours, theirs], plan.repeats)
+        parameters = plain.parameters
+    difference = _compare(loop.losses, plain_losses)
+    both = ratios(ours.rates, theirs.rates)
+    return {
+        "parameters": parameters,
+        "steps_per_repeat": steps,
+        "tandem": ours.summary(steps),
+        "plain": theirs.summary(steps),
+        "ratios": both,
+        "ratio": round(median(both), 4),
+        "largest_difference_of_losses": difference,
+    }
+
+
+def _compare(ours: list[float], theirs: list[float]) -> float:
+    """The largest relative difference of the losses of the same steps."""
+    difference = max(abs(mine - other) / abs(other) for mine, other in zip(ours, theirs, strict=True))
+    if not difference < LOSS_TOLERANCE:
+        raise RuntimeError(
+            f"the two loops do not compute the same: their losses differ by {difference:.2g}, relatively"
+        )
+    return difference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--repeats", type=int, default=Plan.repeats)
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="of the engine and of the plain loop"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a short form that only shows that everything works"
+    )
+    args = parser.parse_args()
+    plan = SMOKE if args.smoke else Plan(repeats=args.repeats)
+    results: dict[str, Any] = {"machine": machine(), "threads": args.threads, "rank": RANK}
+    results |= {"batch": [plan.rows, plan.length], "models": {}}
+    with tempfile.TemporaryDirectory() as root:
+        for model in args.models:
+            results["models"][model] = measure(model, plan, args.threads, Path(root))
+            print(json.dumps({model: results["models"][model]}, indent=1))
+    keep("training", results, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The models that are measured, and what they are given: every number follows from a seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.measuring import ROOT
+
+TINY = "tandem/tiny"
+LARGER = "random/qwen3-34m"
+MODELS = (TINY, LARGER)
+"""The built-in model (1.3 million parameters), and a random one that is large enough to keep a processor busy."""
+
+_LARGER_SHAPE: dict[str, Any] = {
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+Tokens = NDArray[np.int32]
+
+
+class Batch(NamedTuple):
+    """Position i of `inputs` predicts `targets[:, i]`; both int32 [rows, length]."""
+
+    inputs: Tokens
+    targets: Tokens
+
+
+def model_folder(model: str, root: Path) -> Path:
+    """Where a model lies; the random one is made under `root` when it is not there yet."""
+    if model == TINY:
+        return ROOT / "engines" / "tiny" / "model"
+    folder = root / model.replace("/", "-")
+    if not (folder / "tokenizer.json").exists():
+        _make_random(folder)
+    return folder
+
+
+def vocabulary(folder: Path) -> int:
+    """Number of tokens of the model in a folder."""
+    size: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return size
+
+
+def training_batches(size: int, count: int, rows: int, length: int) -> list[Batch]:
+    """Random tokens below `size`."""
+    tokens = np.random.default_rng(1).integers(0, size, (count, rows, length + 1)).astype(np.int32)
+    return [Batch(some[:, :-1], some[:, 1:]) for some in tokens]
+
+
+def prompts(size: int, count: int, shortest: int, longest: int) -> list[list[int]]:
+    """Random prompts whose lengths are spread evenly between the two."""
+    rng = np.random.default_rng(2)
+    lengths = np.linspace(shortest, longest, count).round().astype(int)
+    return [rng.integers(0, size, length).tolist() for length in rng.permutation(lengths)]
+
+
+def _make_random(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**_LARGER_SHAPE)).save_pretrained(folder)
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<begin>", "<end>"])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<begin>", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer.save(str(folder / "tokenizer.json"))
