@@ -202,12 +202,9 @@ def checkpoint_route(path: str) -> str:
 
 
 def _sentence(url: str, response: httpx.Response) -> str:
-    """What the gateway says, in one line; a wrong parameter is named."""
+    """What the gateway says, in one line."""
     try:
-        detail = response.json()["detail"]
-        if isinstance(detail, list):
-            return "; ".join(f"{item['loc'][-1]}: {item['msg']}" for item in detail)
-    except (ValueError, KeyError, TypeError, IndexError):
+        return str(response.json()["detail"])
+    except (ValueError, KeyError, TypeError):
         # Not the gateway's own form: a proxy before it, or another program on that port.
         return f"{url} answers {response.status_code}: {' '.join(response.text.split())[:200] or 'nothing'}"
-    return str(detail)

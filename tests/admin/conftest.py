@@ -1,4 +1,4 @@
-"""A gateway with three keys — two owners' and an admin's — and some work done by each owner, on both databases."""
+"""A gateway with keys of three owners and an admin, with some work done, on both databases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.postgres import PostgresServer
 from tests.served import ServedGateway
 
 RUNS = {"alice": 5, "bob": 2}
-"""How many runs each owner has; each run but the last of an owner has two checkpoints."""
+"""How many runs these owners have; each run but the last of an owner has two checkpoints. Nobody changes them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Place:
     settings: dict[str, str]
 
     def client(self, who: str) -> httpx.Client:
-        """A client with the key of `alice`, `bob` or `root`, who is an admin."""
+        """A client with the key of `alice`, `bob`, `carol`, or `root`, who is an admin."""
         headers = {"X-API-Key": self.keys[who]}
         return httpx.Client(base_url=self.gateway.url, headers=headers, timeout=60, trust_env=False)
 
@@ -79,7 +79,7 @@ def work(http: httpx.Client, count: int) -> tuple[list[str], list[str]]:
     return runs, paths
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+@pytest.fixture(scope="package", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """The gateway, with the work done."""
     data = tmp_path_factory.mktemp("admin")
@@ -88,7 +88,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         server: PostgresServer = request.getfixturevalue("pg_server")
         template: str = request.getfixturevalue("_pg_template")
         settings["database_url"] = server.url(server.create_database(template=template))
-    owners = {"alice": [], "bob": [], "root": ["--admin"]}
+    owners = {"alice": [], "bob": [], "carol": [], "root": ["--admin"]}
     keys = {owner: keys_command(settings, "add", owner, *flags).split()[0] for owner, flags in owners.items()}
     gateway = ServedGateway(
         data, None, **{name: text for name, text in settings.items() if name != "data_dir"}
@@ -113,6 +113,13 @@ def alice(place: Place) -> Iterator[httpx.Client]:
 def bob(place: Place) -> Iterator[httpx.Client]:
     """Another owner."""
     with place.client("bob") as http:
+        yield http
+
+
+@pytest.fixture
+def carol(place: Place) -> Iterator[httpx.Client]:
+    """The owner whose things tests make and delete."""
+    with place.client("carol") as http:
         yield http
 
 

@@ -30,38 +30,38 @@ def test_a_checkpoint_is_described(place: Place, alice: httpx.Client) -> None:
     assert {described["size_bytes"], sampler["size_bytes"]} <= sizes
 
 
-def test_a_deleted_checkpoint_is_gone_with_its_files(place: Place, alice: httpx.Client) -> None:
+def test_a_deleted_checkpoint_is_gone_with_its_files(place: Place, carol: httpx.Client) -> None:
     before = stored(place)
-    run_id = begin_run(alice, seed=77)
-    path = save(alice, run_id, 1, "short-lived")
+    run_id = begin_run(carol, seed=77)
+    path = save(carol, run_id, 1, "short-lived")
     [folder] = stored(place) - before
-    assert alice.delete(route_of(path)).status_code == 204
+    assert carol.delete(route_of(path)).status_code == 204
     assert not folder.exists()
-    assert alice.get(route_of(path)).status_code == alice.delete(route_of(path)).status_code == 404
-    assert path not in [row["path"] for row in items(alice, "checkpoints")]
-    assert save(alice, run_id, 2, "short-lived") == path  # the name is free again
+    assert carol.get(route_of(path)).status_code == carol.delete(route_of(path)).status_code == 404
+    assert path not in [row["path"] for row in items(carol, "checkpoints")]
+    assert save(carol, run_id, 2, "short-lived") == path  # the name is free again
 
 
-def test_a_checkpoint_that_a_run_began_at_keeps_its_files(place: Place, alice: httpx.Client) -> None:
+def test_a_checkpoint_that_a_run_began_at_keeps_its_files(place: Place, carol: httpx.Client) -> None:
     before = stored(place)
-    path = save(alice, begin_run(alice, seed=78), 1, "origin")
+    path = save(carol, begin_run(carol, seed=78), 1, "origin")
     [folder] = stored(place) - before
-    session = alice.post("/api/v1/create_session", json={}).json()["session_id"]
+    session = carol.post("/api/v1/create_session", json={}).json()["session_id"]
     body = {"session_id": session, "model_seq_id": 0, "base_model": "fake/model", "lora_config": {"rank": 4}}
-    run_id = alice.post("/api/v1/create_model", json=body).json()["model_id"]
+    run_id = carol.post("/api/v1/create_model", json=body).json()["model_id"]
     load = {"model_id": run_id, "path": path, "optimizer": True, "seq_id": 1}
-    answer = alice.post("/api/v1/load_weights", json=load)
+    answer = carol.post("/api/v1/load_weights", json=load)
     assert answer.status_code == 200, answer.text
-    assert "error" not in outcome(alice, answer.json()["request_id"])
-    assert alice.delete(route_of(path)).status_code == 204
-    assert alice.get(route_of(path)).status_code == 404
+    assert "error" not in outcome(carol, answer.json()["request_id"])
+    assert carol.delete(route_of(path)).status_code == 204
+    assert carol.get(route_of(path)).status_code == 404
     assert folder.exists()
 
 
-def test_an_admin_deletes_what_is_anothers(bob: httpx.Client, root: httpx.Client) -> None:
-    path = save(bob, begin_run(bob, seed=79), 1, "bobs")
+def test_an_admin_deletes_what_is_anothers(carol: httpx.Client, root: httpx.Client) -> None:
+    path = save(carol, begin_run(carol, seed=79), 1, "carols")
     assert root.delete(route_of(path)).status_code == 204
-    assert bob.get(route_of(path)).status_code == 404
+    assert carol.get(route_of(path)).status_code == 404
 
 
 def test_an_unknown_kind_is_refused(place: Place, alice: httpx.Client) -> None:
@@ -71,7 +71,7 @@ def test_an_unknown_kind_is_refused(place: Place, alice: httpx.Client) -> None:
 
 
 def test_a_key_counts_at_once_and_until_it_is_removed(place: Place) -> None:
-    key = keys_command(place.settings, "add", "carol").split()[0]
+    key = keys_command(place.settings, "add", "dave").split()[0]
     url = f"{place.gateway.url}/admin/v1/runs"
 
     def status_becomes(wanted: int) -> bool:
@@ -83,6 +83,6 @@ def test_a_key_counts_at_once_and_until_it_is_removed(place: Place) -> None:
     assert status_becomes(200)
     listed = keys_command(place.settings, "list")
     assert key not in listed
-    [line] = [line for line in listed.splitlines() if "carol" in line]
+    [line] = [line for line in listed.splitlines() if "dave" in line]
     keys_command(place.settings, "remove", line.split()[0])
     assert status_becomes(401)

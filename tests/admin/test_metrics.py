@@ -32,10 +32,10 @@ def metrics(http: httpx.Client, run_id: str, **where: Any) -> list[dict[str, Any
     return rows
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def trained(place: Place) -> tuple[str, list[Seen]]:
     """A run, and what its client saw: for each step its number in the order, loss, tokens, norm and rate."""
-    with place.client("alice") as http:
+    with place.client("carol") as http:
         run_id = begin_run(http, seed=9)
         seq_id, seen = 1, list[Seen]()
         for number, passes in enumerate(STEPS):
@@ -56,9 +56,9 @@ def trained(place: Place) -> tuple[str, list[Seen]]:
         return run_id, seen
 
 
-def test_each_step_is_what_the_client_computed(trained: tuple[str, list[Seen]], alice: httpx.Client) -> None:
+def test_each_step_is_what_the_client_computed(trained: tuple[str, list[Seen]], carol: httpx.Client) -> None:
     run_id, seen = trained
-    rows = metrics(alice, run_id)
+    rows = metrics(carol, run_id)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row, expected in zip(rows, seen, strict=True):
         assert row["seq_id"] == expected.seq_id
@@ -71,27 +71,27 @@ def test_each_step_is_what_the_client_computed(trained: tuple[str, list[Seen]], 
         assert 0 < row["seconds"] < 60
     finished = [datetime.fromisoformat(row["finished_at"]) for row in rows]
     assert finished == sorted(finished)
-    assert alice.get(f"/admin/v1/runs/{run_id}").json()["step"] == 4
+    assert carol.get(f"/admin/v1/runs/{run_id}").json()["step"] == 4
 
 
-def test_metrics_come_in_parts(trained: tuple[str, list[Seen]], alice: httpx.Client) -> None:
-    rows = metrics(alice, trained[0])
-    assert metrics(alice, trained[0], limit=3) == rows[:3]
-    assert metrics(alice, trained[0], after=3) == rows[3:]
-    assert metrics(alice, trained[0], after=1, limit=2) == rows[1:3]
-    assert metrics(alice, trained[0], after=4) == []
+def test_metrics_come_in_parts(trained: tuple[str, list[Seen]], carol: httpx.Client) -> None:
+    rows = metrics(carol, trained[0])
+    assert metrics(carol, trained[0], limit=3) == rows[:3]
+    assert metrics(carol, trained[0], after=3) == rows[3:]
+    assert metrics(carol, trained[0], after=1, limit=2) == rows[1:3]
+    assert metrics(carol, trained[0], after=4) == []
 
 
-def test_a_pass_without_gradient_is_not_counted(alice: httpx.Client) -> None:
-    run_id = begin_run(alice, seed=10)
+def test_a_pass_without_gradient_is_not_counted(carol: httpx.Client) -> None:
+    run_id = begin_run(carol, seed=10)
     given = {"data": [json_datum([1, 2, 3])], "loss_fn": "cross_entropy"}
     body = {"model_id": run_id, "seq_id": 1, "forward_input": given}
-    assert finish(alice, alice.post("/api/v1/forward", json=body))["metrics"]["loss:sum"] > 0
-    loss = finish(alice, send_pass(alice, run_id, 2, [5, 6, 7]))["metrics"]["loss:sum"]
-    finish(alice, send_step(alice, run_id, 3))
-    [row] = metrics(alice, run_id)
+    assert finish(carol, carol.post("/api/v1/forward", json=body))["metrics"]["loss:sum"] > 0
+    loss = finish(carol, send_pass(carol, run_id, 2, [5, 6, 7]))["metrics"]["loss:sum"]
+    finish(carol, send_step(carol, run_id, 3))
+    [row] = metrics(carol, run_id)
     assert (row["loss"], row["tokens"]) == (pytest.approx(loss, rel=1e-9), 2)
 
 
-def test_a_fresh_run_has_none(alice: httpx.Client) -> None:
-    assert metrics(alice, begin_run(alice, seed=11)) == []
+def test_a_fresh_run_has_none(carol: httpx.Client) -> None:
+    assert metrics(carol, begin_run(carol, seed=11)) == []
