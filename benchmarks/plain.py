@@ -40,9 +40,15 @@ class PlainProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
+        self._close()
+
+    def _close(self) -> int:
+        """The process ends when nothing more can be ordered; gives its status."""
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        status = self._process.wait(60)
+        self._process.stdout.close()
+        return status
 
     def order(self, **order: Any) -> dict[str, Any]:
         """Have it work; gives its answer, `seconds` among it."""
@@ -55,9 +61,7 @@ class PlainProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(
-                f"the plain process ended with status {self._process.wait(30)}; its error is above"
-            )
+            raise RuntimeError(f"the plain process ended with status {self._close()}; its error is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -1,0 +1,115 @@
+"""The page that shows the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.measuring import RESULTS
+
+MACHINE = {
+    "processor": "a processor",
+    "cores": 2,
+    "python": "3.11.7",
+    "load_at_start": 0.42,
+    "time": "2026-01-02 03:04",
+}
+
+
+def side(*rates: float, **cpu_ms: float) -> dict[str, Any]:
+    return {"tokens_per_second": list(rates), "cpu_ms": cpu_ms}
+
+
+def training_results() -> dict[str, Any]:
+    model = {
+        "parameters": 1000,
+        "steps_per_repeat": 2,
+        "tandem": side(900.0, 1100.0, 1000.0, client=1.0, gateway=2.0, engine=30.0),
+        "plain": side(1000.0, 1000.0, 4000.0, loop=25.0),
+        "ratios": [0.9, 1.1, 0.25],
+        "ratio": 0.9,
+        "largest_difference_of_losses": 1.5e-6,
+    }
+    return {"machine": MACHINE, "threads": 2, "rank": 16, "batch": [8, 128], "models": {"tandem/tiny": model}}
+
+
+def sampling_results() -> dict[str, Any]:
+    compared = {
+        "tandem_to_one_by_one": [5.0, 4.0],
+        "tandem_to_batch": [0.5, 0.7],
+        "tandem_adapter_to_one_by_one": [3.0, 3.0],
+        "tandem_adapter_to_batch": [0.4, 0.4],
+    }
+    sides = {
+        name: side(rate) for name, rate in (("tandem", 50.0), ("tandem_adapter", 30.0), ("one_by_one", 10.0))
+    }
+    model = {**sides, "batch": side(80.0), "ratios": compared, "ratio": 4.5, "same_tokens": 0.9375}
+    return {"machine": MACHINE, "threads": 2, "models": {"tandem/tiny": model}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "training.json").write_text(json.dumps(training_results()))
+    (tmp_path / "sampling.json").write_text(json.dumps(sampling_results()))
+    return tmp_path
+
+
+def page(name: str, table: str = "old\n") -> str:
+    return f"# Title\n\n<!-- results: {name} -->\n{table}<!-- end -->\n\nProse.\n"
+
+
+def test_a_table_is_put_between_its_marks_and_all_else_stays(folder: Path) -> None:
+    made = report.renewed(page("training"), folder)
+    assert made.startswith("# Title\n\n<!-- results: training -->\n|") and made.endswith(
+        "<!-- end -->\n\nProse.\n"
+    )
+    assert "old" not in made
+    assert "| tandem/tiny | 1,000 | 1,000 | **0.90** | 0.25–1.10 | ≥ 0.6 |" in made
+    assert "| tandem/tiny | 1.0 | 2.0 | 30.0 | 25.0 |" in made
+    assert "differ by at most 2e-06" in made
+    assert "2026-01-02 03:04 UTC on 2 cores of a processor, Python 3.11.7, 2 threads" in made
+
+
+def test_renewing_twice_changes_nothing(folder: Path) -> None:
+    once = report.renewed(page("training", "") + page("sampling"), folder)
+    assert report.renewed(once, folder) == once
+
+
+def test_each_mark_gets_its_own_results(folder: Path) -> None:
+    made = report.renewed(page("sampling") + page("training"), folder)
+    first, second = made.split("<!-- end -->")[:2]
+    assert "| tandem/tiny | Tandem, base model | 50 | **4.50** (4.00–5.00) | **0.60** (0.50–0.70) |" in first
+    assert "94% of the prompts" in first
+    assert "**0.90**" in second
+
+
+def test_without_results_the_table_stays(tmp_path: Path) -> None:
+    assert report.renewed(page("training"), tmp_path) == page("training")
+
+
+def test_an_unknown_name_is_an_error(folder: Path) -> None:
+    with pytest.raises(KeyError, match="trainig"):
+        report.renewed(page("trainig"), folder)
+
+
+def test_charts_are_drawn_for_the_results_that_exist(folder: Path) -> None:
+    (folder / "sampling.json").unlink()
+    assert list(report.charts(folder)) == ["training.svg"]
+
+
+def test_the_page_shows_the_results_that_are_kept() -> None:
+    text = report.PAGE.read_text()
+    assert report.renewed(text) == text, "run python -m benchmarks.report"
+    for name, drawn in report.charts().items():
+        assert (report.PAGE.parent / "images" / name).read_text() == drawn, "run python -m benchmarks.report"
+
+
+def test_the_page_has_a_place_for_every_result() -> None:
+    text = report.PAGE.read_text()
+    kept = {file.stem for file in RESULTS.glob("*.json")}
+    for name in kept | set(report.TABLES):
+        assert f"<!-- results: {name} -->" in text

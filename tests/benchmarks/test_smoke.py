@@ -1,0 +1,92 @@
+"""Every benchmark runs in its short form and writes what the report makes tables of. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.measuring import ROOT
+from benchmarks.workload import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def run_short(name: str, out: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", "--out", str(out), *arguments]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+
+
+def results_of(name: str, out: Path) -> dict[str, Any]:
+    (written,) = out.iterdir()
+    assert written.name == f"{name}.json"
+    results: dict[str, Any] = json.loads(written.read_text())
+    assert results["machine"]["cores"] == os.cpu_count()
+    assert "|---" in "\n".join(report.TABLES[name](results))
+    return results
+
+
+def numbers(found: Any) -> Iterator[float]:
+    """Every number in it, however deep."""
+    if isinstance(found, dict):
+        for item in found.values():
+            yield from numbers(item)
+    elif isinstance(found, list):
+        for item in found:
+            yield from numbers(item)
+    elif isinstance(found, (int, float)):
+        yield found
+
+
+def test_roundtrip(tmp_path: Path) -> None:
+    run_short("roundtrip", tmp_path)
+    results = results_of("roundtrip-sqlite", tmp_path)
+    assert results["store"] == "sqlite"
+    assert set(results["future"]) == {"1 clients", "16 clients", "sdk", "gateway_resident_mb"}
+    assert set(results["echo"]) == {"1 clients", "16 clients"}
+    assert min(numbers(results["echo"])) > 0
+    assert results["future"]["16 clients"]["p95_ms"] >= results["future"]["16 clients"]["p50_ms"] > 0
+
+
+@pytest.mark.postgres
+def test_roundtrip_on_postgres(tmp_path: Path, empty_pg_url: str) -> None:
+    run_short("roundtrip", tmp_path, "--database-url", empty_pg_url)
+    assert results_of("roundtrip-postgres", tmp_path)["store"] == "postgres"
+
+
+def test_training(tmp_path: Path) -> None:
+    run_short("training", tmp_path, "--models", TINY, "--threads", "1")
+    results = results_of("training", tmp_path)
+    assert (results["threads"], results["rank"], results["batch"]) == (1, 16, [2, 16])
+    found = results["models"][TINY]
+    assert found["parameters"] == pytest.approx(1.35e6, rel=0.01)
+    assert set(found["tandem"]["cpu_ms"]) == {"client", "gateway", "engine"}
+    for mine, other, ratio in zip(
+        found["tandem"]["tokens_per_second"],
+        found["plain"]["tokens_per_second"],
+        found["ratios"],
+        strict=True,
+    ):
+        assert ratio == pytest.approx(mine / other, rel=0.02)
+    assert found["largest_difference_of_losses"] < 1e-4
+
+
+def test_sampling(tmp_path: Path) -> None:
+    run_short("sampling", tmp_path, "--models", TINY, "--threads", "1")
+    results = results_of("sampling", tmp_path)
+    assert results["work"] == {"prompts": 3, "shortest": 4, "longest": 9, "new_tokens": 5}
+    found = results["models"][TINY]
+    for side in ("tandem", "tandem_adapter", "one_by_one", "batch"):
+        assert len(found[side]["tokens_per_second"]) == 2
+        assert min(found[side]["tokens_per_second"]) > 0
+    assert found["same_tokens"] == 1.0
