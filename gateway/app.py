@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
 import resource
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 from typing import IO
 
 from fastapi import FastAPI, Request
@@ -21,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engines.interface import UserError
 from gateway import admin, openai, tinker
 from gateway.auth import Keys
+from gateway.checkpoints import FolderRemovals
 from gateway.errors import ConfigurationError, TandemError
 from gateway.fleet import Fleet
 from gateway.futures import Futures
@@ -107,9 +112,11 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         gateway = _assemble(settings, store)
         gateway.fleet.start()
         try:
-            yield gateway
+            with answering_waiters_on_signals(gateway.futures):
+                yield gateway
         finally:
             await gateway.fleet.stop()
+            await gateway.removals.close()
     finally:
         await store.close()
         if lock is not None:
@@ -124,10 +131,13 @@ def _assemble(settings: Settings, store: Store) -> Gateway:
 
     def settled(outcome: Settled | None) -> None:
         futures.settled(outcome)
+        if outcome is not None and outcome.orphaned_folder is not None:
+            removals.append(outcome.orphaned_folder)
 
+    removals = FolderRemovals(settings)
     futures = Futures(store, accepted, settings.result_cache_bytes)
     fleet = Fleet(settings, store, futures.opened, settled)
-    return Gateway(settings, store, futures, fleet, Keys(store, settings.allowed_hosts))
+    return Gateway(settings, store, futures, fleet, Keys(store, settings.allowed_hosts), removals)
 
 
 def _configure_log(level: str) -> None:
@@ -139,6 +149,33 @@ def _configure_log(level: str) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s gateway: %(message)s"))
         logger.addHandler(handler)
+
+
+@contextmanager
+def answering_waiters_on_signals(futures: Futures) -> Iterator[None]:
+    """Ctrl-C and SIGTERM answer every waiting client at once; the server would otherwise wait for their long polls.
+
+    The server's own handlers, which were installed before, do the rest.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(futures.answer_waiters)
+        server = previous[signal.Signals(number)]
+        if callable(server):
+            server(number, frame)
+
+    for number in previous:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _lock_data_dir(settings: Settings) -> IO[str]:

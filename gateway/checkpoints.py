@@ -65,6 +65,24 @@ async def delete_checkpoint(store: Store, settings: Settings, path: str) -> None
         await remove_folder(settings, folder)
 
 
+class FolderRemovals:
+    """Folders that have become useless by an operation's outcome, removed behind the scenes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def append(self, folder: str) -> None:
+        """Remove a folder soon; nobody waits for it."""
+        task = asyncio.create_task(remove_folder(self._settings, folder))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Finish what has begun."""
+        await asyncio.gather(*self._tasks)
+
+
 async def remove_folder(settings: Settings, folder: str) -> None:
     """Remove a stored folder that nothing refers to."""
     place = settings.storage_dir / Path(folder)

@@ -28,6 +28,7 @@ class Futures:
         self._recent = RecentlySettled(cache_bytes)
         self._waiters: dict[str, set[asyncio.Future[Settled]]] = {}
         self._owners: dict[str, str] = {}
+        self._closing = False
 
     async def submit(self, submission: Submission) -> None:
         """Returns when the call is durable. A repeated submit of the same natural key is the first one."""
@@ -59,6 +60,13 @@ class Futures:
             if not waiter.done():
                 waiter.set_result(settled)
 
+    def answer_waiters(self) -> None:
+        """The process is about to end: nobody waits any longer."""
+        self._closing = True
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                waiter.cancel()
+
     def opened(self, future: Future) -> None:
         """An open future from before this process started is known here from now on."""
         self._owners[future.request_id] = future.owner
@@ -81,10 +89,10 @@ class Futures:
                 elif known_owner != owner:
                     raise _unknown(request_id)
                 left = deadline - asyncio.get_running_loop().time()
-                if left <= 0:
+                if left <= 0 or self._closing:
                     return None
                 await asyncio.wait({waiter}, timeout=left if known_owner else min(left, _RECHECK_S))
-            return waiter.result()
+            return None if waiter.cancelled() else waiter.result()
 
     @contextlib.contextmanager
     def _waiting_for(self, request_id: str) -> Iterator[asyncio.Future[Settled]]:

@@ -11,6 +11,7 @@ from typing import Annotated, Generic, TypeVar, cast
 from fastapi import Depends, Request
 
 from gateway.auth import Keys
+from gateway.checkpoints import FolderRemovals
 from gateway.dispatch import Dispatcher
 from gateway.errors import Gone, NotFound
 from gateway.fleet import Fleet
@@ -57,6 +58,7 @@ class Gateway:
     futures: Futures
     fleet: Fleet
     keys: Keys
+    removals: FolderRemovals
     started_at: float = field(default_factory=time.time)
     known_sessions: Remembered[Session] = field(init=False)
     known_runs: Remembered[Run] = field(init=False)

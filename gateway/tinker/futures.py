@@ -8,12 +8,14 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.auth import Owner
 from gateway.state import Gateway, Running
-from gateway.store.records import FutureStatus
+from gateway.store.records import FutureStatus, Settled
 from gateway.supervisor import EngineState
 from gateway.tinker import results, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, takes
 
 router = APIRouter()
+
+_ATTENTIVE_S = 2.0
 
 
 @router.post("/retrieve_future", openapi_extra=takes(schemas.RetrieveFuture))
@@ -24,7 +26,7 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
     if unloaded_run != body.request_id:
         run = await gateway.run(owner, unloaded_run)
         return _json({"model_id": run.run_id, "type": "unload_model"})
-    settled = await gateway.futures.outcome(body.request_id, owner, gateway.settings.hold_s)
+    settled = await _outcome(request, gateway, owner, body.request_id)
     if settled is None:
         return _json(results.pending(body.request_id, *_queue_state(gateway)))
     if settled.future.status is FutureStatus.FAILED or settled.result is None:
@@ -35,6 +37,16 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
         result, lambda: results.render(future, result, protobuf=protobuf)
     )
     return Response(content, media_type=media_type)
+
+
+async def _outcome(request: Request, gateway: Gateway, owner: str, request_id: str) -> Settled | None:
+    """Wait for an outcome, looking up now and then whether there is still somebody to tell it to."""
+    left = gateway.settings.hold_s
+    while True:
+        settled = await gateway.futures.outcome(request_id, owner, min(left, _ATTENTIVE_S))
+        left -= _ATTENTIVE_S
+        if settled is not None or left <= 0 or await request.is_disconnected():
+            return settled
 
 
 def _queue_state(gateway: Gateway) -> tuple[str, str | None]:

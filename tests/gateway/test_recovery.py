@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import tinker
 
-from tests.gateway.conftest import KEY, datum
+from tests.gateway.conftest import KEY, begin_run, datum, send_step
 from tests.postgres import PostgresServer
 from tests.served import ServedGateway
 
@@ -108,6 +111,25 @@ def test_the_engine_ends_with_its_gateway(mortal: ServedGateway) -> None:
             return
         threading.Event().wait(0.1)
     pytest.fail("the engine outlived its gateway by ten seconds")
+
+
+def test_a_stop_does_not_wait_for_long_polls(tmp_path: Path) -> None:
+    gateway = ServedGateway(tmp_path / "data")
+    gateway.start()
+    try:
+        with httpx.Client(base_url=gateway.url, headers={"X-API-Key": KEY}, timeout=60) as http:
+            promise = send_step(http, begin_run(http), 2).json()  # number 1 never comes
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(
+                    http.post, "/api/v1/retrieve_future", json={"request_id": promise["request_id"]}
+                )
+                time.sleep(0.5)
+                started = time.monotonic()
+                assert gateway.stop() == 0
+                assert waiting.result().json()["type"] == "try_again"
+        assert time.monotonic() - started < 15  # the poll alone would be held for 30
+    finally:
+        gateway.close()
 
 
 def test_a_clean_stop_has_status_zero_and_a_second_gateway_is_refused(tmp_path: Path) -> None:
