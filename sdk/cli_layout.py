@@ -5,16 +5,17 @@ Text goes through `rich` as it is: an id such as `…:train:0` holds what rich w
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 _GAP = "  "
+_DOT = " · "
 _COLOURS = {
     **dict.fromkeys(("active", "done", "open", "ready"), "green"),
     **dict.fromkeys(("creating", "queued", "running", "starting", "waiting"), "yellow"),
@@ -85,18 +86,30 @@ def _show_entries(console: Console, columns: Sequence[Column], rows: Sequence[Ro
     for row in rows:
         console.print(Text(row.cells[0], style="bold"), soft_wrap=True)
         cells = list(zip(row.cells, columns, strict=True))[1:]
-        known = [_coloured(cell, column.inline) for cell, column in cells if cell]
-        line = Text.assemble(*[part for text in known for part in ((" · ", "dim"), text)][1:])
-        console.print(Padding(line, (0, 0, 0, 2), expand=False))
+        for line in _lines([_coloured(cell, column.inline) for cell, column in cells if cell], console.width):
+            console.print(line, soft_wrap=True)
         _show_note(console, row.note)
+
+
+def _lines(parts: Sequence[Text], width: int) -> list[Text]:
+    """The parts, indented and with dots between them, in as many lines as they need; none is broken."""
+    lines: list[Text] = []
+    for part in parts:
+        if lines and lines[-1].cell_len + len(_DOT) + part.cell_len <= width:
+            lines[-1].append(_DOT, style="dim").append_text(part)
+        else:
+            lines.append(Text(_GAP).append_text(part))
+    return lines
 
 
 def _show_note(console: Console, note: str | None) -> None:
     """Wrapped under its thing in a terminal; one line for programs."""
-    if note and console.is_terminal:
-        console.print(Padding(Text(note, style="red"), (0, 0, 0, 2), expand=False))
-    elif note:
-        console.print(Text(f"  {note}"), soft_wrap=True)
+    if not note:
+        return
+    width = max(console.width - len(_GAP), 20)
+    lines = textwrap.wrap(note, width, break_long_words=False, break_on_hyphens=False)
+    for line in lines if console.is_terminal else [" ".join(note.split())]:
+        console.print(Text(_GAP + line, style="red"), soft_wrap=True)
 
 
 def _coloured(text: str, inline: str = "{}") -> Text:
@@ -123,7 +136,7 @@ def span(seconds: float | None) -> str:
     """A duration with its unit; nothing for None."""
     if seconds is None:
         return ""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
