@@ -15,6 +15,8 @@ from gateway.store import Store
 from gateway.store.database import Database
 from gateway.store.records import ApiKey
 
+_LONGEST_NAME = 200
+
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gateway.keys", description=__doc__)
@@ -48,6 +50,11 @@ async def _run(arguments: argparse.Namespace) -> str:
 
 
 async def _add(store: Store, arguments: argparse.Namespace) -> str:
+    for name, value, least in (("owner", arguments.owner, 1), ("label", arguments.label, 0)):
+        if not (least <= len(value) <= _LONGEST_NAME and value.isprintable()):
+            raise ConfigurationError(
+                f"{name} is {value[:_LONGEST_NAME]!r}; it must have {least} to {_LONGEST_NAME} printable characters"
+            )
     key = new_key()
     await store.keys.add(
         ApiKey(hash_key(key), arguments.owner, arguments.admin, arguments.label, time.time())

@@ -25,8 +25,16 @@ TINY_ENGINE = {
 class ServedGateway:
     """Started by `start`, stopped by `stop` or killed by `kill`; the data folder survives both."""
 
-    def __init__(self, data_dir: Path, engines: list[dict[str, Any]] | None = None, **settings: str) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        engines: list[dict[str, Any]] | None = None,
+        *,
+        host: str = "127.0.0.1",
+        **settings: str,
+    ) -> None:
         self.data_dir = data_dir
+        self._host = host
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir / "gateway.log"
@@ -48,6 +56,8 @@ class ServedGateway:
             "-m",
             "uvicorn",
             "gateway.app:app",
+            "--host",
+            self._host,
             "--port",
             str(self.port),
             "--no-access-log",
