@@ -6,6 +6,7 @@ Needs nothing but Python 3.11 or newer.
 """
 
 import argparse
+import json
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ from bootstrap import ROOT, say
 HOST = "127.0.0.1"
 READY_WITHIN_S = 600.0
 """Seconds for the gateway to load its model; as long as the gateway itself gives an engine."""
+GIVE_UP_AFTER_S = 20.0
+"""Seconds for which an engine may report a problem while starting; most do not mend by themselves."""
 STOP_WITHIN_S = 30.0
 """Seconds for the gateway to finish what it does, before it is killed."""
 
@@ -36,7 +39,8 @@ class Gateway:
     def __init__(self, python: Path, port: int, data: Path) -> None:
         self.url = f"http://{HOST}:{port}"
         self.log = data / "gateway.log"
-        self._command = [str(python), "-m", "uvicorn", "gateway.app:app", "--host", HOST, "--port", str(port)]
+        self._command = [str(python), "-m", "uvicorn", "gateway.app:app", "--host", HOST]
+        self._command += ["--port", str(port), "--no-access-log"]
         self._data = data
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -56,14 +60,7 @@ class Gateway:
                 env=bootstrap.environment(TANDEM_DATA_DIR=str(self._data)),
             )
         say(f"Starting the gateway (its log: {self.log}) …")
-        while not self._is_ready():
-            if self._process.poll() is not None:
-                raise QuickstartError(f"The gateway stopped while starting.\n{self._last_lines()}")
-            if time.monotonic() - started > READY_WITHIN_S:
-                raise QuickstartError(
-                    f"The gateway was not ready in {READY_WITHIN_S:.0f} s.\n{self._last_lines()}"
-                )
-            time.sleep(0.2)
+        self._await_readiness(self._process, started)
         say(f"The gateway is ready after {time.monotonic() - started:.0f} s: {self.url}")
 
     def wait(self) -> None:
@@ -87,13 +84,39 @@ class Gateway:
         else:
             say("Stopped. What was trained is kept in the data folder.")
 
-    def _is_ready(self) -> bool:
+    def _await_readiness(self, process: subprocess.Popen[bytes], started: float) -> None:
+        """Return when it is ready, showing what its engines do until then. Raises QuickstartError."""
+        shown: list[str] = []
+        problem_since = None
+        while (engines := self._engines_not_ready()) is not None:
+            now = time.monotonic()
+            for state in engines:
+                if state not in shown:
+                    say(f"  {state}")
+            shown = engines or shown
+            # An engine is its name, its state, and a problem if there was one.
+            failing = any(state.count(": ") > 1 for state in engines)
+            problem_since = (problem_since or now) if failing else None
+            if process.poll() is not None:
+                raise QuickstartError(f"The gateway stopped while starting.\n{self._last_lines()}")
+            if problem_since is not None and now - problem_since > GIVE_UP_AFTER_S:
+                raise QuickstartError(f"An engine does not start.\n{self._last_lines()}")
+            if now - started > READY_WITHIN_S:
+                raise QuickstartError(f"It was not ready in {READY_WITHIN_S:.0f} s.\n{self._last_lines()}")
+            time.sleep(0.3)
+
+    def _engines_not_ready(self) -> list[str] | None:
+        """`name: state` or `name: state: problem` of each engine, as /readyz says; None when all are ready."""
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(f"{self.url}/readyz", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+            with direct.open(f"{self.url}/readyz", timeout=5):
+                return None
+        except urllib.error.HTTPError as answer:
+            with answer:
+                states = json.loads(answer.read()).get("engines", {})
+            return [f"engine {name}: {state}" for name, state in states.items()]
+        except OSError:
+            return []
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-20:]

@@ -5,6 +5,7 @@ The last arguments are those that quickstart.py passes; FAKE_GATEWAY and FAKE_RE
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -14,11 +15,20 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        """Be ready at once; with FAKE_GATEWAY=fails, end soon after."""
-        self.send_response(200 if self.path == "/readyz" else 404)
+        """Be ready at once; with FAKE_GATEWAY=fails, end soon after; with =loads, be ready the second time."""
+        behaviour = os.environ.get("FAKE_GATEWAY")
+        ready = behaviour != "broken" and (behaviour != "loads" or bool(asked))
+        asked.append(self.path)
+        state = "down: the model cannot be found" if behaviour == "broken" else "starting"
+        self.send_response(200 if ready else 503)
         self.end_headers()
-        if os.environ.get("FAKE_GATEWAY") == "fails":
+        self.wfile.write(json.dumps({"ready": ready, "engines": {"tiny": state}}).encode())
+        if behaviour == "fails":
             threading.Timer(0.3, os._exit, [5]).start()
+
+
+asked: list[str] = []
+"""The paths that were asked for."""
 
 
 def _gateway(port: int) -> None:

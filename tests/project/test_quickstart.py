@@ -19,6 +19,7 @@ Start = Callable[..., subprocess.Popen[str]]
 _WITHOUT_INSTALLING = """
 import pathlib, sys, bootstrap, quickstart
 bootstrap.install = lambda extras: pathlib.Path(sys.argv[1])
+quickstart.GIVE_UP_AFTER_S = 0.5
 sys.exit(quickstart.main(sys.argv[2:]))
 """
 
@@ -132,6 +133,22 @@ def test_a_gateway_that_does_not_start_is_quoted(start: Start) -> None:
     assert process.returncode == 1
     assert "The gateway stopped while starting." in printed
     assert "    the settings name no engine" in printed
+
+
+def test_what_engines_do_is_shown_while_waiting(start: Start) -> None:
+    process = start("--no-train", "--exit", FAKE_GATEWAY="loads")
+    printed, _ = process.communicate()
+    assert process.returncode == 0
+    assert printed.count("  engine tiny: starting\n") == 1
+
+
+def test_an_engine_that_cannot_start_is_not_waited_for(start: Start, port: int) -> None:
+    process = start("--exit", FAKE_GATEWAY="broken")
+    printed, _ = process.communicate()
+    assert process.returncode == 1
+    assert "  engine tiny: down: the model cannot be found\n" in printed
+    assert "An engine does not start." in printed
+    assert is_free(port)
 
 
 def test_a_gateway_that_ends_by_itself_is_an_error(start: Start) -> None:
