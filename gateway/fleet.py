@@ -16,6 +16,9 @@ from gateway.store import Store
 from gateway.store.records import Future, Run, Settled
 from gateway.supervisor import Supervisor
 
+_ECHO = 300
+"""Characters of a sender's own words that an error repeats."""
+
 
 class Fleet:
     """The engines of the settings, each with its supervisor and dispatcher."""
@@ -60,7 +63,9 @@ class Fleet:
         """Names of the base models that are served."""
         return list(dict.fromkeys(d.supervisor.engine.base_model for d in self.dispatchers.values()))
 
-    def for_base_model(self, base_model: str, role: Literal["train", "sample"]) -> Dispatcher:
+    def for_base_model(
+        self, base_model: str, role: Literal["train", "sample"], *, param: str = "base_model"
+    ) -> Dispatcher:
         """The engine that trains or samples a base model. Raises NotFound naming what is served."""
         for dispatcher in self.dispatchers.values():
             engine: EngineSettings = dispatcher.supervisor.engine
@@ -70,8 +75,8 @@ class Fleet:
         served = ", ".join(engine.base_model for engine in engines if role in engine.roles) or "none"
         verb = "trained" if role == "train" else "sampled"
         raise NotFound(
-            f"base model {base_model!r} is not {verb} here; available: {served}",
-            param="base_model",
+            f"base model {base_model[:_ECHO]!r} is not {verb} here; available: {served}",
+            param=param,
         )
 
 

@@ -43,7 +43,7 @@ class FleetBackend:
         if model.startswith(SCHEME):
             checkpoint = await readable_checkpoint(self._gateway.store, owner, model, param="model")
             base_model, adapter = checkpoint.base_model, AdapterRef(checkpoint.folder, checkpoint.folder)
-        dispatcher = self._gateway.fleet.for_base_model(base_model, "sample")
+        dispatcher = self._gateway.fleet.for_base_model(base_model, "sample", param="model")
         supervisor = dispatcher.supervisor
         supervisor.now()
         if supervisor.text is None or supervisor.info is None:

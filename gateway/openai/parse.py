@@ -70,7 +70,7 @@ def text_of(message: ChatMessage) -> str:
 def _object(body: bytes) -> dict[str, Any]:
     try:
         sent = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"The body is not valid JSON: {error}.") from error
     if not isinstance(sent, dict):
         raise BadRequest(f"The body must be a JSON object; it is {_shown(sent)}.")
