@@ -94,7 +94,7 @@ def peek_envelope(beginning: bytes, encoding: str | None) -> Envelope | None:
 def pass_of(message: wire.ForwardBackwardRequest) -> Pass:
     """The operation. Raises UserError naming the field."""
     refuse_unknown(message, "the request")
-    room = Room()
+    room = Room(message.ByteSize())
     data = [_datum(datum, f"data[{index}]", room) for index, datum in enumerate(message.data)]
     kind = Forward if message.forward_only else ForwardBackward
     return kind(data, message.loss_fn, _loss_config(message))
@@ -136,10 +136,18 @@ def pass_of_json(body: schemas.ForwardBackwardBody) -> Pass:
         raise BadRequest(
             "give either forward_backward_input or forward_input", param="forward_backward_input"
         )
-    room = Room()
+    room = Room(8 * sum(_numbers(datum) for datum in given.data))
     data = [_json_datum(datum, f"data[{index}]", room) for index, datum in enumerate(given.data)]
     kind = ForwardBackward if body.forward_backward_input is not None else Forward
     return kind(data, given.loss_fn, dict(given.loss_fn_config or {}))
+
+
+def _numbers(datum: schemas.JsonDatum) -> int:
+    """How many numbers the tensors list."""
+    return sum(
+        len(tensor.data) + len(tensor.sparse_crow_indices or ()) + len(tensor.sparse_col_indices or ())
+        for tensor in datum.loss_fn_inputs.values()
+    )
 
 
 def _json_datum(datum: schemas.JsonDatum, where: str, room: Room) -> Datum:

@@ -22,6 +22,9 @@ from gateway.tinker import wire_pb2 as wire
 
 _MOST_DIMENSIONS = 8
 _MOST_ITEMS = 2**31
+_ROOM_AT_LEAST = 4 << 20
+_ROOM_PER_BYTE = 256
+_ROOM_AT_MOST = 256 << 20
 _ECHO = 80
 """Characters of a sender's own words that an error repeats."""
 
@@ -36,12 +39,13 @@ _NUMPY: dict[int, np.dtype[Any]] = {
 class Room:
     """Bytes that the sparse tensors of one request may take when they are written out.
 
-    A few bytes can stand for an enormous tensor, and a body can hold many of them.
+    A few bytes can stand for an enormous tensor, and a body can hold many of them; what is accepted is stored and sent
+    written out. So the room grows with what was sent: tensors of some hundred columns fit however empty they are.
     """
 
-    def __init__(self, size: int = 256 << 20) -> None:
-        self._size = size
-        self._left = size
+    def __init__(self, sent: int) -> None:
+        self._size = min(_ROOM_AT_LEAST + _ROOM_PER_BYTE * sent, _ROOM_AT_MOST)
+        self._left = self._size
 
     def take(self, needed: int, where: str) -> None:
         """Raises UserError when less than `needed` bytes are left."""
@@ -49,7 +53,7 @@ class Room:
         if self._left < 0:
             raise UserError(
                 f"{where} is sparse and takes {needed} bytes when written out; the sparse tensors of one request may "
-                f"take {self._size} bytes together: send fewer data at a time"
+                f"take {self._size} bytes together: send it dense, or fewer data at a time"
             )
 
 

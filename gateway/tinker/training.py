@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 
 from gateway.auth import Owner
@@ -75,7 +77,8 @@ async def forward(request: Request, owner: Owner, gateway: Running) -> Response:
 
 async def _json_pass(request: Request, owner: str, gateway: Gateway, kind: str) -> Response:
     async def submit(run: Run, body: schemas.ForwardBackwardBody) -> Future:
-        return await submit_operation(gateway, run, body.seq_id, requests.pass_of_json(body))
+        operation = await asyncio.to_thread(requests.pass_of_json, body)
+        return await submit_operation(gateway, run, body.seq_id, operation)
 
     return await accept_json(request, gateway, owner, schemas.ForwardBackwardBody, kind, submit)
 
