@@ -25,6 +25,7 @@ from huggingface_hub import constants
 log = logging.getLogger(__name__)
 
 _MARK = ".from-tandem"
+_CONFIG = "config.json"
 _folders: dict[str, Path] = {}
 
 
@@ -83,6 +84,10 @@ def _fetch(http: httpx.Client, model: str, files: dict[str, int], folder: Path) 
             response = http.get(f"/api/v1/tokenizer/{name}", params={"model": model})
             response.raise_for_status()
             _write(folder / name, response.content)
+    if not (folder / _CONFIG).exists():
+        _write(
+            folder / _CONFIG, b"{}"
+        )  # without one AutoTokenizer takes the model for one that is not in the cache
 
 
 def _write(target: Path, content: bytes) -> None:
