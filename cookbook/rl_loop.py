@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> Report:
     report = Report(rewards[0], sum(last) / len(last), time.perf_counter() - started)
     console.print(
         f"\nMean reward {report.reward_first:.2f} → {report.reward_last:.2f} (mean of the last {len(last)} steps); "
-        f"{report.seconds:.0f} s.\n"
+        f"{report.seconds:.0f} s.\n",
+        soft_wrap=True,
     )
     return report
 

@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> Report:
     report = Report(losses[0], losses[-1], known_before, known_after, time.perf_counter() - started)
     console.print(
         f"\nLoss per token {report.loss_first:.3f} → {report.loss_last:.3f}; proverbs completed word for word "
-        f"{known_before} → {known_after} of {len(pairs)}; {report.seconds:.0f} s."
+        f"{known_before} → {known_after} of {len(pairs)}; {report.seconds:.0f} s.",
+        soft_wrap=True,
     )
     console.print(
         f"The weights are saved; sample them with\n  python cookbook/openai_sample.py --model '{saved}'\n"
