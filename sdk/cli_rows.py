@@ -160,7 +160,7 @@ def engine_row(engine: Engine) -> Row:
             str(engine.starts),
             "" if engine.pid is None else str(engine.pid),
         ),
-        engine.problem,
+        None if engine.state == "ready" else engine.problem,
     )
 
 
