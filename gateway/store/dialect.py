@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +18,19 @@ NO_FILTERS: Filters = {}
 
 def insert_or_ignore(connection: Connection, table: Table) -> Any:
     """An insert that leaves a row with the same key as it is."""
-    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    return _insert_or_ignore(connection.dialect.name, table)
+
+
+@functools.cache
+def _insert_or_ignore(dialect: str, table: Table) -> Any:
+    make = sqlite.insert if dialect == "sqlite" else postgresql.insert
     return make(table).on_conflict_do_nothing()
+
+
+@functools.cache
+def insert_new(dialect: str, table: Table, key: str) -> Any:
+    """The same, returning the keys of the rows that were new."""
+    return _insert_or_ignore(dialect, table).returning(table.c[key])
 
 
 def for_update(connection: Connection, query: Select[Any]) -> Select[Any]:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, func, select, update
 
 from gateway.store import schema
 from gateway.store.database import Database
-from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
+from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore, now
 from gateway.store.records import Future, FutureStatus, Outcome, Run, Settled
 from gateway.store.runs import insert_runs
 from gateway.store.settling import settle_futures
@@ -38,6 +38,25 @@ class Claim:
 
     request_ids: tuple[str, ...]
     epoch: int
+
+
+# Statements of the busiest paths are built once: building one costs as much as executing it.
+_CLAIM = (
+    update(F)
+    .where(
+        F.c.request_id.in_(bindparam("keys", expanding=True)),
+        F.c.status.in_(OPEN),
+        F.c.epoch.is_(None) | (F.c.epoch <= bindparam("by_epoch")),
+    )
+    .values(
+        status=FutureStatus.RUNNING,
+        epoch=bindparam("by_epoch"),
+        attempts=F.c.attempts + 1,
+        started_at=bindparam("at"),
+    )
+    .returning(F.c.request_id)
+)
+_INPUTS = select(schema.inputs).where(schema.inputs.c.request_id.in_(bindparam("keys", expanding=True)))
 
 
 class FutureStore:
@@ -140,7 +159,7 @@ def insert_submissions(connection: Connection, submissions: list[Submission]) ->
     if runs:
         insert_runs(connection, runs)
     rows = [asdict(submission.future) for submission in submissions]
-    statement = insert_or_ignore(connection, F).returning(F.c.request_id)
+    statement = insert_new(connection.dialect.name, F, "request_id")
     new = set(connection.execute(statement, rows).scalars())
     bodies = [
         {"request_id": submission.future.request_id, "body": submission.body}
@@ -156,16 +175,8 @@ def claim_futures(connection: Connection, claims: list[Claim]) -> list[dict[str,
     """Queued futures become running; running ones of an older epoch are taken over."""
     answers = []
     for claim in claims:
-        not_newer = F.c.epoch.is_(None) | (F.c.epoch <= claim.epoch)
-        statement = (
-            update(F)
-            .where(F.c.request_id.in_(claim.request_ids), F.c.status.in_(OPEN), not_newer)
-            .values(
-                status=FutureStatus.RUNNING, epoch=claim.epoch, attempts=F.c.attempts + 1, started_at=now()
-            )
-            .returning(F.c.request_id)
-        )
-        claimed = list(connection.execute(statement).scalars())
-        bodies = connection.execute(select(schema.inputs).where(schema.inputs.c.request_id.in_(claimed)))
+        values = {"keys": claim.request_ids, "by_epoch": claim.epoch, "at": now()}
+        claimed = connection.execute(_CLAIM, values).scalars().all()
+        bodies = connection.execute(_INPUTS, {"keys": claimed})
         answers.append({row.request_id: row.body for row in bodies})
     return answers

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, bindparam, case, insert, literal, select, upd
 
 from gateway.store import schema
 from gateway.store.checkpoints import folder_in_use, insert_checkpoint
-from gateway.store.dialect import for_update, insert_or_ignore, now
+from gateway.store.dialect import insert_or_ignore, now
 from gateway.store.records import Future, FutureStatus, Outcome, RunStatus, Settled
 from gateway.store.samplers import insert_samplers
 
@@ -31,6 +31,11 @@ _SETTLE_FUTURE = (
         finished_at=bindparam("at"),
     )
 )
+
+_OPEN = select(F.c.request_id, F.c.status, F.c.epoch).where(
+    F.c.request_id.in_(bindparam("keys", expanding=True))
+)
+_OPEN_LOCKED = _OPEN.with_for_update()
 
 _RECORD_STEP = insert(schema.steps).from_select(
     ["run_id", "step", "seq_id", "loss", "tokens", "grad_norm", "learning_rate", "seconds", "finished_at"],
@@ -108,8 +113,8 @@ def _finished(outcome: Outcome, at: float) -> Future:
 def _settleable(connection: Connection, outcomes: list[Outcome]) -> set[str]:
     """Those futures that are open and of the epoch that their outcome was computed in."""
     epochs = {outcome.future.request_id: outcome.future.epoch for outcome in outcomes}
-    query = select(F.c.request_id, F.c.status, F.c.epoch).where(F.c.request_id.in_(list(epochs)))
-    rows = connection.execute(for_update(connection, query))
+    query = _OPEN if connection.dialect.name == "sqlite" else _OPEN_LOCKED
+    rows = connection.execute(query, {"keys": list(epochs)})
     open_statuses = (FutureStatus.QUEUED, FutureStatus.RUNNING)
     return {
         row.request_id for row in rows if row.status in open_statuses and row.epoch == epochs[row.request_id]
