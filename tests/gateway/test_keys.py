@@ -224,15 +224,14 @@ def test_both_headers_are_taken_and_forwarded_requests_are_served(shared: Shared
         assert [run["training_run_id"] for run in runs] == [shared.things["run"]]
 
 
-def foreign_requests(things: dict[str, str], own_session: str) -> list[tuple[str, str, Any]]:
-    """Every route that takes an id, each with an id of somebody else's."""
+def foreign_posts(things: dict[str, str], own_session: str) -> list[tuple[str, Any]]:
+    """Every route of the Tinker dialect whose body has an id, with one of somebody else's."""
     run, session, path = things["run"], things["session"], things["path"]
     numbered = {"model_id": run, "seq_id": 9}
     sample = {"seq_id": 0, "prompt": {"chunks": [{"tokens": [1]}]}}
     passing = {"data": [json_datum(TOKENS)], "loss_fn": "cross_entropy"}
-    checkpoint = f"{run}/weights/mine"
     created = {"model_seq_id": 5, "base_model": "fake/model"}
-    posts: list[tuple[str, Any]] = [
+    return [
         ("create_model", {"session_id": session, **created}),
         ("get_info", {"model_id": run}),
         ("forward_backward", {**numbered, "forward_backward_input": passing}),
@@ -258,12 +257,18 @@ def foreign_requests(things: dict[str, str], own_session: str) -> list[tuple[str
         ("retrieve_future", {"request_id": f"{run}:unload"}),
         ("session_heartbeat", {"session_id": session}),
         (f"sessions/{session}/finish", {}),
-        (f"training_runs/{checkpoint.replace('/weights', '/checkpoints/weights')}/publish", None),
+        (f"training_runs/{run}/checkpoints/weights/mine/publish", None),
     ]
+
+
+def foreign_requests(things: dict[str, str], own_session: str) -> list[tuple[str, str, Any]]:
+    """Every route that takes an id, each with an id of somebody else's."""
+    run, session, path = things["run"], things["session"], things["path"]
+    checkpoint = f"{run}/weights/mine"
     tinker = "/api/v1"
     named = f"{tinker}/training_runs/{run}/checkpoints/weights/mine"
     return [
-        *(("POST", f"{tinker}/{route}", body) for route, body in posts),
+        *(("POST", f"{tinker}/{route}", body) for route, body in foreign_posts(things, own_session)),
         ("GET", f"{tinker}/samplers/{things['sampler']}", None),
         ("GET", f"{tinker}/sessions/{session}", None),
         ("GET", f"{tinker}/training_runs/{run}", None),

@@ -142,7 +142,7 @@ def test_a_custom_loss_on_the_client(service: tinker.ServiceClient) -> None:
     plain, custom = client_of(service), client_of(service)
 
     def nll(data: list[tinker.Datum], logprobs: list[object]) -> tuple[object, dict[str, float]]:
-        total = -sum(torch.as_tensor(values).sum() for values in logprobs)  # type: ignore[arg-type]
+        total = -sum(torch.as_tensor(values).sum() for values in logprobs)
         return total, {"seen": float(len(data))}
 
     plain.forward_backward([datum()], "cross_entropy").result()

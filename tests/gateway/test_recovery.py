@@ -34,7 +34,7 @@ def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServedGat
         server: PostgresServer = request.getfixturevalue("pg_server")
         template: str = request.getfixturevalue("_pg_template")
         settings["database_url"] = server.url(server.create_database(template=template))
-    gateway = ServedGateway(tmp_path / "data", **settings)
+    gateway = ServedGateway(tmp_path / "data", None, **settings)
     yield gateway
     gateway.close()
 
@@ -45,16 +45,17 @@ def train(
     """Losses of a pipelined run, and the final adapter; at some steps something happens to the processes."""
     with tinker.ServiceClient(base_url=gateway.url, api_key=KEY) as service:
         client = service.create_lora_training_client("fake/model", rank=4, seed=1).result()
-        futures = []
+        passes, steps = [], []
         for step in range(STEPS):
-            futures.append(client.forward_backward([datum(step)], "cross_entropy"))
-            futures.append(client.optim_step(ADAM))
+            passes.append(client.forward_backward([datum(step)], "cross_entropy"))
+            steps.append(client.optim_step(ADAM))
             if step in disasters:
                 disasters[step](gateway)
-        losses = [future.result() for future in futures][::2]
+        losses = [future.result().metrics["loss:sum"] for future in passes]
+        assert all(future.result() for future in steps)
         client.save_state("end").result()
     [adapter] = gateway.data_dir.glob("storage/checkpoints/*/adapter_model.safetensors")
-    return [result.metrics["loss:sum"] for result in losses], adapter.read_bytes()  # type: ignore[union-attr]
+    return losses, adapter.read_bytes()
 
 
 def kill_engine(gateway: ServedGateway) -> None:
