@@ -6,6 +6,7 @@ programs on this machine are served.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import ipaddress
 import secrets
@@ -21,14 +22,16 @@ from gateway.store.records import ApiKey
 
 LOCAL_OWNER = "local"
 _REFRESH_S = 2.0
-_FORWARDED = (
-    "forwarded",
-    "via",
-    "x-forwarded-for",
-    "x-forwarded-host",
-    "x-forwarded-port",
-    "x-forwarded-proto",
-    "x-real-ip",
+_FORWARDED = frozenset(
+    {
+        "forwarded",
+        "via",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-port",
+        "x-forwarded-proto",
+        "x-real-ip",
+    }
 )
 
 
@@ -76,13 +79,11 @@ class Keys:
             raise Forbidden(
                 f"{explanation} (this request comes from {client.host if client else 'an unknown peer'})"
             )
-        for header in _FORWARDED:
-            if header in request.headers:
-                raise Forbidden(f"{explanation} (this request was forwarded: it has the header {header})")
-        for header in ("host", "origin"):
-            value = request.headers.get(header)
-            if value is not None and _host_of(value) not in self._allowed_hosts:
-                raise Forbidden(f"{explanation} (the header {header} names {value!r})")
+        for name, value in request.headers.items():
+            if name in _FORWARDED:
+                raise Forbidden(f"{explanation} (this request was forwarded: it has the header {name})")
+            if name in ("host", "origin") and _host_of(value) not in self._allowed_hosts:
+                raise Forbidden(f"{explanation} (the header {name} names {value!r})")
 
 
 async def caller_of(request: Request) -> Caller:
@@ -126,6 +127,7 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -133,6 +135,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+@functools.lru_cache(maxsize=1024)
 def _host_of(value: str) -> str:
     """The host of a Host or Origin header, without scheme and port."""
     authority = value.rpartition("//")[2]
