@@ -53,11 +53,11 @@ class Fleet:
         if dispatcher is not None:
             dispatcher.accept(future)
 
-    async def drop_run(self, run: Run) -> None:
+    def drop_run(self, run: Run) -> None:
         """Free a run's memory, if its engine is still one of ours."""
         dispatcher = self.dispatchers.get(run.engine)
         if dispatcher is not None:
-            await dispatcher.drop_run(run.run_id)
+            dispatcher.training.drop(run.run_id)
 
     def base_models(self) -> list[str]:
         """Names of the base models that are served."""

@@ -67,13 +67,6 @@ class Dispatcher:
         else:
             self.training.accept(future)
 
-    async def drop_run(self, run_id: str) -> None:
-        """Free a run's memory in the engine; its log stays."""
-        self.training.resident.discard(run_id)
-        process = self.supervisor.process
-        if process is not None and not process.lost.done():
-            await process.drop_run(run_id)
-
     async def _feed_forever(self) -> None:
         while True:
             engine = await self.supervisor.ready()

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from gateway.store.records import Future
 
+_LARGEST_BATCH = {"create_run": 64, "optim_step": 64}
+"""Operations in one call to an engine. What takes long goes alone, so that nobody waits for more than one of them."""
+
 
 @dataclass(slots=True)
 class RunQueue:
@@ -123,11 +126,13 @@ class TrainingQueue:
         queue.add(future)
         self._mark(queue)
 
-    def take_batch(self, largest: int) -> list[Future]:
+    def take_batch(self) -> list[Future]:
         """Heads of different runs, all of one kind. One that an engine has died over before goes alone."""
         batch: list[Future] = []
         passed_over: list[RunQueue] = []
-        while len(batch) < largest and (run_id := self._ready.take()) is not None:
+        while (not batch or len(batch) < _LARGEST_BATCH.get(batch[0].kind, 1)) and (
+            run_id := self._ready.take()
+        ) is not None:
             queue = self.runs[run_id]
             head = queue.head()
             if head is None:
@@ -137,6 +142,7 @@ class TrainingQueue:
                 continue
             queue.running = True
             batch.append(head)
+            largest = _LARGEST_BATCH.get(head.kind, 1)
             if head.attempts:
                 break
         for queue in passed_over:

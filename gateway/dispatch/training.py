@@ -22,8 +22,6 @@ from gateway.store.records import Future, Outcome, Settled
 
 log = logging.getLogger(__name__)
 
-_LARGEST_BATCH = 64
-
 
 class Interrupted(Exception):
     """What is in memory and what is in the database have come apart; start over from the database."""
@@ -42,6 +40,7 @@ class TrainingLane:
         self._unopened: set[str] = set()
         self._broken: Exception | None = None
         self._wake = asyncio.Event()
+        self._to_drop: set[str] = set()
         self.resident: set[str] = set()
 
     def accept(self, future: Future) -> None:
@@ -63,11 +62,17 @@ class TrainingLane:
         self._queue = TrainingQueue()
         self._unopened.clear()
         self._broken = None
+        self._to_drop.clear()
         self.resident.clear()
 
     def reopen(self, run_id: str) -> None:
         """A run has open operations in the database."""
         self._unopened.add(run_id)
+        self._wake.set()
+
+    def drop(self, run_id: str) -> None:
+        """Free a run's memory between two calls; its log stays, and an operation that comes later restores it."""
+        self._to_drop.add(run_id)
         self._wake.set()
 
     def waiting_in_run(self, run_id: str) -> int:
@@ -80,6 +85,7 @@ class TrainingLane:
         while True:
             await self._work_or_time(engine)
             await self._open_runs()
+            await self._drop_runs(engine)
             self._fail_gaps()
             batch = await self._claim(engine)
             if batch:
@@ -87,7 +93,7 @@ class TrainingLane:
 
     async def _work_or_time(self, engine: EngineProcess) -> None:
         """Wait until there may be something to do: an operation, a broken write, or a gap to look after."""
-        if not (self._queue or self._unopened or self._broken):
+        if not (self._queue or self._unopened or self._to_drop or self._broken):
             with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps
                 await asyncio.wait_for(self._wake.wait(), min(self._settings.gap_timeout_s / 4, 5.0))
             self._wake.clear()
@@ -108,9 +114,16 @@ class TrainingLane:
                     if future.seq_id < run.next_seq:
                         self._fail_late(queue, future)
 
+    async def _drop_runs(self, engine: EngineProcess) -> None:
+        while self._to_drop:
+            run_id = self._to_drop.pop()
+            if run_id in self.resident:
+                self.resident.discard(run_id)
+                await engine.drop_run(run_id)
+
     async def _claim(self, engine: EngineProcess) -> list[tuple[Future, bytes]]:
         """The next operation of each of several runs, all of one kind, with their inputs."""
-        batch = self._queue.take_batch(_LARGEST_BATCH)
+        batch = self._queue.take_batch()
         if not batch:
             return []
         epoch = engine.config.epoch
