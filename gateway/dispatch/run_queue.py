@@ -130,9 +130,8 @@ class TrainingQueue:
         """Heads of different runs, all of one kind. One that an engine has died over before goes alone."""
         batch: list[Future] = []
         passed_over: list[RunQueue] = []
-        while (not batch or len(batch) < _LARGEST_BATCH.get(batch[0].kind, 1)) and (
-            run_id := self._ready.take()
-        ) is not None:
+        largest = 1
+        while len(batch) < largest and (run_id := self._ready.take()) is not None:
             queue = self.runs[run_id]
             head = queue.head()
             if head is None:
