@@ -21,7 +21,7 @@ CHECKS = {
     "lint": ["-m", "ruff", "check", "."],
     "format": ["-m", "ruff", "format", "--check", "."],
     "types": ["-m", "mypy"],
-    "layers": ["-c", "from importlinter.cli import lint_imports_command as lint_imports; lint_imports()"],
+    "layers": ["-c", "from importlinter.cli import lint_imports_command as run; run(['--no-logo'])"],
     "tests": ["-m", "pytest", "--durations=10"],
 }
 """Name of each check, and what the interpreter of `.venv` is called with to do it."""

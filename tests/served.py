@@ -96,6 +96,7 @@ class ServedGateway:
         assert self._process is not None
         self._process.send_signal(signal.SIGKILL)
         self._process.wait(30)
+        self._process = None  # who waits for it to be ready waits for the next one
 
     def close(self) -> None:
         """Leave no process behind."""
