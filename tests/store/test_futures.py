@@ -159,8 +159,8 @@ async def test_a_failed_pass_is_not_in_the_metrics(store: Store) -> None:
     await claim_and_settle(store, an_operation(run, 0, "create_run"))
     future = an_operation(run, 1)
     await store.futures.submit(Submission(future, b"x"))
-    failure = {"result": None, "error": "bad", "error_category": "user", "summary": {"loss": 9.0, "tokens": 5}}
-    await claim_and_settle(store, future, **failure)
+    summary = {"loss": 9.0, "tokens": 5}
+    await claim_and_settle(store, future, result=None, error="bad", error_category="user", summary=summary)
     after = await store.runs.get(run.run_id)
     assert after is not None
     assert (after.pending_loss, after.next_seq) == (0.0, 2)
@@ -219,7 +219,9 @@ async def save(store: Store, run: Run, seq: int, name: str, *, overwrite: bool =
     outcome = Outcome(replace(future, epoch=1), result=b"r", checkpoint=checkpoint, overwrite=overwrite)
     settled = await store.futures.settle(outcome)
     assert settled is not None
-    assert settled.orphaned_folder == (f"checkpoints/{seq}" if settled.future.error else settled.orphaned_folder)
+    assert settled.orphaned_folder == (
+        f"checkpoints/{seq}" if settled.future.error else settled.orphaned_folder
+    )
     return settled.future
 
 
@@ -264,7 +266,8 @@ async def test_pages_go_on_where_the_last_one_ended(store: Store) -> None:
         await store.futures.submit(Submission(an_operation(run, seq, created_at=1000.0 + seq // 3), b"x"))
     seen: list[str] = []
     before = None
-    while page := await store.futures.page(limit=3, before=before, where={"owner": "alice", "kind": "forward_backward"}):
+    where = {"owner": "alice", "kind": "forward_backward"}
+    while page := await store.futures.page(limit=3, before=before, where=where):
         seen += [future.request_id for future in page]
         before = (page[-1].created_at, page[-1].request_id)
     assert len(seen) == len(set(seen)) == 7
