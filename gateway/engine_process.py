@@ -74,10 +74,10 @@ class EngineProcess:
         except TimeoutError as error:
             await engine.kill()
             raise EngineStartFailed(f"the model was not loaded within {timeout_s:.0f} s") from error
-        except (OSError, EngineLost) as error:
+        except (OSError, zmq.ZMQError, EngineLost) as error:
             await engine.kill()
             raise EngineStartFailed(str(error)) from error
-        except (EngineStartFailed, asyncio.CancelledError):
+        except BaseException:  # boundary: whatever it is, no process and no folder is left behind
             await engine.kill()
             raise
         return engine
@@ -169,11 +169,20 @@ class EngineProcess:
             asyncio.create_task(self._ping_forever(), name=f"engine-{self.config.name}-ping"),
             asyncio.create_task(self._watch(self._process), name=f"engine-{self.config.name}-watch"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._task_done)
 
     async def _send(self, message: messages.ToEngine, *payloads: bytes) -> None:
         if self.lost.done():
             raise EngineLost(f"engine {self.config.name} is gone: {self.lost.result()}")
         await self._socket.send_multipart(messages.pack(message, *payloads), copy=False)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        """A process that cannot be listened to any more is of no use: better started again than waited for."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("engine %s: what it says cannot be understood", self.config.name, exc_info=error)
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()

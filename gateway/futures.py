@@ -35,7 +35,17 @@ class Futures:
         future = submission.future
         if future.request_id in self._owners or self._recent.get(future.request_id) is not None:
             return
-        await self._store.futures.submit(submission, lambda new: self._accepted(future) if new else None)
+        new = await self._store.futures.submit(
+            submission, lambda new: self._accepted(future) if new else None
+        )
+        if not new and future.request_id not in self._owners:
+            await self._adopt(future.request_id)
+
+    async def _adopt(self, request_id: str) -> None:
+        """A first try was committed, but its answer was lost on the way from the database: it has to be dispatched."""
+        stored = await self._store.futures.get(request_id)
+        if stored is not None and stored.open and request_id not in self._owners:
+            self._accepted(stored)
 
     async def outcome(self, request_id: str, owner: str, hold_s: float) -> Settled | None:
         """The outcome, waiting for it up to `hold_s` seconds; None if it is still open then.
@@ -69,7 +79,8 @@ class Futures:
 
     def opened(self, future: Future) -> None:
         """An open future from before this process started is known here from now on."""
-        self._owners[future.request_id] = future.owner
+        if self._recent.get(future.request_id) is None:
+            self._owners[future.request_id] = future.owner
 
     def _accepted(self, future: Future) -> None:
         if future.open:
@@ -89,8 +100,10 @@ class Futures:
                 elif known_owner != owner:
                     raise _unknown(request_id)
                 left = deadline - asyncio.get_running_loop().time()
-                if left <= 0 or self._closing:
+                if self._closing:
                     return None
+                if left <= 0:
+                    return await self._last_look(request_id, owner)
                 await asyncio.wait({waiter}, timeout=left if known_owner else min(left, _RECHECK_S))
             return None if waiter.cancelled() else waiter.result()
 
@@ -105,6 +118,13 @@ class Futures:
             waiters.discard(waiter)
             if not waiters and self._waiters.get(request_id) is waiters:
                 del self._waiters[request_id]
+
+    async def _last_look(self, request_id: str, owner: str) -> Settled | None:
+        """Nobody has woken us. If the answer of a commit was lost, the outcome is in the database all the same."""
+        settled = await self._look_up(request_id, owner)
+        if settled is not None:
+            self._owners.pop(request_id, None)
+        return settled
 
     async def _look_up(self, request_id: str, owner: str) -> Settled | None:
         future = await self._store.futures.get(request_id)

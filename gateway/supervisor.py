@@ -6,8 +6,10 @@ The state says what an operator sees; `engine()` hands out the process for as lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
+from dataclasses import replace
 
 from engines.interface import EngineConfig, EngineInfo
 from gateway.engine_process import EngineProcess, EngineStartFailed
@@ -57,12 +59,15 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Stop the process and give the lease back."""
+        if self.process is not None:
+            await self.process.stop()  # first: the task below kills what it finds running
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self.process is not None:
-            await self.process.stop()
         await self._become(EngineState.STOPPED)
+        if self.epoch:
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.leases.renew(replace(self._lease_request(), seconds=0))
 
     async def ready(self) -> EngineProcess:
         """The running process; waits for it as long as it takes."""
@@ -90,6 +95,11 @@ class Supervisor:
                 await self._live()
             except (EngineStartFailed, StoreUnavailable) as error:
                 self.problem = str(error)
+            except (
+                Exception
+            ) as error:  # boundary: whatever it is, the engine is started again and the log says why
+                log.exception("engine %s: unexpected error while supervising it", self.engine.name)
+                self.problem = f"unexpected error, see the log: {type(error).__name__}"
             failures = 0 if loop.time() - started_at > _STEADY_S else failures + 1
             delay = min(self._settings.engine_restart_delay_s * 2 ** (failures - 1), _LONGEST_DELAY_S)
             log.warning(
@@ -106,14 +116,17 @@ class Supervisor:
         self.process = await EngineProcess.start(
             self._config(), self.engine.python, self._settings.engine_start_timeout_s
         )
-        self.info = self.process.info
-        self.text = await asyncio.to_thread(TextCodec.from_files, self.process.tokenizer_files)
-        self.problem = None
-        log.info("engine %s is ready: %s on %s", self.engine.name, self.engine.base_model, self.info.device)
-        await self._become(EngineState.READY)
         try:
+            self.info = self.process.info
+            self.text = await asyncio.to_thread(TextCodec.from_files, self.process.tokenizer_files)
+            self.problem = None
+            log.info(
+                "engine %s is ready: %s on %s", self.engine.name, self.engine.base_model, self.info.device
+            )
+            await self._become(EngineState.READY)
             self.problem = await self._until_lost(self.process)
         finally:
+            await self._become(EngineState.DOWN)
             await self.process.kill()
 
     def _config(self) -> EngineConfig:

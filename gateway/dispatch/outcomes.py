@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,8 @@ def failed(future: Future, category: str, message: str, error_id: str | None = N
 
 def succeeded(future: Future, result: bytes, summary: dict[str, float]) -> Outcome:
     """The outcome of an operation that took effect, with what it brings into being."""
-    outcome = Outcome(future, result=result, summary=summary)
+    finite = {name: value for name, value in summary.items() if math.isfinite(value)}
+    outcome = Outcome(future, result=result, summary=finite)
     if future.kind != "save_weights":
         return outcome
     saved = decode_result(result)

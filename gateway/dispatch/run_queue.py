@@ -97,6 +97,12 @@ class Turns:
             del self._owners[owner]
         return key
 
+    def put_back(self, owner: str, key: str) -> None:
+        """A key that was taken and could not be used keeps its place at the head of the line."""
+        self._present.add(key)
+        self._owners.setdefault(owner, deque()).appendleft(key)
+        self._owners.move_to_end(owner, last=False)
+
     def count(self, owner: str) -> int:
         """How many keys of an owner wait."""
         return len(self._owners.get(owner, ()))
@@ -144,8 +150,8 @@ class TrainingQueue:
             largest = _LARGEST_BATCH.get(head.kind, 1)
             if head.attempts:
                 break
-        for queue in passed_over:
-            self._mark(queue)
+        for queue in reversed(passed_over):
+            self._ready.put_back(queue.owner, queue.run_id)
         return batch
 
     def settled(self, future: Future) -> None:

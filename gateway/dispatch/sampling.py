@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 from engines.interface import UserError
 from gateway.dispatch.outcomes import failed, succeeded
 from gateway.dispatch.run_queue import Turns
-from gateway.dispatch.training import Interrupted, worn_out
+from gateway.dispatch.training import Interrupted, sent, worn_out
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineFailed, EngineLost
 from gateway.settings import Settings
@@ -19,6 +18,10 @@ from gateway.store.futures import Claim
 from gateway.store.records import Future, Outcome, Settled
 
 log = logging.getLogger(__name__)
+
+
+_SUSPECT = 2
+"""Deaths of the engine after which a sample that was under way is repeated alone."""
 
 
 class SamplingLane:
@@ -80,12 +83,19 @@ class SamplingLane:
         room = self._settings.samples_in_engine - len(self._active)
         batch: list[Future] = []
         while len(batch) < room and (request_id := self._turns.take()) is not None:
+            if self._waiting[request_id].attempts >= _SUSPECT and (batch or self._active):
+                self._turns.add(
+                    self._waiting[request_id].owner, request_id
+                )  # alone, once the others are done
+                break
             batch.append(self._waiting.pop(request_id))
+            if batch[0].attempts >= _SUSPECT:
+                break
         if not batch:
             return []
         epoch = engine.config.epoch
         inputs = await self._store.futures.claim(Claim(tuple(future.request_id for future in batch), epoch))
-        claimed = [replace(future, epoch=epoch, attempts=future.attempts + 1) for future in batch]
+        claimed = [sent(future, epoch) for future in batch]
         return [(future, inputs[future.request_id]) for future in claimed if future.request_id in inputs]
 
     async def _sample(self, engine: EngineProcess, future: Future, body: bytes) -> None:

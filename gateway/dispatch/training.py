@@ -37,7 +37,7 @@ class TrainingLane:
         self._settings = settings
         self._on_settled = on_settled
         self._queue = TrainingQueue()
-        self._unopened: set[str] = set()
+        self._unopened: dict[str, list[Future]] = {}
         self._broken: Exception | None = None
         self._wake = asyncio.Event()
         self._to_drop: set[str] = set()
@@ -50,7 +50,7 @@ class TrainingLane:
         if queue is None and future.kind == "create_run":
             self._queue.open_run(run_id, future.owner, 0, [future])
         elif queue is None:
-            self._unopened.add(run_id)
+            self._unopened.setdefault(run_id, []).append(future)
         elif future.seq_id < queue.next_seq:
             self._fail_late(queue, future)
         else:
@@ -67,7 +67,7 @@ class TrainingLane:
 
     def reopen(self, run_id: str) -> None:
         """A run has open operations in the database."""
-        self._unopened.add(run_id)
+        self._unopened.setdefault(run_id, [])
         self._wake.set()
 
     def drop(self, run_id: str) -> None:
@@ -78,7 +78,7 @@ class TrainingLane:
     def waiting_in_run(self, run_id: str) -> int:
         """Operations of a run that wait or run."""
         queue = self._queue.runs.get(run_id)
-        return len(queue.waiting) if queue is not None else 0
+        return len(queue.waiting) if queue is not None else len(self._unopened.get(run_id, ()))
 
     async def feed(self, engine: EngineProcess) -> None:
         """Until the engine is lost, or what is in memory cannot be trusted any more."""
@@ -105,14 +105,14 @@ class TrainingLane:
     async def _open_runs(self) -> None:
         """Read the ends of logs that have got an operation and are not known here yet."""
         while self._unopened:
-            run_id = self._unopened.pop()
+            run_id = next(iter(self._unopened))
             run = await self._store.runs.get(run_id)
+            entries = await self._store.futures.of_run_from(run_id, run.next_seq) if run is not None else []
+            arrived = self._unopened.pop(run_id)  # also what came while the log was being read
             if run is not None and run_id not in self._queue.runs:
-                entries = await self._store.futures.of_run_from(run_id, run.next_seq)
-                queue = self._queue.open_run(run_id, run.owner, run.next_seq, entries)
-                for future in entries:
-                    if future.seq_id < run.next_seq:
-                        self._fail_late(queue, future)
+                self._queue.open_run(run_id, run.owner, run.next_seq, ())
+            for future in [*entries, *arrived]:
+                self.accept(future)
 
     async def _drop_runs(self, engine: EngineProcess) -> None:
         while self._to_drop:
@@ -130,7 +130,7 @@ class TrainingLane:
         inputs = await self._store.futures.claim(Claim(tuple(future.request_id for future in batch), epoch))
         if len(inputs) < len(batch):
             raise Interrupted("an operation that was to be claimed has its outcome already, or a newer owner")
-        claimed = [replace(future, epoch=epoch, attempts=future.attempts + 1) for future in batch]
+        claimed = [sent(future, epoch) for future in batch]
         return [(future, inputs[future.request_id]) for future in claimed]
 
     async def _call(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> list[Outcome]:
@@ -152,10 +152,21 @@ class TrainingLane:
         kind: OperationKind = futures[0].kind  # type: ignore[assignment]
         addresses = [RunAddress(future.run_id or "", future.seq_id) for future in futures]
         performed, payloads = await engine.perform(kind, addresses, [body for _, body in batch])
+        if performed.lost_runs and len(batch) > 1:
+            return await self._perform_each(engine, batch)
         outcomes = outcomes_of(futures, performed, payloads)
         if kind == "create_run":
             self.resident.update(outcome.future.run_id or "" for outcome in outcomes if not outcome.failed)
         self.resident.difference_update(performed.lost_runs)
+        return outcomes
+
+    async def _perform_each(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> list[Outcome]:
+        """A call for several runs broke, and none of them is to blame for the others: each again, alone."""
+        outcomes: list[Outcome] = []
+        for future, body in batch:
+            self.resident.discard(future.run_id or "")
+            refusal = await self._make_resident(engine, future)
+            outcomes += [refusal] if refusal is not None else await self._perform(engine, [(future, body)])
         return outcomes
 
     async def _make_resident(self, engine: EngineProcess, future: Future) -> Outcome | None:
@@ -209,6 +220,11 @@ class TrainingLane:
         if not write.cancelled() and isinstance(error := write.exception(), Exception):
             self._broken = error
             self._wake.set()
+
+
+def sent(future: Future, epoch: int) -> Future:
+    """The future as a claim leaves it: an attempt is a start of the engine that it was sent to."""
+    return replace(future, epoch=epoch, attempts=future.attempts + (future.epoch != epoch))
 
 
 def worn_out(future: Future, settings: Settings) -> Outcome | None:

@@ -23,6 +23,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from sqlalchemy import Connection, Row, create_engine, event
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.sql import Executable
 
@@ -50,10 +51,15 @@ class _Driver(Protocol):
     async def close(self) -> None: ...
 
 
+_POSTGRES = {"timeout": 15, "command_timeout": 120, "server_settings": {"synchronous_commit": "on"}}
+"""A silent server is an error within these seconds; a commit is on disk whatever the role's default is."""
+
+
 class _PostgresDriver:
     def __init__(self, url: str, readers: int) -> None:
-        self._readers = create_async_engine(url, pool_size=readers, pool_pre_ping=True)
-        self._writers = create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+        options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": _POSTGRES}
+        self._readers = create_async_engine(url, pool_size=readers, **options)
+        self._writers = create_async_engine(url, pool_size=1, max_overflow=0, **options)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         async with self._readers.connect() as connection:
@@ -188,7 +194,7 @@ class Database:
             return
         for write, answer in zip(group, answers, strict=True):
             if write.then is not None:
-                write.then(answer)
+                _tell(write.then, answer)
             if not write.outcome.done():
                 write.outcome.set_result(answer)
 
@@ -198,6 +204,13 @@ def _perform(connection: Connection, group: list[_Write[Any, Any]]) -> list[Any]
     for operation, writes in groupby(group, key=lambda write: write.operation):
         answers += operation(connection, [write.argument for write in writes])
     return answers
+
+
+def _tell(then: Callable[[Any], None], answer: Any) -> None:
+    try:
+        then(answer)
+    except Exception:  # boundary: a bug in a listener must not end the only writer
+        log.exception("a listener of the store failed")
 
 
 def _refuse(group: list[_Write[Any, Any]], error: Exception) -> None:
@@ -213,12 +226,20 @@ def translated_errors() -> Iterator[None]:
     """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
     try:
         yield
-    except OSError as error:
-        raise StoreUnavailable(f"the database does not answer: {error}") from error
+    except (OSError, PoolTimeout) as error:
+        raise _unavailable(error) from error
     except DBAPIError as error:
         if error.connection_invalidated or _is_outage(error):
-            raise StoreUnavailable(f"the database cannot serve this now: {error.orig}") from error
+            raise _unavailable(error) from error
         raise
+
+
+def _unavailable(error: Exception) -> StoreUnavailable:
+    """What the driver says names hosts, roles and paths: it goes to the log, not to clients."""
+    log.error("the database does not answer: %s", error)
+    return StoreUnavailable(
+        "the database cannot serve this now; the gateway's log says why. Try again in a moment"
+    )
 
 
 _OUTAGES = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, bindparam, func, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, case, func, select, update
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -51,7 +51,7 @@ _CLAIM = (
     .values(
         status=FutureStatus.RUNNING,
         epoch=bindparam("by_epoch"),
-        attempts=F.c.attempts + 1,
+        attempts=F.c.attempts + case((F.c.epoch == bindparam("by_epoch"), 0), else_=1),
         started_at=bindparam("at"),
     )
     .returning(F.c.request_id)
