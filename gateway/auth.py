@@ -16,12 +16,13 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from gateway.errors import Forbidden, Unauthorized
+from gateway.errors import Forbidden, StoreUnavailable, Unauthorized
 from gateway.store import Store
 from gateway.store.records import ApiKey
 
 LOCAL_OWNER = "local"
 _REFRESH_S = 2.0
+_STALE_S = 60.0
 _FORWARDED = frozenset(
     {
         "forwarded",
@@ -55,8 +56,7 @@ class Keys:
     async def caller(self, request: Request) -> Caller:
         """Who calls. Raises Unauthorized or Forbidden."""
         if time.monotonic() - self._read_at > _REFRESH_S:
-            self._keys = {key.key_hash: key for key in await self._store.keys.all()}
-            self._read_at = time.monotonic()
+            await self._refresh()
         if not self._keys:
             self._refuse_strangers(request)
             return Caller(LOCAL_OWNER, admin=True)
@@ -67,6 +67,15 @@ class Keys:
                 "`python -m gateway.keys add OWNER` has made"
             )
         return Caller(key.owner, key.admin)
+
+    async def _refresh(self) -> None:
+        """Read the keys again; those of a minute ago still count while the database does not answer."""
+        try:
+            self._keys = {key.key_hash: key for key in await self._store.keys.all()}
+            self._read_at = time.monotonic()
+        except StoreUnavailable:
+            if time.monotonic() - self._read_at > _STALE_S:
+                raise
 
     def _refuse_strangers(self, request: Request) -> None:
         """Without keys: loopback peers only, not through a proxy, not on behalf of a foreign web page."""

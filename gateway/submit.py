@@ -25,10 +25,11 @@ from engines.operations import (
     encode,
 )
 from gateway.checkpoints import checkpoint_path
-from gateway.errors import BadRequest, TooManyRequests
+from gateway.errors import BadRequest, EngineUnavailable, TooManyRequests
 from gateway.state import Gateway
 from gateway.store.futures import Submission
 from gateway.store.records import Checkpoint, CheckpointKind, Future, FutureStatus, Run, Sampler, Session
+from gateway.supervisor import EngineState
 
 RunOperation = ForwardBackward | Forward | OptimStep | SaveWeights | LoadWeights
 
@@ -163,6 +164,7 @@ async def submit_rejection(gateway: Gateway, run: Run, seq_id: int, kind: str, m
 async def submit_sample(gateway: Gateway, sampler: Sampler, seq_id: int, request: SampleRequest) -> Future:
     """Accept a sample. Raises TooManyRequests when too many of its owner's wait already."""
     dispatcher = gateway.fleet.for_base_model(sampler.base_model, "sample")
+    _refuse_foreign(gateway, dispatcher.name)
     waiting = dispatcher.sampling.waiting_of(sampler.owner)
     if waiting >= gateway.settings.max_queued_samples:
         raise TooManyRequests(f"{waiting} samples of yours wait already; retry when some of them are done")
@@ -185,6 +187,7 @@ async def _append(gateway: Gateway, run: Run, future: Future, body: bytes) -> Fu
         raise BadRequest(
             f"seq_id is {future.seq_id}; operations of a run are numbered from 1", param="seq_id"
         )
+    _refuse_foreign(gateway, run.engine)
     waiting = gateway.dispatcher_of(run).training.waiting_in_run(run.run_id)
     if waiting >= gateway.settings.max_queued_per_run:
         raise TooManyRequests(
@@ -217,6 +220,15 @@ def _rejected(future: Future, message: str) -> Future:
         error_category="user",
         finished_at=time.time(),
     )
+
+
+def _refuse_foreign(gateway: Gateway, engine: str) -> None:
+    """What this process accepts it must be able to dispatch: one gateway process serves a database at a time."""
+    dispatcher = gateway.fleet.dispatchers.get(engine)
+    if dispatcher is not None and dispatcher.supervisor.state is EngineState.WAITING:
+        raise EngineUnavailable(
+            f"another gateway process dispatches for engine {engine}; one process serves a database at a time"
+        )
 
 
 def _sample_future(sampler: Sampler, engine: str, seq_id: int) -> Future:

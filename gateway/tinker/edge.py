@@ -80,7 +80,7 @@ async def in_thread_if_large(body: bytes, convert: Callable[[], T]) -> T:
 async def json_body(request: Request, schema: type[T]) -> T:
     """The body as a struct. Raises BadRequest when it is not JSON and Unprocessable naming the field otherwise."""
     body = await read_body(request)
-    return parse_json(body, schema)
+    return await in_thread_if_large(body, lambda: parse_json(body, schema))
 
 
 def json_reply(value: object) -> Response:

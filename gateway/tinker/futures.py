@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 from fastapi import APIRouter, Request, Response
 
 from gateway.auth import Owner
+from gateway.errors import StoreUnavailable
 from gateway.state import Gateway, Running
 from gateway.store.records import FutureStatus, Settled
 from gateway.supervisor import EngineState
@@ -14,6 +16,8 @@ from gateway.tinker import results, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, takes
 
 router = APIRouter()
+
+_OUTAGE_PAUSE_S = 2.0
 
 _ATTENTIVE_S = 2.0
 
@@ -26,7 +30,13 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
     if unloaded_run != body.request_id:
         run = await gateway.run(owner, unloaded_run)
         return _json({"model_id": run.run_id, "type": "unload_model"})
-    settled = await _outcome(request, gateway, owner, body.request_id)
+    try:
+        settled = await _outcome(request, gateway, owner, body.request_id)
+    except StoreUnavailable as error:
+        await asyncio.sleep(
+            _OUTAGE_PAUSE_S
+        )  # the SDK would repeat a 503 at once, a storm for a database that recovers
+        return _json(results.pending(body.request_id, "paused_capacity", error.message))
     if settled is None:
         return _json(results.pending(body.request_id, *_queue_state(gateway)))
     if settled.future.status is FutureStatus.FAILED or settled.result is None:
