@@ -38,6 +38,10 @@ MAX_STOP_LENGTH = 1024
 
 _LEAST_EPS = float(np.finfo(np.float32).tiny)
 """Below it, and above all at 0, a weight without gradient becomes 0 / 0."""
+_LARGEST = 1e30
+"""Beyond it, products leave float32's range."""
+_LEAST_TEMPERATURE = 1e-6
+"""Below it, dividing by the temperature leaves float32's range."""
 _LONGEST_ECHO = 80
 """Characters of a sender's own words that an error repeats."""
 _PER_TOKEN_BOUNDS = ("clip_low_threshold", "clip_high_threshold")
@@ -93,6 +97,10 @@ def _check_optim_step(step: OptimStep) -> None:
 def _check_number(field: str, value: float, allowed: str, holds: Callable[[float], bool]) -> None:
     if not (math.isfinite(value) and holds(value)):
         raise UserError(f"{field} is {value}; it must be a finite number, {allowed}")
+    if abs(value) > _LARGEST:
+        raise UserError(
+            f"{field} is {value}; it must be at most {_LARGEST:g}, which float32 arithmetic can hold"
+        )
 
 
 # ---------------------------------------------------------------------------- forward and backward
@@ -279,7 +287,12 @@ def _check_room(request: SampleRequest, length: int, info: EngineInfo) -> None:
 
 
 def _check_drawing(request: SampleRequest) -> None:
-    _check_number("sampling_params.temperature", request.temperature, "at least 0", lambda value: value >= 0)
+    _check_number(
+        "sampling_params.temperature",
+        request.temperature,
+        f"0 for the most likely token, or at least {_LEAST_TEMPERATURE:g}",
+        lambda value: value == 0 or value >= _LEAST_TEMPERATURE,
+    )
     _check_number(
         "sampling_params.top_p", request.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1
     )

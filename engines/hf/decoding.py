@@ -169,8 +169,10 @@ class Decoder:
                 ended.append(row)
         complete = {row.sample.call_id: row.sample for row in ended if row.sample.complete}
         events += [SampleEnd(call_id, sample.result()) for call_id, sample in complete.items()]
+        # First: a row that moves takes its slot's numbers along, and what is not a number must be cleared where it is.
+        failures = [self._fail(call_id) for call_id in sorted(broken)]
         self._leave(ended)
-        return events + [self._fail(call_id) for call_id in sorted(broken)]
+        return events + failures
 
     def _fail(self, call_id: int) -> SampleEnd:
         """End a sample whose numbers are not finite; nothing of it may stay in the cache for a slot's next owner."""

@@ -335,3 +335,9 @@ def test_a_wrong_sample_is_refused(sample: SampleRequest, words: str) -> None:
     with pytest.raises(UserError) as caught:
         check_sample(sample, INFO)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "grad_clip_norm", "eps"])
+def test_numbers_that_float32_cannot_hold_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"adam_params\.{name} is 1e\+39"):
+        check_operation(OptimStep(**{name: 1e39}), INFO)
