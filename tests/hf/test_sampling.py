@@ -279,3 +279,25 @@ def test_a_diverged_adapter_fails_alone_and_leaves_no_trace(make_engine: MakeEng
         found = ends[call_id]
         assert isinstance(found, SampleResult)
         close(found, result)
+
+
+def test_a_diverged_adapter_leaves_no_trace_when_its_row_would_move(make_engine: MakeEngine) -> None:
+    engine = make_engine(sample_slots=3)
+    adapter = trained(engine, "run", LoraSpec(rank=4, seed=1))
+    later = [request(text(2, 30), max_tokens=6), request(text(3, 4), max_tokens=6)]
+    expected = [sample_all(engine, [one])[0] for one in later]
+    engine.adapters.get(adapter.folder).values.fill_(float("nan"))
+    # One sample keeps the cache alive; one ends in the very step in which the third breaks, whose row stands last.
+    engine.start_sample(10, request(text(4, 30), max_tokens=40))
+    engine.start_sample(11, request(text(1, 30), max_tokens=1))
+    engine.start_sample(12, request(text(9, 40), max_tokens=6, adapter=adapter))
+    engine.advance()
+    for call_id, one in enumerate(later):
+        engine.start_sample(call_id, one)
+    ends: dict[int, SampleResult | UserError] = {}
+    while engine.sampling:
+        ends |= {event.call_id: event.result for event in engine.advance() if isinstance(event, SampleEnd)}
+    for call_id, known in enumerate(expected):
+        found = ends[call_id]
+        assert isinstance(found, SampleResult), found
+        close(found, known)
