@@ -105,7 +105,11 @@ def training(results: Results) -> list[str]:
             f"| {model} | " + " | ".join(f"{milliseconds:.1f}" for milliseconds in spent.values()) + " |"
         )
     worst = max(found["largest_difference_of_losses"] for found in results["models"].values())
-    return [*rows, "", f"The losses of the two loops differ by at most {worst:.1g}, relatively."]
+    return [
+        *rows,
+        "",
+        f"The losses of the two loops differ by at most {worst:.1g}, relatively. {_others(results)}",
+    ]
 
 
 def sampling(results: Results) -> list[str]:
@@ -120,12 +124,18 @@ def sampling(results: Results) -> list[str]:
         rows.append(f"| | `generate`, one by one | {_rate(found['one_by_one'])} | 1 | |")
         rows.append(f"| | `generate`, padded batch | {_rate(found['batch'])} | | 1 |")
     same = min(found["same_tokens"] for found in results["models"].values())
-    target = f"Target: ≥ {SAMPLING_TARGET:g} times one by one, base model."
     return [
         *rows,
         "",
-        f"{target} {same:.0%} of the prompts, at least, are continued by both with the same tokens.",
+        f"Wanted: ≥ {SAMPLING_TARGET:g} times one by one, base model. At least {same:.0%} of the prompts are continued "
+        f"by both with the same tokens. {_others(results)}",
     ]
+
+
+def _others(results: Results) -> str:
+    """How undisturbed the rounds were."""
+    shares = [share for found in results["models"].values() for share in found["others"]]
+    return f"Other processes used {median(shares):.0%} of the machine, at most {max(shares):.0%}."
 
 
 def _rate(side: Results) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import tinker
 
-from benchmarks.alternating import Side, alternate, engine_process, ratios
+from benchmarks.alternating import Side, alternate, disturbance, engine_process, ratios, summary
 from benchmarks.measuring import KEY, RESULTS, gateway, keep, machine, median
 from benchmarks.plain import PlainProcess
 from benchmarks.workload import MODELS, model_folder, prompts, vocabulary
@@ -37,6 +37,8 @@ class Plan:
     shortest: int = 16
     longest: int = 64
     new_tokens: int = 48
+    repeats: int = 7
+    patience_s: float = 600.0
 
     @property
     def tokens(self) -> int:
@@ -44,9 +46,7 @@ class Plan:
         return self.prompts * self.new_tokens
 
 
-REPEATS = 7
-SMOKE = Plan(prompts=3, shortest=4, longest=9, new_tokens=5)
-SMOKE_REPEATS = 2
+SMOKE = Plan(prompts=3, shortest=4, longest=9, new_tokens=5, repeats=2, patience_s=0.0)
 
 
 class Sampled:
@@ -83,7 +83,7 @@ class Generated:
         return sum(map(len, self.tokens)) / float(answer["seconds"])
 
 
-def measure(model: str, plan: Plan, repeats: int, threads: int, root: Path) -> dict[str, Any]:
+def measure(model: str, plan: Plan, threads: int, root: Path) -> dict[str, Any]:
     """All ways of one model."""
     folder = model_folder(model, root)
     data = root / f"gateway-{model.replace('/', '-')}"
@@ -108,21 +108,22 @@ def measure(model: str, plan: Plan, repeats: int, threads: int, root: Path) -> d
             "one_by_one": Side(one_by_one.rate, {"generate": plain.pid}),
             "batch": Side(batch.rate, {"generate": plain.pid}),
         }
-        alternate(list(sides.values()), repeats)
+        rounds = alternate(sides, plan.repeats, plan.patience_s)
         parameters = plain.parameters
     for way in (base, adapted, one_by_one, batch):
         if sum(map(len, way.tokens)) != plan.tokens:
             raise RuntimeError(f"{plan.tokens} tokens were asked for, and {sum(map(len, way.tokens))} came")
     compared = {
-        f"{ours}_to_{theirs}": ratios(sides[ours].rates, sides[theirs].rates)
+        f"{ours}_to_{theirs}": ratios(rounds, ours, theirs)
         for ours in ("tandem", "tandem_adapter")
         for theirs in ("one_by_one", "batch")
     }
     return {
         "parameters": parameters,
-        **{name: side.summary(plan.tokens) for name, side in sides.items()},
+        **{name: summary((done[name] for done in rounds), plan.tokens) for name in sides},
         "ratios": compared,
         "ratio": round(median(compared["tandem_to_one_by_one"]), 4),
+        "others": disturbance(rounds),
         "same_tokens": _agreement(base.tokens, one_by_one.tokens),
     }
 
@@ -137,19 +138,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--repeats", type=int, default=Plan.repeats)
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=Plan.patience_s,
+        help="seconds to wait for a calm machine, each model",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the engine and of generate")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
         "--smoke", action="store_true", help="a short form that only shows that everything works"
     )
     args = parser.parse_args()
-    plan, repeats = (SMOKE, SMOKE_REPEATS) if args.smoke else (Plan(), args.repeats)
+    plan = SMOKE if args.smoke else Plan(repeats=args.repeats, patience_s=args.patience)
     results: dict[str, Any] = {"machine": machine(), "threads": args.threads, "rank": RANK}
     results |= {"work": asdict(plan), "models": {}}
     with tempfile.TemporaryDirectory() as root:
         for model in args.models:
-            results["models"][model] = measure(model, plan, repeats, args.threads, Path(root))
+            results["models"][model] = measure(model, plan, args.threads, Path(root))
             print(json.dumps({model: results["models"][model]}, indent=1))
     keep("sampling", results, args.out)
 

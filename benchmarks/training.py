@@ -22,7 +22,7 @@ from typing import Any
 
 import tinker
 
-from benchmarks.alternating import Side, alternate, engine_process, ratios
+from benchmarks.alternating import Side, alternate, disturbance, engine_process, ratios, summary
 from benchmarks.measuring import KEY, RESULTS, gateway, keep, machine, median
 from benchmarks.plain import ADAM, PlainProcess
 from benchmarks.workload import LARGER, MODELS, TINY, Batch, model_folder, training_batches, vocabulary
@@ -41,14 +41,15 @@ class Plan:
     rows: int = 8
     length: int = 128
     repeats: int = 15
-    steps: dict[str, int] = field(default_factory=lambda: {TINY: 60, LARGER: 4})
+    patience_s: float = 600.0
+    steps: dict[str, int] = field(default_factory=lambda: {TINY: 50, LARGER: 3})
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
 
 
-SMOKE = Plan(rows=2, length=16, repeats=2, steps=dict.fromkeys(MODELS, 2))
+SMOKE = Plan(rows=2, length=16, repeats=2, patience_s=0.0, steps=dict.fromkeys(MODELS, 2))
 
 
 class SdkLoop:
@@ -116,20 +117,21 @@ def measure(model: str, plan: Plan, threads: int, root: Path) -> dict[str, Any]:
             return steps * plan.tokens / float(answer["seconds"])
 
         processes = {"client": os.getpid(), "gateway": measured.pid, "engine": engine_process(measured.pid)}
-        ours = Side(lambda: steps * plan.tokens / loop.train(steps), processes)
-        theirs = Side(train_plainly, {"loop": plain.pid})
-        alternate([ours, theirs], plan.repeats)
+        sides = {
+            "tandem": Side(lambda: steps * plan.tokens / loop.train(steps), processes),
+            "plain": Side(train_plainly, {"loop": plain.pid}),
+        }
+        rounds = alternate(sides, plan.repeats, plan.patience_s)
         parameters = plain.parameters
-    difference = _compare(loop.losses, plain_losses)
-    both = ratios(ours.rates, theirs.rates)
+    both = ratios(rounds, "tandem", "plain")
     return {
         "parameters": parameters,
         "steps_per_repeat": steps,
-        "tandem": ours.summary(steps),
-        "plain": theirs.summary(steps),
+        **{name: summary((done[name] for done in rounds), steps) for name in sides},
         "ratios": both,
         "ratio": round(median(both), 4),
-        "largest_difference_of_losses": difference,
+        "others": disturbance(rounds),
+        "largest_difference_of_losses": _compare(loop.losses, plain_losses),
     }
 
 
@@ -150,6 +152,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--repeats", type=int, default=Plan.repeats)
     parser.add_argument(
+        "--patience",
+        type=float,
+        default=Plan.patience_s,
+        help="seconds to wait for a calm machine, each model",
+    )
+    parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of the engine and of the plain loop"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
@@ -157,7 +165,7 @@ def main() -> None:
         "--smoke", action="store_true", help="a short form that only shows that everything works"
     )
     args = parser.parse_args()
-    plan = SMOKE if args.smoke else Plan(repeats=args.repeats)
+    plan = SMOKE if args.smoke else Plan(repeats=args.repeats, patience_s=args.patience)
     results: dict[str, Any] = {"machine": machine(), "threads": args.threads, "rank": RANK}
     results |= {"batch": [plan.rows, plan.length], "models": {}}
     with tempfile.TemporaryDirectory() as root:
