@@ -4,7 +4,7 @@ The official SDK loads a tokenizer with `AutoTokenizer.from_pretrained(<name of 
 the hub's cache on this machine. A built-in or local model is in neither. So its files are fetched from the gateway and
 
 * put into the hub's cache, in its own layout, so that later programs find them when the hub does not answer; a model
-  that was really downloaded from the hub is left alone;
+  that was really downloaded from the hub, before or after, is left alone;
 * preferred in this process for exactly that name, since a hub that answers would say that there is no such model.
 """
 
@@ -25,6 +25,7 @@ from huggingface_hub import constants
 log = logging.getLogger(__name__)
 
 _MARK = ".from-tandem"
+"""Stands in a folder of the hub's cache that was made here, and has the revisions that were put there, one a line."""
 _CONFIG = "config.json"
 _folders: dict[str, Path] = {}
 
@@ -48,11 +49,11 @@ def serve_tokenizer(http: httpx.Client, model: str) -> None:
         )
     repository = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
     try:
-        if not _claim(repository):
+        if not _claim(repository) or not _names_ours(repository):
             return  # downloaded from the hub: that is the model's own
         folder = repository / "snapshots" / revision
         _fetch(http, model, files, folder)
-        _write(repository / "refs" / "main", revision.encode())
+        _name(repository, revision)
     except OSError as error:
         log.warning("the hub's cache takes no files (%s): other programs will not find this tokenizer", error)
         folder = Path(tempfile.mkdtemp(prefix="tandem-tokenizer-"))
@@ -75,6 +76,30 @@ def _claim(repository: Path) -> bool:
         except OSError:
             shutil.rmtree(staged)  # another program was first
     return (repository / _MARK).exists()
+
+
+def _names_ours(repository: Path) -> bool:
+    """Whether the hub's name for the newest revision, refs/main, is free or was written here.
+
+    It is neither once the real model has been downloaded: programs without a network then depend on it.
+    """
+    try:
+        named = (repository / "refs" / "main").read_text().strip()
+    except FileNotFoundError:
+        return True
+    return named in (repository / _MARK).read_text().split()
+
+
+def _name(repository: Path, revision: str) -> None:
+    """Make a revision the newest one, unless the hub has named its own meanwhile."""
+    mark = repository / _MARK
+    if revision not in mark.read_text().split():
+        with mark.open(
+            "a"
+        ) as ours:  # before it is named, so that what refs/main names is always known as ours
+            ours.write(f"{revision}\n")
+    if _names_ours(repository):
+        _write(repository / "refs" / "main", revision.encode())
 
 
 def _fetch(http: httpx.Client, model: str, files: dict[str, int], folder: Path) -> None:

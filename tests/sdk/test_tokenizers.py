@@ -87,6 +87,38 @@ def test_a_model_of_the_hubs_own_is_left_alone(preferred: dict[str, Path], tmp_p
     assert [path.name for path in theirs.parents[1].rglob("*")] == ["snapshots", "abc"]
 
 
+@pytest.mark.parametrize("revision", [REVISION, "f" * 40], ids=["as before", "changed"])
+def test_a_model_that_the_hub_brings_later_stays_the_newest(
+    revision: str, preferred: dict[str, Path], tmp_path: Path
+) -> None:
+    with gateway() as http:
+        tokenizers.serve_tokenizer(http, "a/b")
+    repository = tmp_path / "hub" / "models--a--b"
+    theirs = "abc0" * 10
+    (repository / "snapshots" / theirs).mkdir()
+    (repository / "refs" / "main").write_text(theirs)
+    preferred.clear()
+    with gateway(revision=revision) as http:
+        tokenizers.serve_tokenizer(http, "a/b")
+    assert (repository / "refs" / "main").read_text() == theirs
+    assert list((repository / "snapshots" / theirs).iterdir()) == []
+    assert preferred == {}
+
+
+def test_a_model_that_the_hub_brings_meanwhile_stays_the_newest(
+    preferred: dict[str, Path], tmp_path: Path
+) -> None:
+    main = tmp_path / "hub" / "models--a--b" / "refs" / "main"
+
+    def download() -> None:
+        main.parent.mkdir(exist_ok=True)
+        main.write_text("abc0" * 10)
+
+    with gateway(wait=download) as http:
+        tokenizers.serve_tokenizer(http, "a/b")
+    assert main.read_text() == "abc0" * 10
+
+
 @pytest.mark.parametrize("status", [404, 503])
 def test_a_model_that_is_not_ready_is_passed_over(
     status: int, preferred: dict[str, Path], tmp_path: Path
