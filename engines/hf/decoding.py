@@ -169,19 +169,23 @@ class Decoder:
                 ended.append(row)
         complete = {row.sample.call_id: row.sample for row in ended if row.sample.complete}
         events += [SampleEnd(call_id, sample.result()) for call_id, sample in complete.items()]
-        # First: a row that moves takes its slot's numbers along, and what is not a number must be cleared where it is.
-        failures = [self._fail(call_id) for call_id in sorted(broken)]
+        failures = self._fail(broken)
         self._leave(ended)
         return events + failures
 
-    def _fail(self, call_id: int) -> SampleEnd:
-        """End a sample whose numbers are not finite; nothing of it may stay in the cache for a slot's next owner."""
+    def _fail(self, broken: set[int]) -> list[SampleEnd]:
+        """End samples whose numbers are not finite; nothing of them may stay in the cache for a slot's next owner.
+
+        All their slots are cleared before any row moves: a row takes its numbers along and leaves them behind as well.
+        """
         for slot, row in enumerate(self.rows):
-            if row.sample.call_id == call_id:
+            if row.sample.call_id in broken:
                 self.cache.clear(slot)
-        self.cancel(call_id)
         message = "the adapter's weights give log-probs that are not numbers: its training has diverged"
-        return SampleEnd(call_id, UserError(message))
+        ends = [SampleEnd(call_id, UserError(message)) for call_id in sorted(broken)]
+        for end in ends:
+            self.cancel(end.call_id)
+        return ends
 
     def _leave(self, rows: Sequence[Row]) -> None:
         """Free the rows' slots; the last row moves into each gap."""

@@ -301,3 +301,25 @@ def test_a_diverged_adapter_leaves_no_trace_when_its_row_would_move(make_engine:
         found = ends[call_id]
         assert isinstance(found, SampleResult), found
         close(found, known)
+
+
+def test_diverged_adapters_that_break_in_one_step_leave_no_trace(make_engine: MakeEngine) -> None:
+    """The first one's gap is filled with a row of the second, whose own slot must be clean as well."""
+    engine = make_engine(sample_slots=3)
+    adapter = trained(engine, "run", LoraSpec(rank=4, seed=1))
+    later = [request(text(2, 4), max_tokens=6), request(text(3, 4), max_tokens=6)]
+    expected = [sample_all(engine, [one])[0] for one in later]
+    engine.adapters.get(adapter.folder).values.fill_(float("nan"))
+    engine.start_sample(10, request(text(4, 60), max_tokens=40))
+    for call_id in (11, 12):
+        engine.start_sample(call_id, request(text(call_id, 50), max_tokens=6, adapter=adapter))
+    engine.advance()
+    for call_id, one in enumerate(later):
+        engine.start_sample(call_id, one)
+    ends: dict[int, SampleResult | UserError] = {}
+    while engine.sampling:
+        ends |= {event.call_id: event.result for event in engine.advance() if isinstance(event, SampleEnd)}
+    for call_id, known in enumerate(expected):
+        found = ends[call_id]
+        assert isinstance(found, SampleResult), found
+        close(found, known)
