@@ -40,6 +40,8 @@ _LEAST_EPS = float(np.finfo(np.float32).tiny)
 """Below it, and above all at 0, a weight without gradient becomes 0 / 0."""
 _LARGEST = 1e30
 """Beyond it, products leave float32's range."""
+_STEP_LIMITS = {"learning_rate": 1e4, "weight_decay": 1e4, "grad_clip_norm": _LARGEST}
+"""Largest settings of a step: so that their products, and quotients by 1 - beta, are float32 numbers."""
 _LEAST_TEMPERATURE = 1e-6
 """Below it, dividing by the temperature leaves float32's range."""
 _LONGEST_ECHO = 80
@@ -68,8 +70,12 @@ def _check_lora(lora: LoraSpec, info: EngineInfo) -> None:
         raise UserError(
             f"lora_config.rank is {lora.rank}; {info.base_model} takes ranks from 1 to {info.max_rank}"
         )
-    if not (math.isfinite(lora.alpha) and lora.alpha > 0):
-        raise UserError(f"lora_config.alpha is {lora.alpha}; it must be a positive number")
+    _check_number(
+        "lora_config.alpha",
+        lora.alpha,
+        f"above 0 and at most {_LARGEST:g}",
+        lambda value: 0 < value <= _LARGEST,
+    )
     if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
         raise UserError(
             "lora_config: train_attn, train_mlp and train_unembed are all false, so there is nothing to train; "
@@ -83,24 +89,24 @@ def _check_lora(lora: LoraSpec, info: EngineInfo) -> None:
 
 
 def _check_optim_step(step: OptimStep) -> None:
-    for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
-        _check_number(f"adam_params.{name}", getattr(step, name), "at least 0", lambda value: value >= 0)
+    for name, most in _STEP_LIMITS.items():
+        _check_range(f"adam_params.{name}", getattr(step, name), 0.0, most)
     for name in ("beta1", "beta2"):
         _check_number(
             f"adam_params.{name}", getattr(step, name), "at least 0 and below 1", lambda value: 0 <= value < 1
         )
+    _check_range("adam_params.eps", step.eps, _LEAST_EPS, 1.0)
+
+
+def _check_range(field: str, value: float, least: float, most: float) -> None:
     _check_number(
-        "adam_params.eps", step.eps, f"at least {_LEAST_EPS:.2g}", lambda value: value >= _LEAST_EPS
+        field, value, f"at least {least:.2g} and at most {most:g}", lambda number: least <= number <= most
     )
 
 
 def _check_number(field: str, value: float, allowed: str, holds: Callable[[float], bool]) -> None:
     if not (math.isfinite(value) and holds(value)):
         raise UserError(f"{field} is {value}; it must be a finite number, {allowed}")
-    if abs(value) > _LARGEST:
-        raise UserError(
-            f"{field} is {value}; it must be at most {_LARGEST:g}, which float32 arithmetic can hold"
-        )
 
 
 # ---------------------------------------------------------------------------- forward and backward
@@ -138,8 +144,7 @@ def _check_setting(spec: LossSpec, name: str, value: float | str) -> None:
         raise UserError(
             f"loss_fn_config[{name!r}] is the text {value[:_LONGEST_ECHO]!r}; {spec.name} takes a number"
         )
-    least = setting.least
-    _check_number(f"loss_fn_config[{name!r}]", value, f"at least {least:g}", lambda number: number >= least)
+    _check_range(f"loss_fn_config[{name!r}]", value, setting.least, _LARGEST)
 
 
 def _check_bounds(config: Mapping[str, float]) -> None:
@@ -241,10 +246,13 @@ def _vocabulary(info: EngineInfo) -> str:
 
 
 def _check_finite(field: str, values: NDArray[Any]) -> None:
-    finite = np.isfinite(values)
-    if not finite.all():
-        place = _first(~finite)
-        raise UserError(f"{field}{list(place)} is {float(values[place])}; all its numbers must be finite")
+    held = np.abs(values) <= _LARGEST  # false for NaN as well
+    if not held.all():
+        place = _first(~held)
+        raise UserError(
+            f"{field}{list(place)} is {float(values[place]):g}; all its numbers must be finite, from {-_LARGEST:g} to "
+            f"{_LARGEST:g}"
+        )
 
 
 def _first(mask: NDArray[Any]) -> tuple[int, ...]:
@@ -290,8 +298,8 @@ def _check_drawing(request: SampleRequest) -> None:
     _check_number(
         "sampling_params.temperature",
         request.temperature,
-        f"0 for the most likely token, or at least {_LEAST_TEMPERATURE:g}",
-        lambda value: value == 0 or value >= _LEAST_TEMPERATURE,
+        f"0 for the most likely token, or from {_LEAST_TEMPERATURE:g} to {_LARGEST:g}",
+        lambda value: value == 0 or _LEAST_TEMPERATURE <= value <= _LARGEST,
     )
     _check_number(
         "sampling_params.top_p", request.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1

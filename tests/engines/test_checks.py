@@ -337,7 +337,59 @@ def test_a_wrong_sample_is_refused(sample: SampleRequest, words: str) -> None:
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "grad_clip_norm", "eps"])
-def test_numbers_that_float32_cannot_hold_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=rf"adam_params\.{name} is 1e\+39"):
-        check_operation(OptimStep(**{name: 1e39}), INFO)
+@pytest.mark.parametrize(
+    ("name", "most", "beyond"),
+    [
+        ("learning_rate", 1e4, 10001.0),
+        ("weight_decay", 1e4, 10001.0),
+        ("grad_clip_norm", 1e30, 1.01e30),
+        ("eps", 1.0, 1.01),
+    ],
+)
+def test_a_step_holds_no_number_that_float32_arithmetic_cannot(name: str, most: float, beyond: float) -> None:
+    check_operation(OptimStep(**{name: most}), INFO)
+    for value in (beyond, 1e39, 1e300):
+        with pytest.raises(UserError) as caught:
+            check_operation(OptimStep(**{name: value}), INFO)
+        assert f"adam_params.{name} is {value}; " in str(caught.value)
+        assert f"at most {most:g}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        ("dro", "beta"),
+        ("ppo", "clip_high_threshold"),
+        ("ppo", "clip_low_threshold"),
+        ("cispo", "clip_high_threshold"),
+    ],
+)
+def test_a_loss_takes_no_setting_that_float32_arithmetic_cannot(loss: str, name: str) -> None:
+    both = {"clip_high_threshold": 1e30} if loss != "dro" else {}
+    check_operation(ForwardBackward([policy()], loss, {**both, name: 1e30}), INFO)
+    with pytest.raises(UserError) as caught:
+        check_operation(ForwardBackward([policy()], loss, {**both, name: 1e300}), INFO)
+    assert f"loss_fn_config['{name}'] is 1e+300; " in str(caught.value)
+    assert "at most 1e+30" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [1.1e30, -3e38])
+def test_loss_inputs_hold_no_number_whose_products_float32_cannot(value: float) -> None:
+    sentence = refused(policy(advantages=floats(0, value, 1)), "ppo")
+    assert f"data[1].loss_fn_inputs['advantages'][1] is {value:g}; " in sentence
+    assert "from -1e+30 to 1e+30" in sentence
+    check_operation(ForwardBackward([policy(advantages=floats(0, 9e29, -9e29))], "ppo"), INFO)
+
+
+def test_an_adapter_whose_scale_float32_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match=r"lora_config\.alpha is 1e\+300; .* at most 1e\+30"):
+        check_operation(CreateRun(LoraSpec(rank=1, seed=1, alpha=1e300)), INFO)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 9.9e-7])
+def test_temperatures_between_greedy_and_what_float32_can_divide_by_are_refused(temperature: float) -> None:
+    prompt = ints(1, 2)
+    for fine in (0.0, 1e-6):
+        check_sample(SampleRequest(prompt, 1, 1, max_tokens=1, temperature=fine), INFO)
+    with pytest.raises(UserError, match=r"sampling_params\.temperature is .* 0 for the most likely token"):
+        check_sample(SampleRequest(prompt, 1, 1, max_tokens=1, temperature=temperature), INFO)
