@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout
 from engines.hf.model import BaseModel, Pack
 from engines.hf.samples import Row, Sample, segments_of
 from engines.interface import SampleEnd, SampleEvent, UserError
+
+HELD_PREFILLS = 8
+"""Prompts are held for sequences that still wait as long as they have together no more tokens than so many prefills."""
 
 
 class Decoder:
@@ -115,26 +118,34 @@ class Decoder:
                 self.rows.append(row)
                 joined.append(row)
                 hidden.append(sample.last)
-            if not sample.waiting:
+            if sample.waiting:
+                sample.keep_prefix()
+            else:
                 sample.prefix = sample.last = None
         return joined, hidden
 
     def _choose(self) -> list[tuple[Sample, int]]:
-        """Samples in order of arrival, and how many sequences of each there is room for."""
-        chosen: list[tuple[Sample, int]] = []
+        """Samples that join, and how many sequences of each.
+
+        Waiting samples take turns, a sequence each: whoever asks for many does not keep the others waiting. Those
+        that cannot begin in this step come first in the next one.
+        """
         free = self.cache.max_slots - len(self.rows)
-        tokens = 0
+        chosen: dict[int, tuple[Sample, int]] = {}
+        later: list[Sample] = []
+        room = _Room(self.prefill_tokens, self.queue)
         while self.queue and free:
-            sample = self.queue[0]
-            tokens += 0 if sample.prefix else len(sample.prompt)
-            if chosen and tokens > self.prefill_tokens:
-                break
-            count = min(free, sample.waiting)
-            chosen.append((sample, count))
-            free -= count
-            if count == sample.waiting:
-                self.queue.popleft()
-        return chosen
+            sample = self.queue.popleft()
+            _, count = chosen.get(sample.call_id, (sample, 0))
+            if not (count or sample.prefix or room.take(sample)):
+                later.append(sample)
+                continue
+            chosen[sample.call_id] = (sample, count + 1)
+            free -= 1
+            if count + 1 < sample.waiting:
+                self.queue.append(sample)
+        self.queue.extendleft(reversed(later))
+        return list(chosen.values())
 
     def _prefill(self, samples: list[Sample]) -> None:
         """Run each prompt through the model once and keep what its sequences need."""
@@ -206,3 +217,31 @@ def _by_adapter(rows: Sequence[Row]) -> list[int]:
     first: dict[int, int] = {}
     keys = [first.setdefault(id(row.sample.adapter), slot) for slot, row in enumerate(rows)]
     return sorted(range(len(rows)), key=keys.__getitem__)
+
+
+class _Room:
+    """What may still begin in one step: prompt tokens to prefill, and to hold for the sequences that join later."""
+
+    def __init__(self, prefill_tokens: int, queue: Iterable[Sample]) -> None:
+        self.most = prefill_tokens
+        self.taken = 0
+        self.held = sum(len(sample.prompt) for sample in queue if sample.prefix)
+        self.prefilled = False
+        self.full = False
+
+    def take(self, sample: Sample) -> bool:
+        """Whether the sample begins now. The first prompt always may; none overtakes one that must wait for the same.
+
+        One sequence alone needs no prompt held: it passes by those that wait until other prompts are let go.
+        """
+        tokens = len(sample.prompt)
+        kept = tokens if sample.waiting > 1 else 0
+        if self.taken and self.taken + tokens > self.most:
+            self.prefilled = True
+        if kept and self.held and self.held + kept > HELD_PREFILLS * self.most:
+            self.full = True
+        if self.prefilled or (kept and self.full):
+            return False
+        self.taken += tokens
+        self.held += kept
+        return True

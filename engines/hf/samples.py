@@ -39,6 +39,8 @@ class Sample:
     """The prompt's keys and values, until all sequences are admitted."""
     last: Tensor | None = None
     """Hidden state [1, H] of the prompt's last token, as long."""
+    owned: bool = False
+    """Whether these two are copies, not views of a whole pass."""
     prompt_logprobs: Bytes | None = None
     topk_prompt_logprobs: TopLogprobs | None = None
 
@@ -58,6 +60,14 @@ class Sample:
             prompt_logprobs=self.prompt_logprobs,
             topk_prompt_logprobs=self.topk_prompt_logprobs,
         )
+
+    def keep_prefix(self) -> None:
+        """Hold the prompt's own numbers, and no longer the whole pass that they came out of."""
+        if self.prefix is None or self.last is None or self.owned:
+            return
+        self.prefix = {layer: (key.clone(), value.clone()) for layer, (key, value) in self.prefix.items()}
+        self.last = self.last.clone()
+        self.owned = True
 
     def score_prompt(self, base: BaseModel, hidden: Tensor) -> None:
         """Log-probs of the prompt's own tokens and of the best alternatives, untempered, from states [N, H]."""

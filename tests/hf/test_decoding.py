@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engines.hf import HfEngine
+from engines.hf.samples import Sample
 from engines.interface import SampleEnd, SampleEvent, SampleStep
 from engines.operations import SampleRequest, SampleResult
 from tests.hf.conftest import MakeEngine
@@ -73,7 +74,7 @@ def test_slots_are_the_limit_and_are_used_again(make_engine: MakeEngine) -> None
     while engine.sampling:
         steps.append(tokens_of(engine.advance()))
     assert max(sum(step.values()) for step in steps) == 3
-    assert steps[0] == {0: 2, 1: 1}
+    assert steps[0] == {0: 1, 1: 1, 2: 1}
     assert sum(sum(step.values()) for step in steps) == 4 * 2 * 4
 
 
@@ -99,6 +100,59 @@ def test_the_prompt_is_run_once_for_all_its_samples(
     monkeypatch.setattr(engine.base, "hidden", counting)
     sample_all(engine, [request(text(0, 50), max_tokens=3, num_samples=6)])
     assert passed == [50, 6, 6]
+
+
+def test_who_asks_for_many_does_not_keep_the_others_waiting(make_engine: MakeEngine) -> None:
+    """200 sequences of 20 tokens fill 4 slots for 1,000 steps; one token is drawn in the first of them."""
+    engine = make_engine(sample_slots=4)
+    many, few = request(text(0, 9), max_tokens=20, num_samples=200), request(text(1, 5), max_tokens=1)
+    start(engine, [many, few, request(text(2, 5), max_tokens=8, num_samples=3)])
+    first = engine.advance()
+    assert tokens_of(first) == {0: 2, 1: 1, 2: 1}
+    assert [event.call_id for event in first if isinstance(event, SampleEnd)] == [1]
+    ended: dict[int, int] = {}
+    for taken in range(2, 60):
+        ended |= {event.call_id: taken for event in engine.advance() if isinstance(event, SampleEnd)}
+    assert ended.keys() == {2}
+    engine.cancel_sample(0)
+    assert not engine.sampling
+
+
+def test_samples_that_take_turns_are_what_they_are_alone(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each prompt is run once, and held until its last sequence has joined."""
+    engine = make_engine(sample_slots=3)
+    wanted = [request(text(i, 20 + i), max_tokens=2 + i, num_samples=4, seed=i) for i in range(4)]
+    expected = [sample_all(engine, [one])[0] for one in wanted]
+    prefilled: list[int] = []
+    plain = engine.decoder._prefill
+
+    def counting(samples: list[Sample]) -> None:
+        prefilled.extend(sample.call_id for sample in samples)
+        plain(samples)
+
+    monkeypatch.setattr(engine.decoder, "_prefill", counting)
+    for found, known in zip(sample_all(engine, wanted), expected, strict=True):
+        assert [one.tokens for one in found.sequences] == [one.tokens for one in known.sequences]
+    assert sorted(prefilled) == [0, 1, 2, 3]
+
+
+def test_prompts_held_for_waiting_sequences_are_bounded(make_engine: MakeEngine) -> None:
+    """8 prefills of 30 tokens: two prompts of 100 are held, never three; a sequence that needs none passes by."""
+    engine = make_engine(sample_slots=6, prefill_tokens=30)
+    start(engine, [request(text(i, 100), max_tokens=2, num_samples=30) for i in range(4)])
+    engine.start_sample(4, request(text(4, 5), max_tokens=1))
+    held: list[int] = []
+    ended: list[int] = []
+    while engine.sampling:
+        ended += [event.call_id for event in engine.advance() if isinstance(event, SampleEnd)]
+        prefixes = [sample.prefix for sample in engine.decoder.queue if sample.prefix]
+        held.append(len(prefixes))
+        for prefix in prefixes:
+            assert all(part.untyped_storage().size() == part.numel() * 4 for part in prefix[0])
+    assert max(held) == 2
+    assert ended[0] == 4 and sorted(ended) == [0, 1, 2, 3, 4]
 
 
 def test_sequences_end_at_eos_only_when_asked(
