@@ -52,7 +52,7 @@ def params(**changes: Any) -> dict[str, Any]:
         ({"num_samples": 10**6}, ["num_samples", "1000000", "1024"]),
         ({"num_samples": 10**12}, ["num_samples"]),
         ({"num_samples": 1.5}, ["num_samples"]),
-        (params(temperature=-1), ["temperature", "-1", "at least 0"]),
+        (params(temperature=-1), ["temperature", "-1", "0 for the most likely token"]),
         (params(temperature="hot"), ["temperature", "float"]),
         (params(top_p=0), ["top_p", "0"]),
         (params(top_p=1.1), ["top_p", "1.1"]),
