@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 import msgspec
 
 from sdk.admin_records import Checkpoint, Engine, Future, Metrics, Page, Run, Session, Step
-from sdk.environment import DEFAULT_URL
+from sdk.answers import refusal, silence
+from sdk.environment import DEFAULT_URL, takes_proxies
 
 T = TypeVar("T")
 
 _SCHEME = "tinker://"
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 _PAGE = 100
 _STEPS_IN_A_PAGE = 1000
 
@@ -42,13 +42,12 @@ class AdminClient:
         try:
             base = httpx.URL(f"{self.url}/admin/v1/")
         except httpx.InvalidURL as error:
-            raise AdminError(f"{url!r} is no URL ({error}); one looks like {DEFAULT_URL}") from error
-        # A proxy of the environment cannot reach this machine's own gateway, which would refuse it anyway.
+            raise AdminError(silence(url, error)) from error
         self._http = httpx.Client(
             base_url=base,
             headers={"X-API-Key": key} if key else {},
             timeout=timeout_s,
-            trust_env=base.host not in _LOCAL,
+            trust_env=takes_proxies(base.host),
         )
 
     def __enter__(self) -> Self:
@@ -168,21 +167,10 @@ class AdminClient:
         try:
             response = self._http.request(method, route, params=where)
         except httpx.RequestError as error:
-            self._explain(error)
+            raise AdminError(silence(self.url, error)) from error
         if not response.is_success:
-            raise AdminError(_sentence(self.url, response), response.status_code)
+            raise AdminError(refusal(self.url, response), response.status_code)
         return response
-
-    def _explain(self, error: httpx.RequestError) -> NoReturn:
-        if isinstance(error, httpx.UnsupportedProtocol):
-            raise AdminError(f"{self.url!r} is no URL; one looks like {DEFAULT_URL}") from error
-        if isinstance(error, httpx.ConnectError):
-            raise AdminError(f"nothing answers at {self.url}; start it with `tandem serve`") from error
-        if isinstance(error, httpx.TimeoutException):
-            raise AdminError(f"{self.url} did not answer in time") from error
-        raise AdminError(
-            f"the connection to {self.url} broke: {str(error) or type(error).__name__}"
-        ) from error
 
 
 def _segment(text: str) -> str:
@@ -199,12 +187,3 @@ def checkpoint_route(path: str) -> str:
             f"or {_SCHEME}RUN/sampler_weights/NAME"
         )
     return "checkpoints/" + "/".join(_segment(segment) for segment in segments)
-
-
-def _sentence(url: str, response: httpx.Response) -> str:
-    """What the gateway says, in one line."""
-    try:
-        return str(response.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        # Not the gateway's own form: a proxy before it, or another program on that port.
-        return f"{url} answers {response.status_code}: {' '.join(response.text.split())[:200] or 'nothing'}"

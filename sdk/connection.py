@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import msgspec
 import tinker
 
-from sdk.environment import DEFAULT_URL
+from sdk.answers import refusal, silence
+from sdk.environment import DEFAULT_URL, go_without_proxies, takes_proxies
 from sdk.tokenizers import serve_tokenizer
 
 LOCAL_KEY = "tml-local"
@@ -20,34 +22,42 @@ class ConnectionFailed(Exception):
     """The gateway cannot be used; the message says why and what to do."""
 
 
+class _Model(msgspec.Struct):
+    model_name: str
+
+
+class _Capabilities(msgspec.Struct):
+    """As much of them as is needed here."""
+
+    supported_models: list[_Model]
+
+
 def connect(url: str = DEFAULT_URL, key: str | None = None, **arguments: Any) -> tinker.ServiceClient:
     """A `ServiceClient` of the official SDK, for the gateway at `url`.
 
     `key` may be left out for a gateway on this machine that has no keys configured. Other arguments go to
     `ServiceClient`. The tokenizers of the models that the gateway serves are fetched, so that `get_tokenizer()` works
-    for them. Raises ConnectionFailed.
+    for them. A gateway on this machine is reached without the environment's proxies; as the official SDK can be told so
+    by NO_PROXY only, its address is added to that variable of this process. Raises ConnectionFailed.
     """
     key = key or LOCAL_KEY
-    with httpx.Client(base_url=url, headers={"X-API-Key": key}, timeout=_TIMEOUT_S) as http:
-        for model in _served_models(http, url):
-            serve_tokenizer(http, model)
+    try:
+        host = httpx.URL(url).host
+        if not takes_proxies(host):
+            go_without_proxies(host)
+        _fetch_tokenizers(url, key)
+    except httpx.HTTPStatusError as error:
+        raise ConnectionFailed(refusal(url, error.response)) from error
+    except (httpx.RequestError, httpx.InvalidURL) as error:
+        raise ConnectionFailed(silence(url, error)) from error
+    except (ValueError, msgspec.DecodeError) as error:
+        raise ConnectionFailed(f"{url} answers as no gateway of this version does: {error}") from error
     return tinker.ServiceClient(base_url=url, api_key=key, **arguments)
 
 
-def _served_models(http: httpx.Client, url: str) -> list[str]:
-    try:
-        response = http.get("/api/v1/get_server_capabilities")
-    except httpx.TransportError as error:
-        raise ConnectionFailed(
-            f"nothing answers at {url} ({error}); start a gateway with `tandem serve` or `python3 quickstart.py`"
-        ) from error
-    if response.is_error:
-        raise ConnectionFailed(f"{url} answered {response.status_code}: {_detail(response)}")
-    return [model["model_name"] for model in response.json()["supported_models"]]
-
-
-def _detail(response: httpx.Response) -> str:
-    try:
-        return str(response.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        return response.text[:300]
+def _fetch_tokenizers(url: str, key: str) -> None:
+    """Of every served model."""
+    with httpx.Client(base_url=url, headers={"X-API-Key": key}, timeout=_TIMEOUT_S) as http:
+        capabilities = http.get("/api/v1/get_server_capabilities").raise_for_status()
+        for model in msgspec.json.decode(capabilities.content, type=_Capabilities).supported_models:
+            serve_tokenizer(http, model.model_name)

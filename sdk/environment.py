@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import getproxies_environment
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -26,3 +28,29 @@ def gateway_environment(config: Path | None = None, data: Path | None = None) ->
     """The environment for a gateway's process: this one's, with a settings file and a data folder if given."""
     chosen = {"TANDEM_CONFIG": config, "TANDEM_DATA_DIR": data}
     return {**os.environ, **{name: str(path.absolute()) for name, path in chosen.items() if path is not None}}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine's own and reached from nowhere else."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def takes_proxies(host: str) -> bool:
+    """Whether the environment's proxies are for this host.
+
+    They cannot reach this machine's own gateway, and it would refuse what they forward.
+    """
+    return not is_loopback(host)
+
+
+def go_without_proxies(host: str) -> None:
+    """Have every client that this process makes from now on reach a host directly, as NO_PROXY says it."""
+    excepted = getproxies_environment().get("no", "")
+    if host not in (name.strip() for name in excepted.split(",")) and excepted.strip() != "*":
+        joined = ",".join(filter(None, (excepted, host)))
+        os.environ.update(
+            {"no_proxy": joined, "NO_PROXY": joined}
+        )  # programs differ in which one they prefer

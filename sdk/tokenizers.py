@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+import msgspec
 from huggingface_hub import constants
 
 log = logging.getLogger(__name__)
@@ -30,16 +31,25 @@ _CONFIG = "config.json"
 _folders: dict[str, Path] = {}
 
 
+class _Tokenizer(msgspec.Struct):
+    """What the gateway says of a tokenizer; `files` has their sizes in bytes."""
+
+    revision: str
+    files: dict[str, int]
+
+
 def serve_tokenizer(http: httpx.Client, model: str) -> None:
     """Make `AutoTokenizer.from_pretrained(model)` load what the gateway serves.
 
-    A model whose engine is not ready yet is passed over.
+    A model whose engine is not ready yet is passed over. Raises httpx.HTTPError, and ValueError or
+    msgspec.DecodeError for what no gateway answers.
     """
     described = http.get("/api/v1/tokenizer", params={"model": model})
     if described.status_code in (404, 503):
         return
     described.raise_for_status()
-    revision, files = described.json()["revision"], described.json()["files"]
+    tokenizer = msgspec.json.decode(described.content, type=_Tokenizer)
+    revision, files = tokenizer.revision, tokenizer.files
     for name in files:
         if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"the gateway names a tokenizer file {name!r}, which is no plain file name")

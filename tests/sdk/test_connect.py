@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from sdk import ConnectionFailed, connect
+from sdk.environment import go_without_proxies, takes_proxies
 from tests.sdk.conftest import Place
 from tests.served import ServedGateway
 
@@ -58,6 +60,7 @@ def run(program: str, argument: str, home: Path, **environment: str) -> Any:
         "PYTHONPATH": str(ROOT),
         "TINKER_TELEMETRY": "0",
         "NO_PROXY": "*",
+        "no_proxy": "*",
         **environment,
     }
     command = [sys.executable, "-W", "ignore", "-c", program, argument]
@@ -138,8 +141,109 @@ def test_a_name_without_a_slash_is_served_too(tmp_path: Path) -> None:
         gateway.close()
 
 
+def test_the_environments_proxies_are_not_asked_for_this_machine(
+    place: Place, tmp_path: Path, hub: tuple[str, list[str]]
+) -> None:
+    proxy, asked = hub
+    proxies = {"HTTP_PROXY": proxy, "http_proxy": proxy, "NO_PROXY": "elsewhere", "no_proxy": "elsewhere"}
+    told = run(CONNECTING, place.url, tmp_path, HF_HUB_OFFLINE="1", **proxies)
+    assert [tokens for tokens, _, _ in told] == [TOKENS] * 3
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "127.0.0.1"), ("a.example", "a.example,127.0.0.1"), ("b, 127.0.0.1", "b, 127.0.0.1"), ("*", "*")],
+)
+def test_a_host_that_goes_without_proxies_is_added_once(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {} if before is None else {"no_proxy": before}
+    monkeypatch.setattr(os, "environ", changed)
+    go_without_proxies("127.0.0.1")
+    go_without_proxies("127.0.0.1")
+    assert changed["no_proxy"] == after
+    assert changed.get("NO_PROXY", after) == after
+
+
+@pytest.mark.parametrize(
+    ("host", "takes"),
+    [
+        *(("127.0.0.1", False), ("127.8.9.1", False), ("::1", False), ("localhost", False)),
+        *(("10.0.0.1", True), ("gateway.example", True), ("", True)),
+    ],
+)
+def test_only_this_machine_takes_no_proxies(host: str, takes: bool) -> None:
+    assert takes_proxies(host) is takes
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connecting changes nothing in this process's environment."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "*")
+
+
+@pytest.mark.usefixtures("direct")
 def test_connecting_to_nothing_says_what_to_do() -> None:
     with pytest.raises(ConnectionFailed) as failed:
         connect("http://127.0.0.1:9")
     assert "nothing answers at http://127.0.0.1:9" in str(failed.value)
     assert "tandem serve" in str(failed.value)
+
+
+SERVED = (200, '{"supported_models": [{"model_name": "a/b"}]}')
+DESCRIBED = (200, '{"revision": "0123456789abcdef", "files": {"tokenizer.json": 2}}')
+
+
+@pytest.mark.usefixtures("direct")
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ([(200, "<html>hello</html>")], "answers as no gateway of this version does"),
+        ([(200, '{"models": []}')], "supported_models"),
+        ([(401, '{"detail": "an API key is needed"}')], "an API key is needed"),
+        ([(404, "no such page")], "answers 404: no such page"),
+        ([SERVED, (500, '{"detail": "the disk is full"}')], "the disk is full"),
+        ([SERVED, (200, '{"files": 3}')], "answers as no gateway of this version does"),
+        ([SERVED, (200, '{"revision": "..", "files": {}}')], "revision '..'"),
+        ([SERVED, DESCRIBED, (503, '{"detail": "the engine is down"}')], "the engine is down"),
+        ([SERVED, DESCRIBED, None], "broke"),
+    ],
+)
+def test_whatever_fails_while_connecting_is_one_error(
+    answers: list[tuple[int, str] | None], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with answering(answers) as url, pytest.raises(ConnectionFailed) as failed:
+        connect(url)
+    assert words in str(failed.value)
+    assert "\n" not in str(failed.value)
+
+
+@contextmanager
+def answering(answers: Sequence[tuple[int, str] | None]) -> Iterator[str]:
+    """A server that gives these answers one after the other; for None it closes the connection."""
+    left = list(answers)
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = left.pop(0)
+            if answer is None:
+                return
+            self.send_response(answer[0])
+            self.end_headers()
+            self.wfile.write(answer[1].encode())
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
