@@ -7,7 +7,6 @@ answers.
 from __future__ import annotations
 
 import functools
-import ipaddress
 import itertools
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from sdk.admin import AdminClient, AdminError, checkpoint_route
 from sdk.cli_layout import Column, Row, console_of, size
@@ -38,7 +38,7 @@ from sdk.cli_rows import (
     show_run,
     step_row,
 )
-from sdk.environment import DEFAULT_URL, client_environment, gateway_environment
+from sdk.environment import DEFAULT_URL, client_environment, gateway_environment, is_loopback
 
 T = TypeVar("T")
 
@@ -115,6 +115,19 @@ def _of_group(option: str) -> Any:
     return group.params.get(option) if group is not None else None
 
 
+def _refuse_given(*parameters: str, beside: str, context: click.Context | None = None) -> None:
+    """Refuse options that would change nothing, rather than let them look obeyed. Raises UsageError."""
+    context = context or click.get_current_context()
+    given = [
+        max(option.opts, key=len)
+        for option in context.command.params
+        if option.name in parameters
+        and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"{', '.join(given)}: only for lists, not beside {beside}.", context)
+
+
 def lists(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command --owner, --limit and --all; it gets `owner` and `limit`, None for everything."""
 
@@ -156,7 +169,7 @@ def serve(host: str, port: int, config: Path | None, data: Path | None) -> None:
 
     What is not given here comes from the settings, see docs/settings.md.
     """
-    if not _is_loopback(host):
+    if not is_loopback(host):
         click.echo(
             f"Listening on {host}: other machines can connect. While there are no API keys the gateway refuses "
             "them (403); make keys with `python -m gateway.keys add OWNER`.",
@@ -188,6 +201,7 @@ def runs(
 ) -> None:
     """Who trains what; with ID one run, its metrics by step and its loss as a plot."""
     if run_id is not None:
+        _refuse_given("status", "model", "owner", "limit", "everything", beside="an ID")
         _show_one_run(view, run_id, steps)
         return
     found = view.client.runs(owner=owner, status=status, base_model=model)
@@ -232,7 +246,10 @@ def checkpoints(
     limit: int | None,
 ) -> None:
     """Saved weights, by the tinker:// paths that clients load them with."""
-    if context.invoked_subcommand is None:
+    if context.invoked_subcommand is not None:
+        filters = ("run_id", "kind", "model", "owner", "limit", "everything")
+        _refuse_given(*filters, beside=repr(context.invoked_subcommand), context=context)
+    else:
         found = view.client.checkpoints(owner=owner, run_id=run_id, kind=kind, base_model=model)
         view.listed(found, CHECKPOINTS, checkpoint_row, limit, "There are no such checkpoints.")
 
@@ -257,19 +274,37 @@ class CheckpointPath(click.ParamType[str]):
 def delete(view: View, paths: Sequence[str], yes: bool) -> None:
     """Delete checkpoints for good.
 
-    Runs that began at one and samplers made from it are not affected.
+    Runs that began at one and samplers made from it are not affected. When one of several cannot be deleted the others
+    are deleted all the same.
     """
     found = [view.client.checkpoint(path) for path in paths]
     if not yes:
         for checkpoint in found:
             click.echo(f"{checkpoint.path} ({size(checkpoint.size_bytes)})", err=True)
         click.confirm("Delete for good?", abort=True, err=True)
-    for path in paths:
-        view.client.delete_checkpoint(path)
+    deleted, failed = _delete_each(view, list(dict.fromkeys(paths)))
     if view.as_json:
-        view.json({"deleted": paths})
-    else:
-        click.echo(f"{len(paths)} deleted.", err=True)
+        view.json({"deleted": deleted, "failed": {path: str(error) for path, error in failed.items()}})
+    if failed:
+        unanswered = all(error.status is None for error in failed.values())
+        kept = f"{len(failed)} of {len(deleted) + len(failed)} not deleted."
+        raise (Unanswered if unanswered else Refused)(kept)
+
+
+def _delete_each(view: View, paths: Sequence[str]) -> tuple[list[str], dict[str, AdminError]]:
+    """Delete, saying of each path what became of it; what was deleted, and what was not with the reason."""
+    deleted: list[str] = []
+    failed: dict[str, AdminError] = {}
+    for path in paths:
+        try:
+            view.client.delete_checkpoint(path)
+        except AdminError as error:
+            failed[path] = error
+            click.echo(f"not deleted: {path}: {error}", err=True)
+        else:
+            deleted.append(path)
+            click.echo(f"deleted: {path}", err=True)
+    return deleted, failed
 
 
 @main.command()
@@ -306,13 +341,6 @@ def futures(
 def sessions(view: View, owner: str | None, limit: int | None) -> None:
     """Connected clients, and those that were."""
     view.listed(view.client.sessions(owner=owner), SESSIONS, session_row, limit, "There are no sessions.")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

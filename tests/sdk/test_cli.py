@@ -145,12 +145,62 @@ def test_deleting_asks_first(place: Place, doomed: str) -> None:
 def test_deleting_is_all_or_nothing_when_one_is_unknown(place: Place, doomed: str) -> None:
     assert tandem(place, "checkpoints", "delete", "-y", doomed, f"{doomed}x").exit_code == 1
     result = tandem(place, "checkpoints", "delete", "-y", doomed, "--json")
-    assert json.loads(result.stdout) == {"deleted": [doomed]}
+    assert json.loads(result.stdout) == {"deleted": [doomed], "failed": {}}
+
+
+def test_each_path_that_is_deleted_is_told(
+    place: Place, doomed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when one between them goes while the question is asked."""
+    with httpx.Client(base_url=place.url, headers={"X-API-Key": "tml-x"}, trust_env=False) as http:
+        others = [save(http, begin_run(http), 1, f"doomed{number}") for number in range(2)]
+    really = AdminClient.delete_checkpoint
+
+    def lose(client: AdminClient, path: str) -> None:
+        if path == doomed:
+            really(client, path)
+        really(client, path)
+
+    monkeypatch.setattr(AdminClient, "delete_checkpoint", lose)
+    result = tandem(place, "checkpoints", "delete", "-y", others[0], doomed, others[1], others[0], "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert told["deleted"] == others
+    assert list(told["failed"]) == [doomed]
+    assert "there is no checkpoint" in told["failed"][doomed]
+    first, second, third, last = result.stderr.splitlines()
+    assert (first, third) == (f"deleted: {others[0]}", f"deleted: {others[1]}")
+    assert second.startswith(f"not deleted: {doomed}: there is no checkpoint")
+    assert last == "Error: 1 of 3 not deleted."
+    with AdminClient(place.url) as client:
+        assert not {doomed, *others} & {saved.path for saved in client.checkpoints()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["runs", "{run}", "--status", "active"], "--status"),
+        (["runs", "--model", "fake/model", "{run}"], "--model"),
+        (["runs", "{run}", "--owner", "x", "-n", "20"], "--owner, --limit"),
+        (["runs", "{run}", "--all"], "--all"),
+        (["checkpoints", "--run", "{run}", "delete", "{path}"], "--run"),
+        (["checkpoints", "--kind", "weights", "--all", "delete", "-y", "{path}"], "--kind"),
+    ],
+)
+def test_options_of_lists_are_refused_where_they_would_change_nothing(
+    place: Place, arguments: list[str], named: str
+) -> None:
+    result = tandem(place, *(word.format(run=place.trained, path=place.paths[0]) for word in arguments))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert all(option in result.stderr for option in named.split(", "))
+    assert "only for lists, not beside" in " ".join(result.stderr.split())
+    with AdminClient(place.url) as client:
+        assert client.checkpoint(place.paths[0]).path == place.paths[0]
 
 
 def test_options_may_stand_before_a_subcommand(place: Place, doomed: str) -> None:
     result = tandem(None, "checkpoints", "--url", place.url, "--json", "delete", "--yes", doomed)
-    assert json.loads(result.stdout) == {"deleted": [doomed]}
+    assert json.loads(result.stdout) == {"deleted": [doomed], "failed": {}}
 
 
 @pytest.mark.parametrize(
