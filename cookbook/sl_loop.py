@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,8 +165,9 @@ def main(argv: list[str] | None = None) -> Report:
         f"{known_before} → {known_after} of {len(pairs)}; {report.seconds:.0f} s.",
         soft_wrap=True,
     )
-    console.print(
-        f"The weights are saved; sample them with\n  python cookbook/openai_sample.py --model '{saved}'\n"
+    print(
+        "The weights are saved; sample them with\n"
+        f"  {sys.executable} cookbook/openai_sample.py --base-url {args.base_url} --model '{saved}'\n"
     )
     return report
 
