@@ -3,8 +3,9 @@
 The host (`engines.host`) owns the process, the socket and the order of calls; a plugin only computes. It is called
 from one thread. Training calls take a list of operations of different runs, never two of one run, so that an engine
 can put many tenants into one pass, and return one entry for each: its result, or the `UserError` that kept it from
-being applied. An operation that fails has no effect. Any other exception means that the runs of that call are in
-doubt: the host drops them and the gateway restores them from their log.
+being applied. An operation that fails has no effect. Any other exception of a call that changes runs means that
+they are in doubt: the host drops them and the gateway restores them from their log. `forward` and `save_weights`
+change none: whatever they raise, the runs stay. A save that storage refuses raises its OSError.
 """
 
 from __future__ import annotations

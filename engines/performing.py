@@ -7,6 +7,7 @@ the newest epoch seen. Neither outlives the process, and neither must: a new pro
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from engines.checks import check_operation
 from engines.interface import Engine, EngineInfo, RunOperation, UserError
 from engines.messages import Failure, Outcome, Perform, Performed, RunAddress
 from engines.operations import (
+    CHANGES_STATE,
     CreateRun,
     Forward,
     ForwardBackward,
@@ -85,7 +87,8 @@ class TrainingCalls:
         results = self._call_engine(call.kind, items) if items else []
         seconds = time.perf_counter() - begun
         if isinstance(results, Failure):
-            lost += [item.address.run_id for item in items]
+            if call.kind in CHANGES_STATE:
+                lost += [item.address.run_id for item in items]
             results = [results] * len(items)
         for item, result in zip(items, results, strict=True):
             if isinstance(result, Failure):
@@ -162,7 +165,10 @@ class TrainingCalls:
     # ------------------------------------------------------------------ perform
 
     def _call_engine(self, kind: OperationKind, items: Sequence[Item]) -> list[Any] | Failure:
-        """A result or failure for each item, or one failure when the engine broke and the runs are gone."""
+        """A result or failure for each item, or one failure when the engine broke.
+
+        The runs of a call that changes them are dropped then; what only reads them leaves them as they were.
+        """
         operations = [RunOperation(item.address.run_id, item.operation) for item in items]
         try:
             results = self._verbs[kind](operations)
@@ -172,11 +178,24 @@ class TrainingCalls:
             Exception
         ) as error:  # the process boundary: a plugin may raise anything, and its other runs go on
             places = ", ".join(f"{item.address.run_id}#{item.address.seq_id}" for item in items)
-            failure = failure_of_engine(error, "this operation", f"{kind} of {places}")
-            for item in items:
+            failure = _failure(error, kind, places)
+            for item in items if kind in CHANGES_STATE else ():
                 self.drop(item.address.run_id)
             return failure
         return [Failure("user", str(each)) if isinstance(each, UserError) else each for each in results]
+
+
+def _failure(error: Exception, kind: OperationKind, places: str) -> Failure:
+    """The failure of a call. Storage that cannot be written to is named: its operator can do something about it."""
+    failure = failure_of_engine(error, "this operation", f"{kind} of {places}")
+    if kind != "save_weights" or not isinstance(error, OSError):
+        return failure
+    cause = "the operating system refused" if error.errno is None else os.strerror(error.errno)
+    message = (
+        f"the weights were not saved: the server's storage cannot be written to ({cause}). The run goes on "
+        f"unchanged; save again when the storage is in order. The engine's log says more under {failure.error_id}"
+    )
+    return Failure("server", message, failure.error_id)
 
 
 def failure_of_engine(error: Exception, what: str, details: str) -> Failure:

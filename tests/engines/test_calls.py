@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,14 @@ from engines.messages import (
     pack,
     unpack_from_engine,
 )
-from engines.operations import ForwardBackward, ForwardResult, encode
+from engines.operations import (
+    Forward,
+    ForwardBackward,
+    ForwardResult,
+    SaveWeights,
+    SaveWeightsResult,
+    encode,
+)
 from engines.performing import TrainingCalls
 from engines.sampling_calls import SamplingCalls
 from tests.engines.material import CREATE, STEP, learn, sample
@@ -40,6 +49,7 @@ class BrokenEngine(FakeEngine):
     """Breaks where a test says."""
 
     forgets_a_result = False
+    broken_by: Exception | None = None
     breaks_at_steps = False
     keeps_sampling = False
     ends: SampleEvent | None = None
@@ -50,6 +60,16 @@ class BrokenEngine(FakeEngine):
     ) -> list[ForwardResult | UserError]:
         results = super().forward_backward(items)
         return results[1:] if self.forgets_a_result else results
+
+    def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
+        if self.broken_by is not None:
+            raise self.broken_by
+        return super().forward(items)
+
+    def save_weights(self, items: Sequence[RunOperation[SaveWeights]]) -> list[SaveWeightsResult | UserError]:
+        if self.broken_by is not None:
+            raise self.broken_by
+        return super().save_weights(items)
 
     def drop_run(self, run_id: str) -> None:
         self.dropped += (run_id,)
@@ -101,6 +121,68 @@ def test_a_missing_result_means_that_all_runs_of_the_call_are_in_doubt(engine: B
     assert engine.dropped == ("a", "b")
     assert payloads == []
     assert all(outcome.failure is not None for outcome in performed.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation"),
+    [("forward", Forward(learn().data, "cross_entropy")), ("save_weights", SaveWeights("checkpoints/a"))],
+)
+def test_what_changes_no_run_breaks_without_losing_it(
+    engine: BrokenEngine, kind: str, operation: Forward | SaveWeights
+) -> None:
+    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
+    calls.perform(call("forward_backward", ("a", 1)), [encode(learn())])
+    engine.broken_by = RuntimeError("a secret of the engine")
+    performed, payloads = calls.perform(call(kind, ("a", 2)), [encode(operation)])
+    failure = performed.outcomes[0].failure
+    assert failure is not None and failure.category == "server" and failure.error_id
+    assert "secret" not in failure.message
+    assert (performed.lost_runs, engine.dropped, payloads) == ([], (), [])
+    engine.broken_by = None
+    performed, payloads = calls.perform(call(kind, ("a", 3)), [encode(operation)])
+    assert performed.outcomes[0].failure is None and len(payloads) == 1
+    performed, _ = calls.perform(call("optim_step", ("a", 4)), [encode(STEP)])
+    assert performed.outcomes[0].summary["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.ENOSPC, "No space", "/srv/secret/checkpoints"), "No space left on device"),
+        (PermissionError(errno.EROFS, "Read-only", "/srv/secret"), "Read-only file system"),
+        (OSError("/srv/secret is gone"), "the operating system refused"),
+    ],
+)
+def test_storage_that_cannot_be_written_to_is_named_but_not_where_it_is(
+    engine: BrokenEngine, error: OSError, cause: str
+) -> None:
+    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
+    engine.broken_by = error
+    performed, _ = calls.perform(call("save_weights", ("a", 1)), [encode(SaveWeights("checkpoints/a"))])
+    failure = performed.outcomes[0].failure
+    assert failure is not None and failure.category == "server" and failure.error_id
+    assert f"storage cannot be written to ({cause})" in failure.message
+    assert "secret" not in failure.message
+    assert performed.lost_runs == []
+
+
+def test_a_full_disk_loses_no_run(engine: BrokenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the file system itself, through the engine's own saving."""
+    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        performed, _ = calls.perform(call("save_weights", ("a", 1)), [encode(SaveWeights("checkpoints/a"))])
+    failure = performed.outcomes[0].failure
+    assert failure is not None and "No space left on device" in failure.message
+    performed, _ = calls.perform(call("save_weights", ("a", 2)), [encode(SaveWeights("checkpoints/a"))])
+    assert performed.outcomes[0].failure is None
 
 
 def test_only_the_operation_that_the_call_names_is_performed(engine: BrokenEngine) -> None:
