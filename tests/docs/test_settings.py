@@ -23,7 +23,7 @@ TABLES: list[tuple[type[msgspec.Struct], str]] = [
 SPOKEN = {
     ("Settings", "engines"): "tandem/tiny",
     ("EngineSettings", "python"): "the gateway's",
-    ("HfOptions", "threads"): "all cores",
+    ("HfOptions", "threads"): "all cores it may use",
     ("HfOptions", "max_context"): "the model's",
     ("HfOptions", "pass_tokens"): "4096 CPU, 16384 GPU",
 }
