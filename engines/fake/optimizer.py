@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.interface import UserError
+from engines.losses import overflow_of_gradient
 from engines.operations import OptimStep
 
 Array = NDArray[Any]
@@ -27,8 +29,11 @@ class AdamW:
 
         Loshchilov & Hutter, arXiv:1711.05101: the decay is decoupled, both moments are corrected for their start at
         zero. Clipping multiplies by min(1, limit / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
+        Raises UserError, with nothing changed, when the norm is not finite.
         """
         norm = float(np.linalg.norm(gradient.astype(np.float64)))
+        if not math.isfinite(norm):
+            raise UserError(overflow_of_gradient(norm))
         if settings.grad_clip_norm > 0:
             gradient = gradient * min(1.0, settings.grad_clip_norm / (norm + 1e-6))
         if self.exp_avg is None or self.exp_avg_sq is None:

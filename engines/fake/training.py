@@ -37,16 +37,21 @@ def forward_backward(weights: Weights, run: Run, operation: ForwardBackward) -> 
     """The same, and the gradient is added to the run's. UserError, without effect, when anything is not finite."""
     gradient = np.zeros_like(run.adapter.values)
     result = _evaluate(weights, run.adapter, operation, gradient)
-    run.pending = gradient if run.pending is None else run.pending + gradient
+    with np.errstate(over="ignore", invalid="ignore"):  # a step refuses what is not finite
+        run.pending = gradient if run.pending is None else run.pending + gradient
     return result
 
 
 def optim_step(run: Run, settings: OptimStep) -> float:
-    """One step with the pending gradient, which is used up; gives its norm. Without one nothing changes, it is 0."""
+    """One step with the pending gradient, which is used up; gives its norm. Without one nothing changes, it is 0.
+
+    UserError, without effect, when sums of finite gradients have left float32's range.
+    """
     if run.pending is None:
         return 0.0
-    gradient, run.pending = run.pending, None
-    return run.optimizer.step(run.adapter.values, gradient, settings)
+    norm = run.optimizer.step(run.adapter.values, run.pending, settings)
+    run.pending = None
+    return norm
 
 
 def _evaluate(

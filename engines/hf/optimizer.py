@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engines.interface import UserError
+from engines.losses import overflow_of_gradient
 from engines.operations import OptimStep
 
 
@@ -23,16 +25,19 @@ class AdamW:
     exp_avg_sq: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, values: Tensor, gradient: Tensor, settings: OptimStep) -> Tensor:
-        """Move `values` in place; `gradient` is overwritten. Returns the norm before clipping, float64 [].
+    def step(self, values: Tensor, gradient: Tensor, settings: OptimStep) -> float:
+        """Move `values` in place; `gradient` is overwritten. Returns the gradient's norm before clipping.
 
         Decay is decoupled: `values *= 1 - lr * weight_decay` before the step. Clipping is that of
-        `torch.nn.utils.clip_grad_norm_`: multiply by min(1, max_norm / (norm + 1e-6)). Nothing waits for the
-        device.
+        `torch.nn.utils.clip_grad_norm_`: multiply by min(1, max_norm / (norm + 1e-6)). Waits for the device once, for
+        the norm. Raises UserError, with nothing changed, when that is not finite.
         """
+        norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        told = float(norm)
+        if not math.isfinite(told):
+            raise UserError(overflow_of_gradient(told))
         if self.exp_avg is None or self.exp_avg_sq is None:
             self.exp_avg, self.exp_avg_sq = torch.zeros_like(values), torch.zeros_like(values)
-        norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
         if settings.grad_clip_norm > 0:
             gradient.mul_((settings.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
         self.steps += 1
@@ -45,4 +50,4 @@ class AdamW:
         )
         values.mul_(1 - settings.learning_rate * settings.weight_decay)
         values.addcdiv_(self.exp_avg, denominator, value=-settings.learning_rate / correction1)
-        return norm
+        return told

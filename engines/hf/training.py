@@ -80,12 +80,14 @@ def forward_backward(
 def optim_step(run: Run, settings: OptimStep) -> float:
     """One optimizer step with the pending gradient, which is used up; gives its norm before clipping.
 
-    Without a pending gradient nothing changes and the norm is 0.
+    Without a pending gradient nothing changes and the norm is 0. UserError, without effect, when sums of finite
+    gradients have left float32's range.
     """
     if run.pending is None:
         return 0.0
-    gradient, run.pending = run.pending, None
-    return float(run.optimizer.step(run.adapter.values, gradient, settings))
+    norm = run.optimizer.step(run.adapter.values, run.pending, settings)
+    run.pending = None
+    return norm
 
 
 def _forward(base: BaseModel, adapter: Adapter, batch: Batch, operation: Forward | ForwardBackward) -> Passed:

@@ -60,3 +60,12 @@ DRO = LossSpec("dro", _POLICY, {"beta": Setting(None)})
 LOSSES: dict[str, LossSpec] = {
     spec.name: spec for spec in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO)
 }
+
+
+def overflow_of_gradient(norm: float) -> str:
+    """What an optimizer step is refused with when the pending gradient is not finite: the same from every engine."""
+    return (
+        f"the gradient that was added up since the last optim_step has the norm {norm}; it must be finite. The step "
+        "had no effect and the gradient is still there: load a checkpoint with load_state, which clears it, and go on "
+        "with smaller weights or advantages"
+    )

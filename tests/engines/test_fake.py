@@ -271,6 +271,18 @@ def test_what_is_not_finite_is_refused_and_has_no_effect(engine: FakeEngine) -> 
     assert evaluate(engine, look()) == evaluate(other, look())
 
 
+def test_a_step_refuses_a_gradient_that_is_not_finite(engine: FakeEngine) -> None:
+    engine.forward_backward([RunOperation("a", learn())])
+    run = engine._runs["a"]
+    assert run.pending is not None
+    run.pending[0] = np.inf
+    before = run.adapter.values.copy()
+    for _ in range(2):
+        refusal = engine.optim_step([RunOperation("a", OptimStep(grad_clip_norm=1.0))])[0]
+        assert isinstance(refusal, UserError) and "must be finite" in str(refusal)
+        assert np.array_equal(run.adapter.values, before) and run.optimizer.steps == 0
+
+
 def test_training_learns(engine: FakeEngine) -> None:
     losses = []
     for _ in range(60):

@@ -8,7 +8,16 @@ import torch
 
 from engines.hf import HfEngine
 from engines.interface import RunOperation, UserError
-from engines.operations import Datum, ForwardBackward, ForwardResult, LoraSpec, OptimStep
+from engines.operations import (
+    Datum,
+    ForwardBackward,
+    ForwardResult,
+    LoadWeights,
+    LoraSpec,
+    OptimStep,
+    SaveWeights,
+    SaveWeightsResult,
+)
 from engines.tensors import Tensor
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import (
@@ -134,6 +143,32 @@ def test_a_gradient_that_overflows_has_no_effect(engine: HfEngine) -> None:
     items = [RunOperation("run", ForwardBackward([Datum(tokens, inputs)], "cross_entropy"))]
     assert isinstance(engine.forward_backward(items)[0], UserError)
     assert engine.runs["run"].pending is None
+
+
+def test_gradients_whose_sum_overflows_stop_the_step_and_nothing_else(engine: HfEngine) -> None:
+    """Each gradient is finite. The run goes on from a checkpoint, which leaves the gradient behind."""
+    create(engine)
+    train(engine, supervised([10, 6], seed=3), 2)
+    save = SaveWeights("checkpoints/whole", optimizer_state=True)
+    assert isinstance(engine.save_weights([RunOperation("run", save)])[0], SaveWeightsResult)
+    data = supervised([10, 6], seed=4)
+    forward_backward(engine, data)
+    gradient = pending(engine)
+    gradient.mul_(3e38 / gradient.abs().max())
+    peak = gradient.clone()
+    gradient.add_(peak)
+    run = engine.runs["run"]
+    before, steps = run.adapter.values.clone(), run.optimizer.steps
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"norm inf; it must be finite.*no effect.*still there.*load_state"
+        ):
+            step(engine, grad_clip_norm=1.0)
+        assert torch.equal(run.adapter.values, before) and run.optimizer.steps == steps
+    load = LoadWeights("checkpoints/whole", optimizer_state=True)
+    engine.load_weights([RunOperation("run", load)])
+    forward_backward(engine, data)
+    assert 0 < step(engine)["unclipped_grad_l2:mean"] < 1e9
 
 
 def test_a_step_without_a_gradient_changes_nothing(engine: HfEngine) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engines.hf.optimizer import AdamW
+from engines.interface import UserError
 from engines.operations import OptimStep
 
 SIZE = 257
@@ -50,7 +51,7 @@ def test_equals_torch(settings: dict[str, Any], scale: float) -> None:
         )
         reference.step()
         norm = own.step(values, gradient.clone(), step)
-        assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+        assert norm == pytest.approx(float(expected), rel=1e-6)
         torch.testing.assert_close(values, weight.detach(), rtol=1e-6, atol=1e-7)
     assert own.steps == 10
     moments = reference.state[weight]
@@ -62,7 +63,20 @@ def test_equals_torch(settings: dict[str, Any], scale: float) -> None:
 def test_the_norm_of_huge_gradients_does_not_overflow() -> None:
     """Squares of 1e30 are beyond float32."""
     norm = AdamW().step(torch.zeros(4), torch.full((4,), 1e30), OptimStep(grad_clip_norm=1.0))
-    assert float(norm) == pytest.approx(2e30, rel=1e-6)
+    assert norm == pytest.approx(2e30, rel=1e-6)
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("-inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(broken: float) -> None:
+    values, optimizer = torch.ones(3), AdamW()
+    optimizer.step(values, torch.tensor([0.5, 1.0, -1.0]), OptimStep())
+    before, moment = values.clone(), optimizer.exp_avg
+    assert moment is not None
+    kept, gradient = moment.clone(), torch.tensor([1.0, broken, 2.0])
+    with pytest.raises(UserError, match="must be finite"):
+        optimizer.step(values, gradient, OptimStep(grad_clip_norm=1.0, weight_decay=0.5))
+    assert torch.equal(values, before) and torch.equal(moment, kept) and optimizer.steps == 1
+    assert gradient[0] == 1.0 and gradient[2] == 2.0
 
 
 def test_untouched_weights_stay() -> None:
