@@ -18,7 +18,8 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str = "auto"
     """Of the frozen base weights: `float32`, `bfloat16`, or `auto` (bfloat16 on CUDA, float32 on the CPU)."""
     threads: int | None = None
-    """CPU threads of a pass; all cores when not given. Bit-identical numbers need the same count."""
+    """CPU threads of a pass; all cores that the process may use when not given. Bit-identical numbers need the
+    same count."""
     max_rank: int = 128
     max_context: int | None = None
     """Longest sequence in tokens; the model's own limit when not given."""
@@ -52,5 +53,12 @@ def read_options(options: dict[str, Any]) -> HfOptions:
 
 
 def cpu_threads(options: HfOptions) -> int:
-    """The number of CPU threads that a pass uses."""
-    return options.threads or os.cpu_count() or 1
+    """The number of CPU threads that a pass uses: those of the options, else the cores that this process may run on.
+
+    These can be fewer than the machine has: a container's or `taskset`'s. More threads than cores wait for each other.
+    """
+    if options.threads is not None:
+        return options.threads
+    if hasattr(os, "sched_getaffinity"):  # Linux; macOS has no affinity
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from engines.hf.options import HfOptions, cpu_threads
 from engines.interface import LoadError
 from engines.operations import LoraSpec
 from tests.hf.conftest import SHAPE, MakeEngine, write_tokenizer
@@ -159,3 +160,12 @@ def test_bfloat16_trains_and_samples(make_engine: MakeEngine) -> None:
     assert losses[1][-1] < losses[1][0] - 10
     result = sample_all(rough, [request(text(0, 10), prompt_logprobs=True)])[0]
     assert np.isfinite(numbers(result.sequences[0].logprobs)).all()
+
+
+def test_threads_are_the_cores_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 6}, raising=False)
+    assert cpu_threads(HfOptions()) == 3
+    assert cpu_threads(HfOptions(threads=5)) == 5
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert cpu_threads(HfOptions()) == 64
