@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engines.hf import logprobs as module
-from engines.hf.logprobs import Unembedding
+from engines.hf.logprobs import Unembedding, project
 from engines.hf.lora import Adapter, Segment, Site
 from engines.operations import LoraSpec
 
@@ -81,3 +81,16 @@ def test_long_batches_leave_no_logits_behind(monkeypatch: pytest.MonkeyPatch) ->
         out = Unembedding(weight, None, 0).logprobs(hidden, torch.zeros(ROWS, 1, dtype=torch.int64), [])
     assert max(saved) <= weight.numel() < ROWS * VOCABULARY
     assert out.grad_fn is not None and out.grad_fn.kept == []  # type: ignore[attr-defined]
+
+
+def test_bfloat16_logits_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64; bfloat16 itself holds three digits. The weight is widened in parts, the last one smaller."""
+    monkeypatch.setattr(module, "WIDENED", 7 * 64)
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(size, 64, generator=generator).bfloat16() for size in (9, 40))
+    bias = torch.randn(40, generator=generator).bfloat16()
+    for own in (None, bias):
+        found = project(hidden, weight, own)
+        expected = hidden.double() @ weight.double().t() + (0 if own is None else own.double())
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
