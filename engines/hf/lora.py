@@ -1,7 +1,8 @@
 """Low-rank adapters: where they attach, how one is held in memory, and the linear layer that applies many of them.
 
 A pass is a batch of rows (tokens) in which each adapter owns one contiguous segment; the rows of no segment get the
-base model alone. The same layer therefore serves one run, several runs in one pass, and a mixed decoding batch.
+base model alone. Training passes have one segment, as each holds data of one run; a decoding batch has one for each
+adapter in it.
 """
 
 from __future__ import annotations
