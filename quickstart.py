@@ -6,6 +6,7 @@ Needs nothing but Python 3.11 or newer.
 """
 
 import argparse
+import http.client
 import json
 import signal
 import socket
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import bootstrap
 from bootstrap import ROOT, say
@@ -31,6 +33,17 @@ STOP_WITHIN_S = 30.0
 
 class QuickstartError(Exception):
     """What went wrong, and what to do about it."""
+
+
+class Engine(NamedTuple):
+    """One engine of a gateway: its state, and what keeps it from being ready if anything does."""
+
+    name: str
+    state: str
+    problem: str | None
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (f"engine {self.name}", self.state, self.problem)))
 
 
 class Gateway:
@@ -86,16 +99,15 @@ class Gateway:
 
     def _await_readiness(self, process: subprocess.Popen[bytes], started: float) -> None:
         """Return when it is ready, showing what its engines do until then. Raises QuickstartError."""
-        shown: list[str] = []
+        shown: list[Engine] = []
         problem_since = None
         while (engines := self._engines_not_ready()) is not None:
             now = time.monotonic()
-            for state in engines:
-                if state not in shown:
-                    say(f"  {state}")
+            for engine in engines:
+                if engine not in shown:
+                    say(f"  {engine}")
             shown = engines or shown
-            # An engine is its name, its state, and a problem if there was one.
-            failing = any(state.count(": ") > 1 for state in engines)
+            failing = any(engine.problem for engine in engines)
             problem_since = (problem_since or now) if failing else None
             if process.poll() is not None:
                 raise QuickstartError(f"The gateway stopped while starting.\n{self._last_lines()}")
@@ -105,22 +117,37 @@ class Gateway:
                 raise QuickstartError(f"It was not ready in {READY_WITHIN_S:.0f} s.\n{self._last_lines()}")
             time.sleep(0.3)
 
-    def _engines_not_ready(self) -> list[str] | None:
-        """`name: state` or `name: state: problem` of each engine, as /readyz says; None when all are ready."""
+    def _engines_not_ready(self) -> list[Engine] | None:
+        """Its engines, as /readyz says, none while nothing answers; None when all are ready. Raises QuickstartError."""
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(f"{self.url}/readyz", timeout=5):
+            with direct.open(f"{self.url}/readyz", timeout=5) as answer:
+                _engines_of(answer.read())
                 return None
-        except urllib.error.HTTPError as answer:
-            with answer:
-                states = json.loads(answer.read()).get("engines", {})
-            return [f"engine {name}: {state}" for name, state in states.items()]
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return _engines_of(refusal.read())
         except OSError:
             return []
+        except (ValueError, TypeError, http.client.HTTPException) as error:
+            raise QuickstartError(
+                f"Another program than Tandem answers at {self.url}; choose another port, with --port."
+            ) from error
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-20:]
         return "\n".join([f"The end of its log, {self.log}:", *(f"    {line}" for line in lines)])
+
+
+def _engines_of(content: bytes) -> list[Engine]:
+    """What /readyz says of each engine; none where it has a reason instead, such as a database that is away.
+
+    Raises ValueError or TypeError for what no gateway answers.
+    """
+    said = json.loads(content)
+    if not isinstance(said, dict) or not said.keys() & {"engines", "detail"}:
+        raise ValueError(f"neither engines nor a reason: {said!r}")
+    return [Engine(name, **fields) for name, fields in said.get("engines", {}).items()]
 
 
 def main(arguments: list[str] | None = None) -> int:

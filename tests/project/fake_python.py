@@ -15,14 +15,20 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        """Be ready at once; with FAKE_GATEWAY=fails, end soon after; with =loads, be ready the second time."""
+        """Be ready at once; with FAKE_GATEWAY=fails, end soon after; with =loads, be ready the second time; with
+        =storeless too, without its database before; with =foreign, be another program; with =broken, have an engine that fails."""
         behaviour = os.environ.get("FAKE_GATEWAY")
-        ready = behaviour != "broken" and (behaviour != "loads" or bool(asked))
+        ready = behaviour != "broken" and (behaviour not in ("loads", "foreign", "storeless") or bool(asked))
         asked.append(self.path)
-        state = "down: the model cannot be found" if behaviour == "broken" else "starting"
+        broken = {"state": "down", "problem": "the model cannot be found: none is there"}
+        engine = broken if behaviour == "broken" else {"state": "starting", "problem": None}
         self.send_response(200 if ready else 503)
         self.end_headers()
-        self.wfile.write(json.dumps({"ready": ready, "engines": {"tiny": state}}).encode())
+        engines = {"tiny: a": engine}
+        answer = {"ready": ready, "engines": engines}
+        if behaviour == "storeless" and not ready:
+            answer = {"detail": "the database does not answer"}
+        self.wfile.write(b"<html>" if behaviour == "foreign" else json.dumps(answer).encode())
         if behaviour == "fails":
             threading.Timer(0.3, os._exit, [5]).start()
 
