@@ -119,24 +119,31 @@ class Gateway:
 
     def _engines_not_ready(self) -> list[Engine] | None:
         """Its engines, as /readyz says, none while nothing answers; None when all are ready. Raises QuickstartError."""
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(f"{self.url}/readyz", timeout=5) as answer:
-                _engines_of(answer.read())
-                return None
-        except urllib.error.HTTPError as refusal:
-            with refusal:
-                return _engines_of(refusal.read())
+            ready, content = _asked(f"{self.url}/readyz")
+            engines = _engines_of(content)
         except OSError:
             return []
         except (ValueError, TypeError, http.client.HTTPException) as error:
             raise QuickstartError(
                 f"Another program than Tandem answers at {self.url}; choose another port, with --port."
             ) from error
+        return None if ready else engines
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-20:]
         return "\n".join([f"The end of its log, {self.log}:", *(f"    {line}" for line in lines)])
+
+
+def _asked(url: str) -> tuple[bool, bytes]:
+    """Whether the answer is a success, and what it says; asked without the environment's proxies."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url, timeout=5) as answer:
+            return True, answer.read()
+    except urllib.error.HTTPError as refusal:
+        with refusal:
+            return False, refusal.read()
 
 
 def _engines_of(content: bytes) -> list[Engine]:
@@ -145,9 +152,12 @@ def _engines_of(content: bytes) -> list[Engine]:
     Raises ValueError or TypeError for what no gateway answers.
     """
     said = json.loads(content)
-    if not isinstance(said, dict) or not said.keys() & {"engines", "detail"}:
+    engines = (
+        said.get("engines", {}) if isinstance(said, dict) and said.keys() & {"engines", "detail"} else None
+    )
+    if not isinstance(engines, dict):
         raise ValueError(f"neither engines nor a reason: {said!r}")
-    return [Engine(name, **fields) for name, fields in said.get("engines", {}).items()]
+    return [Engine(name, **fields) for name, fields in engines.items()]
 
 
 def main(arguments: list[str] | None = None) -> int:

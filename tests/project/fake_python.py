@@ -15,8 +15,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        """Be ready at once; with FAKE_GATEWAY=fails, end soon after; with =loads, be ready the second time; with
-        =storeless too, without its database before; with =foreign, be another program; with =broken, have an engine that fails."""
+        """Be ready at once; with FAKE_GATEWAY=fails, end soon after; with =loads, be ready the second time.
+
+        With =storeless too, without a database before; with =broken, have an engine that fails; with =foreign, be
+        another program.
+        """
         behaviour = os.environ.get("FAKE_GATEWAY")
         ready = behaviour != "broken" and (behaviour not in ("loads", "foreign", "storeless") or bool(asked))
         asked.append(self.path)
