@@ -6,7 +6,6 @@ Needs nothing but Python 3.11 or newer.
 """
 
 import argparse
-import http.client
 import json
 import signal
 import socket
@@ -17,7 +16,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 import bootstrap
 from bootstrap import ROOT, say
@@ -33,17 +31,6 @@ STOP_WITHIN_S = 30.0
 
 class QuickstartError(Exception):
     """What went wrong, and what to do about it."""
-
-
-class Engine(NamedTuple):
-    """One engine of a gateway: its state, and what keeps it from being ready if anything does."""
-
-    name: str
-    state: str
-    problem: str | None
-
-    def __str__(self) -> str:
-        return ": ".join(filter(None, (f"engine {self.name}", self.state, self.problem)))
 
 
 class Gateway:
@@ -99,15 +86,16 @@ class Gateway:
 
     def _await_readiness(self, process: subprocess.Popen[bytes], started: float) -> None:
         """Return when it is ready, showing what its engines do until then. Raises QuickstartError."""
-        shown: list[Engine] = []
+        shown: list[str] = []
         problem_since = None
         while (engines := self._engines_not_ready()) is not None:
             now = time.monotonic()
-            for engine in engines:
-                if engine not in shown:
-                    say(f"  {engine}")
+            for state in engines:
+                if state not in shown:
+                    say(f"  {state}")
             shown = engines or shown
-            failing = any(engine.problem for engine in engines)
+            # An engine is its name, its state, and a problem if there was one.
+            failing = any(state.count(": ") > 1 for state in engines)
             problem_since = (problem_since or now) if failing else None
             if process.poll() is not None:
                 raise QuickstartError(f"The gateway stopped while starting.\n{self._last_lines()}")
@@ -117,47 +105,22 @@ class Gateway:
                 raise QuickstartError(f"It was not ready in {READY_WITHIN_S:.0f} s.\n{self._last_lines()}")
             time.sleep(0.3)
 
-    def _engines_not_ready(self) -> list[Engine] | None:
-        """Its engines, as /readyz says, none while nothing answers; None when all are ready. Raises QuickstartError."""
+    def _engines_not_ready(self) -> list[str] | None:
+        """`name: state` or `name: state: problem` of each engine, as /readyz says; None when all are ready."""
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            ready, content = _asked(f"{self.url}/readyz")
-            engines = _engines_of(content)
+            with direct.open(f"{self.url}/readyz", timeout=5):
+                return None
+        except urllib.error.HTTPError as answer:
+            with answer:
+                states = json.loads(answer.read()).get("engines", {})
+            return [f"engine {name}: {state}" for name, state in states.items()]
         except OSError:
             return []
-        except (ValueError, TypeError, http.client.HTTPException) as error:
-            raise QuickstartError(
-                f"Another program than Tandem answers at {self.url}; choose another port, with --port."
-            ) from error
-        return None if ready else engines
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-20:]
         return "\n".join([f"The end of its log, {self.log}:", *(f"    {line}" for line in lines)])
-
-
-def _asked(url: str) -> tuple[bool, bytes]:
-    """Whether the answer is a success, and what it says; asked without the environment's proxies."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(url, timeout=5) as answer:
-            return True, answer.read()
-    except urllib.error.HTTPError as refusal:
-        with refusal:
-            return False, refusal.read()
-
-
-def _engines_of(content: bytes) -> list[Engine]:
-    """What /readyz says of each engine; none where it has a reason instead, such as a database that is away.
-
-    Raises ValueError or TypeError for what no gateway answers.
-    """
-    said = json.loads(content)
-    engines = (
-        said.get("engines", {}) if isinstance(said, dict) and said.keys() & {"engines", "detail"} else None
-    )
-    if not isinstance(engines, dict):
-        raise ValueError(f"neither engines nor a reason: {said!r}")
-    return [Engine(name, **fields) for name, fields in engines.items()]
 
 
 def main(arguments: list[str] | None = None) -> int:

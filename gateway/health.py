@@ -20,19 +20,16 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """200 when the database answers and every engine has loaded its model, else 503.
-
-    Either way with the state of each, and its problem unless it is ready.
-    """
+    """200 when the database answers and every engine has loaded its model, else 503 with the state of each."""
     gateway = gateway_of(request)
     await gateway.store.keys.all()
     supervisors = [dispatcher.supervisor for dispatcher in gateway.fleet.dispatchers.values()]
     engines = {
-        supervisor.engine.name: _described(supervisor.state, supervisor.problem) for supervisor in supervisors
+        supervisor.engine.name: _describe(supervisor.state, supervisor.problem) for supervisor in supervisors
     }
     ready = all(supervisor.state is EngineState.READY for supervisor in supervisors)
     return JSONResponse({"ready": ready, "engines": engines}, 200 if ready else 503)
 
 
-def _described(state: EngineState, problem: str | None) -> dict[str, str | None]:
-    return {"state": state.value, "problem": None if state is EngineState.READY else problem}
+def _describe(state: EngineState, problem: str | None) -> str:
+    return f"{state}: {problem}" if problem and state is not EngineState.READY else str(state)

@@ -15,23 +15,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        """Be ready at once; with FAKE_GATEWAY=fails, end soon after; with =loads, be ready the second time.
-
-        With =storeless too, without a database before; with =broken, have an engine that fails; with =foreign, be
-        another program.
-        """
+        """Be ready at once; with FAKE_GATEWAY=fails, end soon after; with =loads, be ready the second time."""
         behaviour = os.environ.get("FAKE_GATEWAY")
-        ready = behaviour != "broken" and (behaviour not in ("loads", "foreign", "storeless") or bool(asked))
+        ready = behaviour != "broken" and (behaviour != "loads" or bool(asked))
         asked.append(self.path)
-        broken = {"state": "down", "problem": "the model cannot be found: none is there"}
-        engine = broken if behaviour == "broken" else {"state": "starting", "problem": None}
+        state = "down: the model cannot be found" if behaviour == "broken" else "starting"
         self.send_response(200 if ready else 503)
         self.end_headers()
-        engines = {"tiny: a": engine}
-        answer = {"ready": ready, "engines": engines}
-        if behaviour == "storeless" and not ready:
-            answer = {"detail": "the database does not answer"}
-        self.wfile.write(b"<html>" if behaviour == "foreign" else json.dumps(answer).encode())
+        self.wfile.write(json.dumps({"ready": ready, "engines": {"tiny": state}}).encode())
         if behaviour == "fails":
             threading.Timer(0.3, os._exit, [5]).start()
 
