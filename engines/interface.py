@@ -62,7 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What a loaded engine can do. Limits are enforced by `engines.checks` before the engine is called."""
+    """What a loaded engine can do. Limits are enforced before the engine is called: `engines.checks`, `sample_checks`."""
 
     base_model: str
     architecture: str

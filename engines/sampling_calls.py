@@ -7,11 +7,11 @@ from itertools import groupby
 
 import msgspec
 
-from engines.checks import check_sample
 from engines.interface import Engine, EngineInfo, SampleEnd, SampleEvent, SampleStep, UserError
 from engines.messages import Failure, FromEngine, Sample, Sampled, SampleDelta
 from engines.operations import decode_sample, encode
 from engines.performing import failure_of_engine
+from engines.sample_checks import check_sample
 
 Send = Callable[..., None]
 """Sends a message and its payload frames: `send(message, *payloads)`."""
