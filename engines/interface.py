@@ -62,7 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What a loaded engine can do. Limits are enforced before the engine is called: `engines.checks`, `sample_checks`."""
+    """What a loaded engine can do. Limits are enforced by `engines.checks` and `sample_checks` before it is called."""
 
     base_model: str
     architecture: str
