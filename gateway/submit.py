@@ -28,17 +28,24 @@ from gateway.checkpoints import checkpoint_path
 from gateway.errors import BadRequest, EngineUnavailable, TooManyRequests
 from gateway.state import Gateway
 from gateway.store.futures import Submission
-from gateway.store.records import Checkpoint, CheckpointKind, Future, FutureStatus, Run, Sampler, Session
+from gateway.store.records import (
+    Checkpoint,
+    CheckpointKind,
+    Future,
+    FutureStatus,
+    Reference,
+    Run,
+    Sampler,
+    Session,
+)
 from gateway.supervisor import EngineState
 
-RunOperation = ForwardBackward | Forward | OptimStep | SaveWeights | LoadWeights
+RunOperation = ForwardBackward | Forward | OptimStep
 
 KIND_OF: dict[type, str] = {
     ForwardBackward: "forward_backward",
     Forward: "forward",
     OptimStep: "optim_step",
-    SaveWeights: "save_weights",
-    LoadWeights: "load_weights",
 }
 
 
@@ -78,13 +85,21 @@ def run_id_of(session_id: str, model_seq_id: int) -> str:
     return f"{session_id}:train:{model_seq_id}"
 
 
+def request_id_of(run_id: str, seq_id: int) -> str:
+    """The id of the future of a run's n-th operation; 0 is its creation."""
+    return f"{run_id}:{seq_id}"
+
+
 def sampler_id_of(session_id: str, sampling_session_seq_id: int) -> str:
     """The id of a session's n-th sampler."""
     return f"{session_id}:sample:{sampling_session_seq_id}"
 
 
 async def submit_run(gateway: Gateway, new: NewRun) -> Future:
-    """Begin a run; its creation is slot 0 of its log. Raises NotFound when its base model is not trained here."""
+    """Begin a run; its creation is slot 0 of its log.
+
+    Raises NotFound when its base model is not trained here, or the checkpoint it begins at has gone meanwhile.
+    """
     engine = gateway.fleet.for_base_model(new.base_model, "train").supervisor.engine
     origin_folder = new.origin.folder if new.origin is not None else None
     now = time.time()
@@ -105,24 +120,24 @@ async def submit_run(gateway: Gateway, new: NewRun) -> Future:
     )
     operation = CreateRun(new.lora, folder=origin_folder, optimizer_state=new.with_optimizer)
     future = _future(run, 0, "create_run", {"path": run.origin_path}, None)
-    await gateway.futures.submit(Submission(future, encode(operation), run))
+    needs = new.origin.reference if new.origin is not None else None
+    await gateway.futures.submit(Submission(future, encode(operation), run, needs))
     return future
 
 
 async def submit_operation(gateway: Gateway, run: Run, seq_id: int, operation: RunOperation) -> Future:
     """Append an operation to a run's log. Raises BadRequest and TooManyRequests."""
-    folder = operation.folder if isinstance(operation, LoadWeights) else None
-    future = _future(run, seq_id, KIND_OF[type(operation)], {}, folder)
+    future = _future(run, seq_id, KIND_OF[type(operation)], {}, None)
     return await _append(gateway, run, future, encode(operation))
 
 
 async def submit_load(
     gateway: Gateway, run: Run, seq_id: int, checkpoint: Checkpoint, *, optimizer: bool
 ) -> Future:
-    """Append the loading of a checkpoint; the log keeps its files from now on."""
+    """Append the loading of a checkpoint; the log keeps its files from now on. Raises NotFound when it has gone."""
     operation = LoadWeights(checkpoint.folder, optimizer_state=optimizer)
     future = _future(run, seq_id, "load_weights", {"path": checkpoint.path}, checkpoint.folder)
-    return await _append(gateway, run, future, encode(operation))
+    return await _append(gateway, run, future, encode(operation), checkpoint.reference)
 
 
 async def submit_save(gateway: Gateway, run: Run, seq_id: int, save: SaveRequest) -> Future:
@@ -182,7 +197,9 @@ async def submit_rejected_sample(gateway: Gateway, sampler: Sampler, seq_id: int
     return failed
 
 
-async def _append(gateway: Gateway, run: Run, future: Future, body: bytes) -> Future:
+async def _append(
+    gateway: Gateway, run: Run, future: Future, body: bytes, needs: Reference | None = None
+) -> Future:
     if future.seq_id < 1:
         raise BadRequest(
             f"seq_id is {future.seq_id}; operations of a run are numbered from 1", param="seq_id"
@@ -193,13 +210,13 @@ async def _append(gateway: Gateway, run: Run, future: Future, body: bytes) -> Fu
         raise TooManyRequests(
             f"{waiting} operations of run {run.run_id} wait already; retry when some are done"
         )
-    await gateway.futures.submit(Submission(future, body))
+    await gateway.futures.submit(Submission(future, body, needs=needs))
     return future
 
 
 def _future(run: Run, seq_id: int, kind: str, context: dict[str, Any], folder: str | None) -> Future:
     return Future(
-        request_id=f"{run.run_id}:{seq_id}",
+        request_id=request_id_of(run.run_id, seq_id),
         owner=run.owner,
         engine=run.engine,
         kind=kind,

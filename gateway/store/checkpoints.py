@@ -7,10 +7,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, exists, func, select, union_all, update
 
+from gateway.errors import NotFound
 from gateway.store import schema
 from gateway.store.database import Database
-from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
-from gateway.store.records import Checkpoint, CheckpointKind
+from gateway.store.dialect import NO_FILTERS, Filters, for_update, insert_or_ignore, now
+from gateway.store.records import Checkpoint, CheckpointKind, Reference
 
 C = schema.checkpoints
 
@@ -92,6 +93,22 @@ def insert_checkpoint(
     connection.execute(delete(C).where(C.c.path == checkpoint.path))
     connection.execute(insert_or_ignore(connection, C), asdict(checkpoint))
     return True, row.folder if row is not None and row.folder != checkpoint.folder else None
+
+
+def require_checkpoints(connection: Connection, references: list[Reference]) -> None:
+    """See to it that folders about to be referred to are a checkpoint's until this transaction has committed.
+
+    The rows are locked: whoever deletes one waits, and then finds the new reference. Raises NotFound, which undoes the
+    transaction, when one has been deleted or replaced since it was looked up.
+    """
+    for reference in sorted(references, key=lambda each: each.path):
+        alike = (C.c.path == reference.path) & (C.c.folder == reference.folder)
+        query = for_update(connection, select(C.c.path).where(alike, _alive()))
+        if connection.execute(query).first() is None:
+            raise NotFound(
+                f"there is no checkpoint {reference.path} any more: it was deleted or replaced just now",
+                param="path",
+            )
 
 
 def folder_in_use(connection: Connection, folder: str) -> bool:

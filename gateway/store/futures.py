@@ -10,9 +10,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, bindparam, case, func, select, update
 
 from gateway.store import schema
+from gateway.store.checkpoints import require_checkpoints
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore, now
-from gateway.store.records import Future, FutureStatus, Outcome, Run, Settled
+from gateway.store.records import Future, FutureStatus, Outcome, Reference, Run, Settled
 from gateway.store.runs import insert_runs
 from gateway.store.settling import settle_futures
 
@@ -24,12 +25,14 @@ OPEN = (FutureStatus.QUEUED, FutureStatus.RUNNING)
 class Submission:
     """A call to accept: its future, its input's bytes, and the run that begins with it, if one does.
 
-    A future that is failed already is recorded as such: a rejected operation consumes its number.
+    A future that is failed already is recorded as such: a rejected operation consumes its number. `needs` is the
+    checkpoint that the call begins at or loads.
     """
 
     future: Future
     body: bytes
     run: Run | None = None
+    needs: Reference | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,8 @@ class FutureStore:
     async def submit(self, submission: Submission, then: Callable[[bool], None] | None = None) -> bool:
         """Accept a call; whether it is new. Repeating a known natural key changes nothing.
 
-        `then` is called with the same answer right after the commit.
+        `then` is called with the same answer right after the commit. Raises NotFound, and accepts nothing, when the
+        checkpoint that the call needs has gone since it was looked up.
         """
         return await self._database.write(insert_submissions, submission, then)
 
@@ -161,6 +165,7 @@ def insert_submissions(connection: Connection, submissions: list[Submission]) ->
     rows = [asdict(submission.future) for submission in submissions]
     statement = insert_new(connection.dialect.name, F, "request_id")
     new = set(connection.execute(statement, rows).scalars())
+    require_checkpoints(connection, [s.needs for s in submissions if s.future.request_id in new and s.needs])
     bodies = [
         {"request_id": submission.future.request_id, "body": submission.body}
         for submission in submissions

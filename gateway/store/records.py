@@ -149,6 +149,11 @@ class Checkpoint:
         """The id on the wire: kind and name."""
         return f"{self.kind}/{self.name}"
 
+    @property
+    def reference(self) -> Reference:
+        """What to hand in with whatever is to keep this checkpoint's folder."""
+        return Reference(self.path, self.folder)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
@@ -161,6 +166,14 @@ class Sampler:
     path: str | None
     folder: str | None
     created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The stored folder of a checkpoint, as it was looked up: who writes it down must find it still there."""
+
+    path: str
+    folder: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from sqlalchemy import Connection, select
 
 from gateway.store import schema
+from gateway.store.checkpoints import require_checkpoints
 from gateway.store.database import Database
-from gateway.store.dialect import insert_or_ignore
-from gateway.store.records import Sampler
+from gateway.store.dialect import insert_new, insert_or_ignore
+from gateway.store.records import Reference, Sampler
 
 S = schema.samplers
 
@@ -21,7 +22,7 @@ class SamplerStore:
         self._database = database
 
     async def create(self, sampler: Sampler) -> None:
-        """Store a sampler; repeating it changes nothing."""
+        """Store a sampler; repeating it changes nothing. Raises NotFound when its checkpoint has gone meanwhile."""
         await self._database.write(_create, sampler)
 
     async def get(self, sampler_id: str) -> Sampler | None:
@@ -38,5 +39,14 @@ def insert_samplers(connection: Connection, samplers: list[Sampler]) -> None:
 
 
 def _create(connection: Connection, samplers: list[Sampler]) -> list[None]:
-    insert_samplers(connection, samplers)
+    statement = insert_new(connection.dialect.name, S, "sampler_id")
+    new = set(connection.execute(statement, [asdict(sampler) for sampler in samplers]).scalars())
+    require_checkpoints(
+        connection,
+        [
+            Reference(each.path, each.folder)
+            for each in samplers
+            if each.sampler_id in new and each.path is not None and each.folder is not None
+        ],
+    )
     return [None] * len(samplers)

@@ -26,6 +26,11 @@ async def create_sampling_session(request: Request, owner: Owner, gateway: Runni
     """A sampler of a base model, or of a checkpoint; it never changes, whatever becomes of the run."""
     body = await json_body(request, schemas.CreateSamplingSession)
     session = await gateway.live_session(owner, body.session_id)
+    sampler_id = sampler_id_of(session.session_id, body.sampling_session_seq_id)
+    if (
+        await gateway.known_samplers.get(sampler_id) is not None
+    ):  # sent again; its checkpoint may have gone meanwhile
+        return _session_reply(sampler_id)
     base_model, run_id, folder = body.base_model, None, None
     if body.model_path is not None:
         checkpoint = await readable_checkpoint(gateway.store, owner, body.model_path, param="model_path")
@@ -39,7 +44,7 @@ async def create_sampling_session(request: Request, owner: Owner, gateway: Runni
         raise BadRequest("give base_model or model_path", param="base_model")
     engine = gateway.fleet.for_base_model(base_model, "sample").supervisor.engine
     sampler = Sampler(
-        sampler_id=sampler_id_of(session.session_id, body.sampling_session_seq_id),
+        sampler_id=sampler_id,
         owner=owner,
         session_id=session.session_id,
         engine=engine.name,
@@ -50,7 +55,11 @@ async def create_sampling_session(request: Request, owner: Owner, gateway: Runni
         created_at=time.time(),
     )
     await gateway.store.samplers.create(sampler)
-    return json_reply({"sampling_session_id": sampler.sampler_id, "type": "create_sampling_session"})
+    return _session_reply(sampler_id)
+
+
+def _session_reply(sampler_id: str) -> Response:
+    return json_reply({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
 
 
 @router.get("/samplers/{sampler_id}")

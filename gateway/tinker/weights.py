@@ -11,7 +11,16 @@ from gateway.checkpoints import readable_checkpoint
 from gateway.errors import BadRequest, Unprocessable
 from gateway.state import Gateway, Running
 from gateway.store.records import CheckpointKind, Future, Run
-from gateway.submit import NewRun, SaveRequest, sampler_id_of, submit_load, submit_run, submit_save
+from gateway.submit import (
+    NewRun,
+    SaveRequest,
+    request_id_of,
+    run_id_of,
+    sampler_id_of,
+    submit_load,
+    submit_run,
+    submit_save,
+)
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import json_body, json_reply, read_body, takes
@@ -105,6 +114,11 @@ async def _begin_at(
     _refuse_token(body)
     requests.require_adamw(body.optimizer_config)
     session = await gateway.live_session(owner, session_id)
+    begun = await gateway.store.futures.get(request_id_of(run_id_of(session_id, model_seq_id), 0))
+    if (
+        begun is not None
+    ):  # sent again; the checkpoint may have gone meanwhile, the run has begun all the same
+        return begun
     checkpoint = await readable_checkpoint(gateway.store, owner, body.path)
     if body.base_model is not None and body.base_model != checkpoint.base_model:
         raise BadRequest(
