@@ -7,13 +7,24 @@ the vocabulary, numbers are finite, sequences fit into the context.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engines.fields import LARGEST, check_finite, check_number, check_tokens, check_vocabulary, values_of
+from engines.fields import (
+    LARGEST,
+    check_finite,
+    check_number,
+    check_tokens,
+    check_vocabulary,
+    first_true,
+    values_of,
+)
 from engines.interface import EngineInfo, UserError
-from engines.losses import LOSSES, LossSpec
+from engines.losses import HIGH, LOSSES, LOW, UNKNOWN_FORMULA, LossSpec
 from engines.operations import (
     CreateRun,
     Datum,
@@ -32,7 +43,6 @@ _STEP_LIMITS = {"learning_rate": 1e4, "weight_decay": 1e4, "grad_clip_norm": LAR
 """Largest settings of a step: so that their products, and quotients by 1 - beta, are float32 numbers."""
 _LONGEST_ECHO = 80
 """Characters of a sender's own words that an error repeats."""
-_PER_TOKEN_BOUNDS = ("clip_low_threshold", "clip_high_threshold")
 
 
 def check_operation(operation: Operation, info: EngineInfo) -> None:
@@ -96,24 +106,40 @@ def _check_range(field: str, value: float, least: float, most: float) -> None:
 def _check_pass(operation: Forward | ForwardBackward, info: EngineInfo) -> None:
     spec = LOSSES.get(operation.loss)
     if spec is None or operation.loss not in info.losses:
-        raise UserError(
-            f"loss_fn is {operation.loss[:_LONGEST_ECHO]!r}; this engine has {', '.join(info.losses)}"
-        )
-    _check_config(spec, operation.loss_config)
+        raise UserError(_no_such_loss(operation.loss, info))
+    settings = _checked_settings(spec, operation.loss_config)
     if not operation.data:
         raise UserError("data is empty; at least one datum is needed")
     for index, datum in enumerate(operation.data):
         _check_datum(f"data[{index}]", datum, spec, info)
+        _check_tokenwise(f"data[{index}].loss_fn_inputs", datum, spec, settings)
 
 
-def _check_config(spec: LossSpec, config: LossConfig) -> None:
+def _no_such_loss(loss: str, info: EngineInfo) -> str:
+    if loss in UNKNOWN_FORMULA:
+        others = [name for name in info.losses if name in LOSSES and "advantages" in LOSSES[name].inputs]
+        return (
+            f"loss_fn is {loss!r}, whose formula is not public, so it is not served here; pass "
+            f"loss_fn={' or '.join(others)} instead"
+        )
+    return f"loss_fn is {loss[:_LONGEST_ECHO]!r}; this engine has {', '.join(info.losses)}"
+
+
+def _checked_settings(spec: LossSpec, config: LossConfig) -> dict[str, float]:
+    """The settings with their defaults; those that a datum may bring can be missing."""
     for name, value in config.items():
         _check_setting(spec, name, value)
-    complete = spec.with_defaults(config)
+    settings = spec.with_defaults(config)
     for name in spec.settings:
-        if name not in complete:
+        if name not in settings and name not in spec.per_token:
             raise UserError(f"loss_fn_config[{name!r}] is missing; {spec.name} has no default for it")
-    _check_bounds(complete)
+    low, high = settings.get(LOW, 0.0), settings.get(HIGH, math.inf)
+    if low > high:
+        raise UserError(
+            f"loss_fn_config: {LOW} is {low:g} and {HIGH} is {high:g}; they bound the ratio itself "
+            "(0.8 and 1.2 unless given), so the low one must not be above the high one"
+        )
+    return settings
 
 
 def _check_setting(spec: LossSpec, name: str, value: float | str) -> None:
@@ -128,22 +154,12 @@ def _check_setting(spec: LossSpec, name: str, value: float | str) -> None:
     _check_range(f"loss_fn_config[{name!r}]", value, setting.least, LARGEST)
 
 
-def _check_bounds(config: Mapping[str, float]) -> None:
-    low, high = (config.get(name, 0.0) for name in _PER_TOKEN_BOUNDS)
-    if low > high:
-        raise UserError(
-            f"loss_fn_config: clip_low_threshold is {low:g} and clip_high_threshold is {high:g}; they bound the ratio "
-            "itself (0.8 and 1.2 unless given), so the low one must not be above the high one"
-        )
-
-
 def _check_datum(where: str, datum: Datum, spec: LossSpec, info: EngineInfo) -> None:
     length = check_tokens(f"{where}.model_input", datum.tokens, info)
     _check_names(where, datum, spec)
     targets = datum.loss_inputs["target_tokens"]
     _check_target_shape(where, targets, length, spec)
-    for name in spec.inputs:
-        tensor = datum.loss_inputs[name]
+    for name, tensor in datum.loss_inputs.items():
         field = f"{where}.loss_fn_inputs[{name!r}]"
         if tensor.shape != targets.shape:
             raise UserError(
@@ -156,6 +172,36 @@ def _check_datum(where: str, datum: Datum, spec: LossSpec, info: EngineInfo) -> 
             check_finite(field, values_of(field, tensor, "float32"))
 
 
+def _check_tokenwise(where: str, datum: Datum, spec: LossSpec, settings: Mapping[str, float]) -> None:
+    """What holds between settings that are given for each token, and for the marks of a sequence."""
+    if spec.per_sequence and not datum.loss_inputs["sequence_ratio_mask"].array().any():
+        raise UserError(
+            f"{where}['sequence_ratio_mask'] is 0 everywhere; the ratio of the sequence is a mean over the tokens that "
+            "it marks, so it must mark at least one"
+        )
+    given: dict[str, NDArray[Any]] = {
+        name: datum.loss_inputs[name].array() for name in spec.per_token if name in datum.loss_inputs
+    }
+    for name in spec.per_token:
+        if name not in given and name not in settings:
+            raise UserError(
+                f"loss_fn_config[{name!r}] is missing; {spec.name} has no default for it, and {where} has none either"
+            )
+    for name, values in given.items():
+        least = spec.settings[name].least
+        if (values < least).any():
+            place = first_true(values < least)
+            raise UserError(
+                f"{where}[{name!r}]{list(place)} is {float(values[place]):g}; it must be at least {least:g}"
+            )
+    if given:
+        low, high = (given.get(name, np.float32(settings.get(name, 0.0))) for name in (LOW, HIGH))
+        crossed = np.atleast_1d(low > high)
+        if crossed.any():
+            place = first_true(crossed)
+            raise UserError(f"{where}: {LOW} is above {HIGH} at {list(place)}; they bound the ratio itself")
+
+
 def _check_names(where: str, datum: Datum, spec: LossSpec) -> None:
     needed = ", ".join(spec.inputs)
     for name in spec.inputs:
@@ -164,12 +210,12 @@ def _check_names(where: str, datum: Datum, spec: LossSpec) -> None:
     if len(datum.loss_inputs) == len(spec.inputs):
         return
     for name in datum.loss_inputs:
-        if name in spec.inputs:
-            continue
-        hint = "; give it as a number in loss_fn_config" if name in _PER_TOKEN_BOUNDS else ""
-        raise UserError(
-            f"{where}.loss_fn_inputs has {name!r}, which {spec.name} does not take: it takes {needed}{hint}"
-        )
+        if name not in spec.inputs and name not in spec.per_token:
+            allowed = ", ".join((*spec.inputs, *spec.per_token))
+            raise UserError(
+                f"{where}.loss_fn_inputs has {name[:_LONGEST_ECHO]!r}, which {spec.name} does not take: it takes "
+                f"{allowed}"
+            )
 
 
 def _check_target_shape(where: str, targets: Tensor, length: int, spec: LossSpec) -> None:

@@ -172,7 +172,7 @@ def batch(info: EngineInfo, lengths: Sequence[int] = (7, 12, 3), seed: int = 0) 
     return data
 
 
-def policy_batch(caller: Caller, lengths: Sequence[int] = (9, 5), run_id: str = "run") -> list[Datum]:
+def policy_batch(caller: Caller, lengths: Sequence[int] = (9, 5, 1), run_id: str = "run") -> list[Datum]:
     """Policy-gradient data whose ratios lie inside and on both sides of the usual clipping bounds."""
     data = []
     for i, plain in enumerate(batch(caller.info, lengths, seed=7)):
@@ -186,6 +186,12 @@ def policy_batch(caller: Caller, lengths: Sequence[int] = (9, 5), run_id: str = 
         }
         data.append(Datum(plain.tokens, inputs))
     return data
+
+
+def with_inputs(datum: Datum, **inputs: Array) -> Datum:
+    """The datum with further loss inputs, float32."""
+    tensors = {name: Tensor.of(np.asarray(values, dtype=np.float32)) for name, values in inputs.items()}
+    return Datum(datum.tokens, {**datum.loss_inputs, **tensors})
 
 
 def given(datum: Datum, name: str) -> Array:

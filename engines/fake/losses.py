@@ -2,7 +2,8 @@
 
 p = `logprobs`, the current policy's log-prob of the target; q = `inputs["logprobs"]`, the sampler's; A = advantages;
 r = exp(p - q), so dr/dp = r. Arrays share one shape ([T] or [T, K]); `config` holds every key of the loss. Each
-formula gives the loss and its derivative by p for every token. Definitions and sources: `engines.losses`.
+formula gives the loss and its derivative by p for every token of one datum. `inputs` may have keys of `config` too, one
+number a token. Definitions and sources: `engines.losses`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engines.losses import HIGH, LOW
 
 Array = NDArray[Any]
 Formula = Callable[[Array, Mapping[str, Array], Mapping[str, float]], tuple[Array, Array]]
@@ -33,15 +36,12 @@ def importance_sampling(
 
 def ppo(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
     """-min(r A, clamp(r) A); no derivative where the clamped branch is the smaller one."""
-    ratio = np.exp(p - inputs["logprobs"])
-    free = ratio * inputs["advantages"]
-    bound = _clamp(ratio, config) * inputs["advantages"]
-    return -np.minimum(free, bound), np.where(free <= bound, -free, np.zeros_like(free))
+    return _clipped(np.exp(p - inputs["logprobs"]), inputs, config)
 
 
 def cispo(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
     """-c p A, where c = clamp(r) counts as a constant."""
-    slope = -_clamp(np.exp(p - inputs["logprobs"]), config) * inputs["advantages"]
+    slope = -_clamp(np.exp(p - inputs["logprobs"]), inputs, config) * inputs["advantages"]
     return slope * p, slope
 
 
@@ -51,8 +51,23 @@ def dro(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> t
     return 0.5 * beta * distance * distance - p * inputs["advantages"], beta * distance - inputs["advantages"]
 
 
-def _clamp(ratio: Array, config: Mapping[str, float]) -> Array:
-    return np.clip(ratio, config["clip_low_threshold"], config["clip_high_threshold"])
+def gspo(p: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
+    """As ppo, with the ratio of the whole datum, whose derivative by each token's p is that ratio."""
+    marked = inputs["sequence_ratio_mask"] != 0
+    mean = (p - inputs["logprobs"])[marked].mean(dtype=p.dtype)
+    return _clipped(np.full_like(p, np.exp(mean)), inputs, config)
+
+
+def _clipped(ratio: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> tuple[Array, Array]:
+    free = ratio * inputs["advantages"]
+    bound = _clamp(ratio, inputs, config) * inputs["advantages"]
+    return -np.minimum(free, bound), np.where(free <= bound, -free, np.zeros_like(free))
+
+
+def _clamp(ratio: Array, inputs: Mapping[str, Array], config: Mapping[str, float]) -> Array:
+    """Within the bounds of each token, or of all."""
+    low, high = (inputs[name] if name in inputs else config[name] for name in (LOW, HIGH))
+    return np.clip(ratio, low, high)
 
 
 FORMULAS: dict[str, Formula] = {
@@ -61,4 +76,5 @@ FORMULAS: dict[str, Formula] = {
     "ppo": ppo,
     "cispo": cispo,
     "dro": dro,
+    "gspo": gspo,
 }

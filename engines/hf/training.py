@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from engines.hf.attention import PackedLayout
 from engines.hf.lora import Adapter, Segment
+from engines.hf.losses import Judged, judge
 from engines.hf.model import BaseModel, Pack
 from engines.hf.optimizer import AdamW
 from engines.interface import UserError
 from engines.losses import LOSSES
-from engines.losses.formulas import FORMULAS
 from engines.operations import Datum, Forward, ForwardBackward, ForwardResult, OptimStep
 from engines.tensors import Tensor as Bytes
 
@@ -33,13 +34,15 @@ class Run:
 
 class Batch(NamedTuple):
     """The data of one pass, one after the other. `targets` int64 and `inputs` float32 are [T, K] on the device,
-    K the largest of the data; what pads a datum to K has weight 0. `members` are positions in the operation."""
+    K the largest of the data; what pads a datum to K has weight 0. `members` are positions in the operation, `rows` the
+    rows of each."""
 
     pack: Pack
     layout: PackedLayout
     targets: Tensor
     inputs: dict[str, Tensor]
     members: list[int]
+    rows: list[slice]
 
 
 class Passed(NamedTuple):
@@ -52,10 +55,12 @@ class Passed(NamedTuple):
 
 def forward(base: BaseModel, run: Run, operation: Forward, pass_tokens: int) -> ForwardResult:
     """Losses and log-probs; the run does not change. UserError when the loss is not finite."""
+    passes = []
     with torch.no_grad():
-        passes = [
-            _forward(base, run.adapter, batch, operation) for batch in collate(base, operation, pass_tokens)
-        ]
+        for batch in collate(base, operation, pass_tokens):
+            logprobs = _logprobs(base, run.adapter, batch)
+            judged = _judge(operation, batch, logprobs, with_slope=False)
+            passes.append(Passed(batch, logprobs, judged.loss))
     return _split(operation, passes, None)
 
 
@@ -67,11 +72,12 @@ def forward_backward(
     gradient = None
     passes = []
     for batch in collate(base, operation, pass_tokens):
-        done = _forward(base, run.adapter, batch, operation)
-        grads = torch.autograd.grad(done.loss, leaves)
+        logprobs = _logprobs(base, run.adapter, batch)
+        judged = _judge(operation, batch, logprobs.detach(), with_slope=True)
+        grads = torch.autograd.grad(logprobs, leaves, judged.slope)
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         gradient = flat if gradient is None else gradient.add_(flat)
-        passes.append(Passed(batch, done.logprobs.detach(), done.loss.detach()))
+        passes.append(Passed(batch, logprobs.detach(), judged.loss))
     result = _split(operation, passes, gradient)
     run.pending = gradient if run.pending is None or gradient is None else run.pending.add_(gradient)
     return result
@@ -90,13 +96,24 @@ def optim_step(run: Run, settings: OptimStep) -> float:
     return norm
 
 
-def _forward(base: BaseModel, adapter: Adapter, batch: Batch, operation: Forward | ForwardBackward) -> Passed:
+def _logprobs(base: BaseModel, adapter: Adapter, batch: Batch) -> Tensor:
+    """Log-probs float32 [T, K] of the targets."""
     segments = (Segment(adapter, 0, batch.targets.shape[0]),)
     hidden = base.hidden(batch.pack, batch.layout, segments)
-    logprobs = base.unembedding.logprobs(hidden, batch.targets, segments)
-    config = LOSSES[operation.loss].with_defaults(operation.loss_config)
-    losses = FORMULAS[operation.loss](logprobs, batch.inputs, config)
-    return Passed(batch, logprobs, losses.sum(dtype=torch.float64))
+    return base.unembedding.logprobs(hidden, batch.targets, segments)
+
+
+def _judge(
+    operation: Forward | ForwardBackward, batch: Batch, logprobs: Tensor, *, with_slope: bool
+) -> Judged:
+    return judge(
+        operation.loss,
+        operation.loss_config,
+        logprobs,
+        batch.inputs,
+        batch.rows,
+        with_slope=with_slope,
+    )
 
 
 # ---------------------------------------------------------------------------- collate
@@ -104,20 +121,33 @@ def _forward(base: BaseModel, adapter: Adapter, batch: Batch, operation: Forward
 
 def collate(base: BaseModel, operation: Forward | ForwardBackward, pass_tokens: int) -> Iterator[Batch]:
     """Pack the data, shortest first, into passes of at most `pass_tokens` tokens (a longer datum goes alone)."""
-    names = [name for name in LOSSES[operation.loss].inputs if name != "target_tokens"]
     for members in _fill(operation.data, pass_tokens):
         data = [operation.data[i] for i in members]
         width = max(_width(datum) for datum in data)
         targets = torch.from_numpy(_rows(data, "target_tokens", width, np.int64))
-        inputs = torch.from_numpy(np.stack([_rows(data, name, width, np.float32) for name in names]))
-        inputs = inputs.to(base.device, non_blocking=True)
+        lengths = [datum.tokens.shape[0] for datum in data]
+        ends = list(accumulate(lengths))
         yield Batch(
             base.pack([datum.tokens.array() for datum in data]),
-            PackedLayout([datum.tokens.shape[0] for datum in data]),
+            PackedLayout(lengths),
             targets.to(base.device, non_blocking=True),
-            dict(zip(names, inputs, strict=True)),
+            _inputs(base, operation, data, width),
             members,
+            [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)],
         )
+
+
+def _inputs(
+    base: BaseModel, operation: Forward | ForwardBackward, data: Sequence[Datum], width: int
+) -> dict[str, Tensor]:
+    """The loss inputs besides the targets; of the settings per token those that any of the data brings."""
+    spec = LOSSES[operation.loss]
+    settings = spec.with_defaults(operation.loss_config)
+    names = [name for name in spec.inputs if name != "target_tokens"]
+    names += [name for name in spec.per_token if any(name in datum.loss_inputs for datum in data)]
+    rows = [_rows(data, name, width, np.float32, settings.get(name)) for name in names]
+    inputs = torch.from_numpy(np.stack(rows)).to(base.device, non_blocking=True)
+    return dict(zip(names, inputs, strict=True))
 
 
 def _fill(data: Sequence[Datum], pass_tokens: int) -> Iterator[list[int]]:
@@ -141,14 +171,18 @@ def _width(datum: Datum) -> int:
     return shape[1] if len(shape) == 2 else 1
 
 
-def _rows(data: Sequence[Datum], name: str, width: int, dtype: type[np.generic]) -> NDArray[np.generic]:
-    """One loss input of all data as [T, width], padded with zeros on the right."""
-    parts = [datum.loss_inputs[name].array().reshape(datum.tokens.shape[0], -1) for datum in data]
-    if all(part.shape[1] == width for part in parts):
-        return np.concatenate(parts).astype(dtype, copy=False)
-    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]).astype(
-        dtype
-    )
+def _rows(
+    data: Sequence[Datum], name: str, width: int, dtype: type[np.generic], setting: float | None = None
+) -> NDArray[np.generic]:
+    """One loss input of all data as [T, width], padded with zeros on the right. A datum that lacks it has the setting
+    for every token."""
+    parts = []
+    for datum in data:
+        length = datum.tokens.shape[0]
+        given = datum.loss_inputs.get(name)
+        part = np.full((length, width), setting) if given is None else given.array().reshape(length, -1)
+        parts.append(np.pad(part, ((0, 0), (0, width - part.shape[1]))) if part.shape[1] < width else part)
+    return np.concatenate(parts).astype(dtype, copy=False)
 
 
 # ---------------------------------------------------------------------------- split

@@ -188,7 +188,8 @@ def require_adamw(config: dict[str, Any] | None) -> None:
     family = config.get("type") or "adamw"
     if family != "adamw":
         raise BadRequest(
-            f"optimizer_config.type is {str(family)[:40]!r}; allowed is adamw", param="optimizer_config"
+            f"optimizer_config.type is {str(family)[:40]!r}; allowed is adamw{_why_not(family)}",
+            param="optimizer_config",
         )
     for name, value in config.items():
         if name != "type" and value:
@@ -199,12 +200,18 @@ def require_adamw(config: dict[str, Any] | None) -> None:
             )
 
 
+def _why_not(family: object) -> str:
+    """Something that works differently under the same name would be worse than nothing."""
+    return " (how dimuon makes its steps is not public)" if family == "dimuon" else ""
+
+
 def optim_step_of(body: schemas.OptimStepBody) -> OptimStep:
     """The step; what is left out is the SDK's default. Raises UserError for another optimizer's parameters."""
     if body.optimizer_params is not None:
         family = body.optimizer_params.get("type")
         raise UserError(
             f"optimizer_params.type is {str(family)[:40]!r}; this run's optimizer is adamw: send adam_params"
+            f"{_why_not(family)}"
         )
     given = body.adam_params if body.adam_params is not None else schemas.AdamParams()
     return OptimStep(

@@ -144,6 +144,17 @@ class ModelInputChunk(msgspec.Struct, frozen=True, kw_only=True):
 
     type: str | None = None
     tokens: list[int] | int | None = None
+    data: Any = None
+    location: Any = None
+    dmel: Any = None
+
+    @property
+    def kind(self) -> str:
+        """The type, or the one whose field it has."""
+        if self.type is not None:
+            return self.type
+        fields = {"image": self.data, "image_asset_pointer": self.location, "dmel": self.dmel}
+        return next((kind for kind, value in fields.items() if value is not None), "no text")
 
 
 class ModelInput(Strict):

@@ -87,7 +87,7 @@ def _chunk_bytes(chunk: wire.Chunk, where: str) -> bytes:
     refuse_unknown(chunk, where)
     kind = chunk.WhichOneof("chunk")
     if kind != "encoded_text":
-        raise UserError(f"{where} is {kind or 'empty'}; only encoded_text is served here")
+        raise _not_text(where, kind or "empty")
     refuse_unknown(chunk.encoded_text, where)
     return _whole(chunk.encoded_text.tokens, np.dtype("<i4"), f"{where}.tokens")
 
@@ -97,13 +97,20 @@ def tokens_of(model_input: schemas.ModelInput, where: str) -> Tensor:
     tokens: list[int] = []
     for index, chunk in enumerate(model_input.chunks):
         if not isinstance(chunk.tokens, list) or chunk.type not in (None, "encoded_text"):
-            kind = chunk.type[:_ECHO] if chunk.type is not None else "no text"
-            raise UserError(f"{where}.chunks[{index}] is {kind}; only encoded_text is served here")
+            raise _not_text(f"{where}.chunks[{index}]", chunk.kind[:_ECHO])
         tokens += chunk.tokens
     try:
         return Tensor.of(np.array(tokens, dtype=np.int32))
     except OverflowError as error:
         raise UserError(f"{where} holds a token id that is no 32-bit integer") from error
+
+
+def _not_text(where: str, kind: str) -> UserError:
+    """Images are counted in tokens by models that take them, and none here does."""
+    what = f"{where} is {kind}; only encoded_text is served here"
+    if kind in ("image", "image_asset_pointer"):
+        return UserError(f"{what}: no model of this server takes images, so expected_tokens is not looked at")
+    return UserError(f"{what}: no model of this server takes audio" if kind == "dmel" else what)
 
 
 # ---------------------------------------------------------------------------- tensors

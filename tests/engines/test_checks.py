@@ -74,6 +74,7 @@ def refused(datum: Datum, loss: str = "cross_entropy", **config: float | str) ->
     return str(caught.value)
 
 
+NARROW = {"clip_low_threshold": 0.97, "clip_high_threshold": 1.03}
 PAIRS = ([1, 2], [3, 4], [5, 99])
 LONGEST = Datum(ints(*range(16)), {"target_tokens": targets(*range(16)), "weights": floats(*range(16))})
 
@@ -91,6 +92,11 @@ LONGEST = Datum(ints(*range(16)), {"target_tokens": targets(*range(16)), "weight
         ForwardBackward([policy()], "ppo", {"clip_low_threshold": 0.0, "clip_high_threshold": 3.0}),
         ForwardBackward([policy()], "cispo", {"clip_high_threshold": 0.8}),
         ForwardBackward([policy()], "dro", {"beta": 0.0}),
+        ForwardBackward([policy(clip_low_threshold=floats(0, 1, 1.2))], "ppo"),
+        ForwardBackward([policy(clip_low_threshold=floats(2, 2, 2), clip_high_threshold=floats(3, 3, 3))], "ppo"),
+        ForwardBackward([policy(sequence_ratio_mask=floats(0, 1, 1))], "gspo", {**NARROW}),
+        ForwardBackward([policy(sequence_ratio_mask=floats(0, 1, 1), clip_low_threshold=floats(0, 0, 0),
+                                clip_high_threshold=floats(1, 1, 1))], "gspo"),
         OptimStep(learning_rate=0.0, beta1=0.0, beta2=0.0, weight_decay=0.1, grad_clip_norm=1.0),
         CreateRun(LoraSpec(rank=1, seed=1)),
         CreateRun(LoraSpec(rank=32, seed=-(2**40), train_attn=False, train_mlp=False)),
@@ -159,8 +165,21 @@ def test_a_wrong_datum_is_refused(datum: Datum, words: list[str]) -> None:
             ["has 'weights'", "ppo does not take", "target_tokens, logprobs, advantages"],
         ),
         (
-            policy(clip_low_threshold=floats(1, 1, 1)),
-            ["has 'clip_low_threshold'", "a number in loss_fn_config"],
+            policy(clip_low_threshold=floats(1, 1)),
+            ["'clip_low_threshold'] has shape [2]", "target_tokens has [3]"],
+        ),
+        (
+            policy(clip_low_threshold=floats(1, -1, 1)),
+            ["'clip_low_threshold'][1] is -1; it must be at least 0"],
+        ),
+        (policy(clip_low_threshold=floats(1, np.nan, 1)), ["'clip_low_threshold'][1] is nan"]),
+        (
+            policy(clip_low_threshold=floats(1, 1, 1.3)),
+            ["clip_low_threshold is above clip_high_threshold at [2]"],
+        ),
+        (
+            policy(clip_low_threshold=floats(1, 2, 1), clip_high_threshold=floats(1, 1, 1)),
+            ["above", "at [1]"],
         ),
         (policy(logprobs=floats(-1, -2, np.nan)), ["'logprobs'][2] is nan"]),
         (policy(advantages=floats(1, np.inf, 1)), ["'advantages'][1] is inf"]),
@@ -176,7 +195,34 @@ def test_a_wrong_policy_datum_is_refused(datum: Datum, words: list[str]) -> None
 # ---------------------------------------------------------------------------- losses and their settings
 
 
-@pytest.mark.parametrize("loss", ["gspo", "custom", "stable_reinforce", "", "x" * 5000])
+def sequence(**inputs: Tensor) -> Datum:
+    return policy(sequence_ratio_mask=floats(0, 1, 1), **inputs)
+
+
+@pytest.mark.parametrize(
+    ("datum", "config", "words"),
+    [
+        (policy(), NARROW, ["data[1].loss_fn_inputs has no 'sequence_ratio_mask'"]),
+        (policy(sequence_ratio_mask=floats(0, 0, 0)), NARROW, ["'sequence_ratio_mask'] is 0 everywhere"]),
+        (sequence(), {}, ["loss_fn_config['clip_low_threshold'] is missing", "data[0].loss_fn_inputs has none"]),
+        (sequence(), {"clip_low_threshold": 0.9}, ["loss_fn_config['clip_high_threshold'] is missing"]),
+        (sequence(clip_high_threshold=floats(0.9, 1, 1)), NARROW, ["clip_low_threshold is above", "at [0]"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_gspo_datum_is_refused(datum: Datum, config: dict[str, float], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_operation(ForwardBackward([sequence(), datum], "gspo", dict(config)), INFO)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_loss_of_unknown_formula_is_refused_with_the_alternatives() -> None:
+    with pytest.raises(UserError) as caught:
+        check_operation(ForwardBackward([policy()], "stable_reinforce", {"kl_coeff": 0.1}), INFO)
+    assert "'stable_reinforce', whose formula is not public" in str(caught.value)
+    assert "loss_fn=importance_sampling or ppo or cispo or dro or gspo" in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", ["custom", "", "x" * 5000])
 def test_an_unknown_loss_is_refused_with_the_known_ones(loss: str) -> None:
     with pytest.raises(UserError, match="importance_sampling, ppo") as caught:
         check_operation(Forward([supervised()], loss), INFO)

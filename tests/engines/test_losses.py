@@ -39,8 +39,16 @@ def test_the_table_holds_what_clients_send() -> None:
         "ppo": POLICY,
         "cispo": POLICY,
         "dro": POLICY,
+        "gspo": [*POLICY, "sequence_ratio_mask"],
     }
     assert [name for name, spec in LOSSES.items() if spec.many_targets] == ["cross_entropy"]
+    assert [name for name, spec in LOSSES.items() if spec.per_sequence] == ["gspo"]
+    bounds = ("clip_low_threshold", "clip_high_threshold")
+    assert {name: spec.per_token for name, spec in LOSSES.items() if spec.per_token} == {
+        "ppo": bounds,
+        "cispo": bounds,
+        "gspo": bounds,
+    }
     assert all(name == spec.name for name, spec in LOSSES.items())
 
 
@@ -123,10 +131,54 @@ def test_dro_pulls_towards_the_sampler(beta: float) -> None:
     np.testing.assert_allclose(slope, -(advantages - beta * (p - q)), atol=1e-12)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.8, 1.2), (0.95, 1.05), (0.0, 0.5)])
+def test_gspo_clips_the_geometric_mean_of_the_marked_ratios(low: float, high: float) -> None:
+    """The gradient of each token is the ratio of the sequence times its advantage, or nothing where it is clipped."""
+    p, q, advantages = material(seed=1)
+    mask = (np.arange(200) % 4 != 0) * 2.5
+    config = {"clip_low_threshold": low, "clip_high_threshold": high}
+    inputs = {"logprobs": q, "advantages": advantages, "sequence_ratio_mask": mask}
+    loss, slope = in_torch("gspo", p, config, **inputs)
+    ratios = np.exp(p - q)[mask != 0]
+    sequence = np.prod(ratios ** (1 / len(ratios)))
+    assert 0.9 < sequence < 1.1
+    for i, advantage in enumerate(advantages):
+        clipped = (advantage > 0 and sequence > high) or (advantage < 0 and sequence < low)
+        ratio = min(max(sequence, low), high) if clipped else sequence
+        assert loss[i] == pytest.approx(-ratio * advantage)
+        assert slope[i] == pytest.approx(0.0 if clipped else -sequence * advantage)
+
+
+@pytest.mark.parametrize("name", ["ppo", "cispo", "gspo"])
+def test_bounds_of_a_token_are_its_own(name: str) -> None:
+    """Each half of a sequence with bounds of its own is what it is with those bounds for all."""
+    p, q, advantages = material(seed=2)
+    first = np.arange(200) < 100
+    inputs = {"logprobs": q, "advantages": advantages, "sequence_ratio_mask": np.ones(200)}
+    low, high = np.where(first, 0.9, 0.2), np.where(first, 0.95, 3.0)
+    both = in_torch(name, p, {}, **inputs, clip_low_threshold=low, clip_high_threshold=high)
+    for half, config in ((first, (0.9, 0.95)), (~first, (0.2, 3.0))):
+        whole = in_torch(
+            name, p, dict(zip(("clip_low_threshold", "clip_high_threshold"), config, strict=True)), **inputs
+        )
+        for found, expected in zip(both, whole, strict=True):
+            np.testing.assert_allclose(found[half], expected[half])
+
+
+def test_one_bound_of_each_token_goes_with_the_other_as_a_number() -> None:
+    p, q, advantages = material(seed=3)
+    inputs = {"logprobs": q, "advantages": advantages}
+    expected = in_torch("ppo", p, {"clip_high_threshold": 1.1}, **inputs)
+    found = in_torch("ppo", p, {}, **inputs, clip_high_threshold=np.full(200, 1.1))
+    np.testing.assert_allclose(found, expected)
+
+
 def test_on_policy_all_policy_gradients_agree() -> None:
     """Where p is q the ratio is 1: every loss has the gradient -A."""
     p, _, advantages = material()
-    for name in ("importance_sampling", "ppo", "cispo", "dro"):
-        config = {"beta": 0.3} if name == "dro" else {}
-        _, slope = in_torch(name, p, config, logprobs=p, advantages=advantages)
+    bounds = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    for name in ("importance_sampling", "ppo", "cispo", "dro", "gspo"):
+        config = {"dro": {"beta": 0.3}, "gspo": bounds}.get(name, {})
+        mask = np.ones_like(p)
+        _, slope = in_torch(name, p, config, logprobs=p, advantages=advantages, sequence_ratio_mask=mask)
         np.testing.assert_allclose(slope, -advantages, err_msg=name)

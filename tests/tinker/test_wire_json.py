@@ -322,8 +322,8 @@ def test_a_body_of_unknown_fields_takes_bounded_time_and_memory() -> None:
     tracemalloc.stop()
 
 
-def test_tokens_of_early_images_are_no_text() -> None:
+def test_early_images_have_a_number_of_tokens() -> None:
     chunk = {"data": "aGk=", "format": "png", "height": 1, "width": 1, "tokens": 3}
     body = parse_json(encoded({**SAMPLE, "prompt": {"chunks": [chunk]}}), schemas.SampleBody)
-    with pytest.raises(UserError, match=r"prompt.chunks\[0\] is no text; only encoded_text is served"):
+    with pytest.raises(UserError, match=r"prompt.chunks\[0\] is image; only encoded_text is served"):
         requests.sample_of(body, lambda: 0)

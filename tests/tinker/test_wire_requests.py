@@ -150,6 +150,26 @@ def test_a_prompt_is_text(chunk: dict[str, Any]) -> None:
     assert len(str(raised.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("chunk", "kind", "why"),
+    [
+        ({"data": "aGk=", "format": "png", "expected_tokens": 2}, "image", "images, so expected_tokens is not"),
+        ({"location": "http://x/y.png", "format": "png"}, "image_asset_pointer", "images, so expected_tokens is not"),
+        ({"dmel": "aGk="}, "dmel", "audio"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_no_text_is_refused_by_its_name(
+    chunk: dict[str, Any], kind: str, why: str, named: bool
+) -> None:
+    """SDKs before 0.18 leave the type out."""
+    chunk = {**chunk, "type": kind} if named else chunk
+    with pytest.raises(
+        UserError, match=rf"prompt.chunks\[0\] is {kind};.*no model of this server takes {why}"
+    ):
+        sample({"prompt": {"chunks": [chunk]}})
+
+
 @pytest.mark.parametrize("token", [2**31, -(2**31) - 1, 2**70])
 def test_a_token_has_32_bits(token: int) -> None:
     with pytest.raises(UserError, match="prompt holds a token id that is no 32-bit integer"):
@@ -231,7 +251,10 @@ def test_adamw_is_trained(config: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"type": "dimuon", "version": 1}, "optimizer_config.type is 'dimuon'; allowed is adamw"),
+        (
+            {"type": "dimuon", "version": 1},
+            "optimizer_config.type is 'dimuon'; allowed is adamw .how dimuon makes its steps",
+        ),
         ({"type": ["adamw"]}, "allowed is adamw"),
         ({"type": "adamw", "betas": [0.5, 0.5]}, "optimizer_config has 'betas'"),
     ],
