@@ -66,7 +66,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.include_router(tinker.router)
+    app.router.routes.extend(tinker.routes)
     app.include_router(health)
     app.include_router(models)
     app.include_router(admin.router)
@@ -126,8 +126,8 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
 def _assemble(settings: Settings, store: Store) -> Gateway:
     """Futures and fleet know each other: what is accepted goes to an engine, what is settled wakes who waits."""
 
-    def accepted(future: Future) -> None:
-        fleet.accept(future)
+    def accepted(future: Future, body: bytes | None) -> None:
+        fleet.accept(future, body)
 
     def settled(outcome: Settled | None) -> None:
         futures.settled(outcome)

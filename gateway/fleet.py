@@ -47,11 +47,11 @@ class Fleet:
         await asyncio.gather(*(dispatcher.stop() for dispatcher in self.dispatchers.values()))
         await asyncio.gather(*(dispatcher.supervisor.stop() for dispatcher in self.dispatchers.values()))
 
-    def accept(self, future: Future) -> None:
-        """A future has become durable."""
+    def accept(self, future: Future, body: bytes | None) -> None:
+        """A future has become durable; `body` is its input where that is at hand."""
         dispatcher = self.dispatchers.get(future.engine)
         if dispatcher is not None:
-            dispatcher.accept(future)
+            dispatcher.accept(future, body)
 
     def drop_run(self, run: Run) -> None:
         """Free a run's memory, if its engine is still one of ours."""

@@ -20,9 +20,12 @@ _RECHECK_S = 1.0
 
 
 class Futures:
-    """The accepted calls of this gateway process. `on_accepted` hands each to its engine's dispatcher."""
+    """The accepted calls of this gateway process. `on_accepted` hands each to its engine's dispatcher, with its
+    input where that is at hand."""
 
-    def __init__(self, store: Store, on_accepted: Callable[[Future], None], cache_bytes: int) -> None:
+    def __init__(
+        self, store: Store, on_accepted: Callable[[Future, bytes | None], None], cache_bytes: int
+    ) -> None:
         self._store = store
         self._on_accepted = on_accepted
         self._recent = RecentlySettled(cache_bytes)
@@ -36,7 +39,7 @@ class Futures:
         if future.request_id in self._owners or self._recent.get(future.request_id) is not None:
             return
         new = await self._store.futures.submit(
-            submission, lambda new: self._accepted(future) if new else None
+            submission, lambda new: self._accepted(future, submission.body) if new else None
         )
         if not new and future.request_id not in self._owners:
             await self._adopt(future.request_id)
@@ -45,7 +48,7 @@ class Futures:
         """A first try was committed, but its answer was lost on the way from the database: it has to be dispatched."""
         stored = await self._store.futures.get(request_id)
         if stored is not None and stored.open and request_id not in self._owners:
-            self._accepted(stored)
+            self._accepted(stored, None)
 
     async def outcome(self, request_id: str, owner: str, hold_s: float) -> Settled | None:
         """The outcome, waiting for it up to `hold_s` seconds; None if it is still open then.
@@ -82,10 +85,10 @@ class Futures:
         if self._recent.get(future.request_id) is None:
             self._owners[future.request_id] = future.owner
 
-    def _accepted(self, future: Future) -> None:
+    def _accepted(self, future: Future, body: bytes | None) -> None:
         if future.open:
             self._owners[future.request_id] = future.owner
-        self._on_accepted(future)
+        self._on_accepted(future, body)
 
     async def _wait(self, request_id: str, owner: str, hold_s: float) -> Settled | None:
         """Wait for a wake-up; look into the database when this process does not know the future."""

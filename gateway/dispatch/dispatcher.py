@@ -60,12 +60,12 @@ class Dispatcher:
             await asyncio.gather(self._task, return_exceptions=True)
         await self.sampling.cancel()
 
-    def accept(self, future: Future) -> None:
-        """A future of this engine has become durable."""
+    def accept(self, future: Future, body: bytes | None) -> None:
+        """A future of this engine has become durable; `body` is its input where that is at hand."""
         if future.run_id is None:
-            self.sampling.accept(future)
+            self.sampling.accept(future, body)
         else:
-            self.training.accept(future)
+            self.training.accept(future, body)
 
     async def _feed_forever(self) -> None:
         while True:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 
 from engines.interface import UserError
+from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, succeeded
 from gateway.dispatch.run_queue import Turns
 from gateway.dispatch.training import Interrupted, sent, worn_out
@@ -35,13 +36,16 @@ class SamplingLane:
         self._on_settled = on_settled
         self._waiting: dict[str, Future] = {}
         self._turns = Turns()
+        self._inputs = RecentInputs(settings.input_cache_bytes)
         self._active: set[asyncio.Task[None]] = set()
         self._broken: BaseException | None = None
         self._wake = asyncio.Event()
 
-    def accept(self, future: Future) -> None:
-        """Queue a sample that has become durable."""
+    def accept(self, future: Future, body: bytes | None = None) -> None:
+        """Queue a sample that has become durable; `body` is its input where that is at hand."""
         if future.open:
+            if body is not None:
+                self._inputs.add(future.request_id, body)
             self._waiting[future.request_id] = future
             self._turns.add(future.owner, future.request_id)
             self._wake.set()
@@ -51,6 +55,7 @@ class SamplingLane:
         await self.cancel()
         self._waiting.clear()
         self._turns = Turns()
+        self._inputs.clear()
         self._broken = None
 
     async def cancel(self) -> None:
@@ -94,9 +99,17 @@ class SamplingLane:
         if not batch:
             return []
         epoch = engine.config.epoch
-        inputs = await self._store.futures.claim(Claim(tuple(future.request_id for future in batch), epoch))
+        inputs = await self._claimed_inputs(Claim(tuple(future.request_id for future in batch), epoch))
         claimed = [sent(future, epoch) for future in batch]
         return [(future, inputs[future.request_id]) for future in claimed if future.request_id in inputs]
+
+    async def _claimed_inputs(self, claim: Claim) -> dict[str, bytes]:
+        """As in the lane of the runs: when the inputs are at hand, the claim is written while the engine works."""
+        inputs = self._inputs.take(claim.request_ids)
+        if inputs is None:
+            return await self._store.futures.claim(claim)
+        self._store.futures.claim_behind(claim).add_done_callback(self._written)
+        return inputs
 
     async def _sample(self, engine: EngineProcess, future: Future, body: bytes) -> None:
         outcome = worn_out(future, self._settings) or await self._outcome(engine, future, body)
@@ -117,6 +130,10 @@ class SamplingLane:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._active.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self._broken = task.exception()
+        self._written(task)
         self._wake.set()
+
+    def _written(self, write: asyncio.Future[None]) -> None:
+        if not write.cancelled() and write.exception() is not None:
+            self._broken = write.exception()
+            self._wake.set()

@@ -7,9 +7,11 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from engines.messages import RunAddress
 from engines.operations import OperationKind
+from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, outcomes_of
 from gateway.dispatch.recovery import RestoreFailed, restore_run
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
@@ -38,14 +40,17 @@ class TrainingLane:
         self._on_settled = on_settled
         self._queue = TrainingQueue()
         self._unopened: dict[str, list[Future]] = {}
+        self._inputs = RecentInputs(settings.input_cache_bytes)
         self._broken: Exception | None = None
         self._wake = asyncio.Event()
         self._to_drop: set[str] = set()
         self.resident: set[str] = set()
 
-    def accept(self, future: Future) -> None:
-        """Queue an operation that has become durable."""
+    def accept(self, future: Future, body: bytes | None = None) -> None:
+        """Queue an operation that has become durable; `body` is its input where that is at hand."""
         run_id = future.run_id or ""
+        if body is not None and future.open:
+            self._inputs.add(future.request_id, body)
         queue = self._queue.runs.get(run_id)
         if queue is None and future.kind == "create_run":
             self._queue.open_run(run_id, future.owner, 0, [future])
@@ -61,6 +66,7 @@ class TrainingLane:
         """Forget everything."""
         self._queue = TrainingQueue()
         self._unopened.clear()
+        self._inputs.clear()
         self._broken = None
         self._to_drop.clear()
         self.resident.clear()
@@ -127,11 +133,20 @@ class TrainingLane:
         if not batch:
             return []
         epoch = engine.config.epoch
-        inputs = await self._store.futures.claim(Claim(tuple(future.request_id for future in batch), epoch))
+        inputs = await self._claimed_inputs(Claim(tuple(future.request_id for future in batch), epoch))
         if len(inputs) < len(batch):
             raise Interrupted("an operation that was to be claimed has its outcome already, or a newer owner")
         claimed = [sent(future, epoch) for future in batch]
         return [(future, inputs[future.request_id]) for future in claimed]
+
+    async def _claimed_inputs(self, claim: Claim) -> dict[str, bytes]:
+        """Inputs of what is claimed. When they are at hand, the claim is written while the engine works already: it
+        counts attempts and shows what runs, whereas settling decides whose outcome is stored."""
+        inputs = self._inputs.take(claim.request_ids)
+        if inputs is None:
+            return await self._store.futures.claim(claim)
+        self._store.futures.claim_behind(claim).add_done_callback(self._written)
+        return inputs
 
     async def _call(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> list[Outcome]:
         """Have the engine perform a batch, after giving it the runs that it does not have."""
@@ -209,6 +224,7 @@ class TrainingLane:
             self._write(failed(future, "user", message))
 
     def _write(self, outcome: Outcome) -> None:
+        self._inputs.discard(outcome.future.request_id)
         self._store.futures.settle(outcome, self._settled).add_done_callback(self._written)
 
     def _settled(self, settled: Settled | None) -> None:
@@ -216,7 +232,7 @@ class TrainingLane:
             self._broken = Interrupted("its epoch is over")
         self._on_settled(settled)
 
-    def _written(self, write: asyncio.Future[Settled | None]) -> None:
+    def _written(self, write: asyncio.Future[Any]) -> None:
         if not write.cancelled() and isinstance(error := write.exception(), Exception):
             self._broken = error
             self._wake.set()

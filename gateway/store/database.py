@@ -37,6 +37,8 @@ WriteMany = Callable[[Connection, list[A]], list[R]]
 """A write operation: takes the arguments of several callers, answers each in order."""
 
 _LARGEST_GROUP = 512
+_BEHIND_S = 0.02
+"""Seconds that a write nobody waits for may wait for another one's transaction."""
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class _Driver(Protocol):
 
     async def read(self, work: Callable[[Connection], T]) -> T: ...
 
-    async def write(self, work: Callable[[Connection], T]) -> T: ...
+    async def write(self, work: Callable[[Connection], T], *, flushed: bool) -> T:
+        """`flushed`: the commit must survive a power loss, not only the death of a process."""
 
     async def close(self) -> None: ...
 
@@ -65,7 +68,8 @@ class _PostgresDriver:
         async with self._readers.connect() as connection:
             return await connection.run_sync(work)
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, flushed: bool) -> T:
+        # Always flushed: a server that crashes alone must not forget what this process remembers as settled.
         async with self._writers.begin() as connection:
             return await connection.run_sync(work)
 
@@ -78,6 +82,7 @@ class _SqliteDriver:
     def __init__(self, url: str, synchronous: str, readers: int) -> None:
         self._engine = create_engine(make_url(url).set(drivername="sqlite+pysqlite"), pool_size=readers + 1)
         _configure_sqlite(self._engine, synchronous)
+        self._synchronous = synchronous
         self._reading = ThreadPoolExecutor(readers, "sqlite-read")
         self._writing = ThreadPoolExecutor(1, "sqlite-write")
 
@@ -88,10 +93,14 @@ class _SqliteDriver:
 
         return await asyncio.get_running_loop().run_in_executor(self._reading, in_thread)
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, flushed: bool) -> T:
+        level = self._synchronous if flushed else "NORMAL"
+
         def in_thread() -> T:
-            with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
-                return work(connection)
+            with self._engine.connect().execution_options(writes=True) as connection:
+                _set_synchronous(connection, level)
+                with connection.begin():
+                    return work(connection)
 
         return await asyncio.get_running_loop().run_in_executor(self._writing, in_thread)
 
@@ -107,6 +116,7 @@ class _Write(Generic[A, R]):
     argument: A
     outcome: asyncio.Future[R]
     then: Callable[[R], None] | None
+    recomputable: bool
 
 
 class Database:
@@ -124,6 +134,7 @@ class Database:
             self._driver = _PostgresDriver(url, readers)
         self._pending: list[_Write[Any, Any]] = []
         self._wake = asyncio.Event()
+        self._wake_later: asyncio.TimerHandle | None = None
         self._closing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -147,7 +158,7 @@ class Database:
     async def alone(self, work: Callable[[Connection], T]) -> T:
         """A transaction outside the group commit, for migrations."""
         with translated_errors():
-            return await self._driver.write(work)
+            return await self._driver.write(work, flushed=True)
 
     async def rows(self, query: Executable) -> Sequence[Row[Any]]:
         """All rows of a query."""
@@ -158,30 +169,52 @@ class Database:
         return await self.read(lambda connection: connection.execute(query).first())
 
     def write(
-        self, operation: WriteMany[A, R], argument: A, then: Callable[[R], None] | None = None
+        self,
+        operation: WriteMany[A, R],
+        argument: A,
+        then: Callable[[R], None] | None = None,
+        *,
+        recomputable: bool = False,
     ) -> asyncio.Future[R]:
         """Have `operation` done for `argument` in the next transaction; the answer comes after the commit.
 
         Writes take effect in the order of these calls. `then` is called with the answer right after the commit,
-        whether or not the caller still waits.
+        whether or not the caller still waits. What is `recomputable` from earlier writes survives the death of any
+        process; the embedded database may forget the newest of it in a power loss, if nothing else was written since.
         """
         outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._pending.append(_Write(operation, argument, outcome, then))
+        self._pending.append(_Write(operation, argument, outcome, then, recomputable))
         self._wake.set()
         return outcome
 
+    def write_behind(self, operation: WriteMany[A, R], argument: A) -> asyncio.Future[R]:
+        """A recomputable write that nobody waits for: it goes along with the next transaction, which comes soon."""
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[R] = loop.create_future()
+        self._pending.append(_Write(operation, argument, outcome, None, recomputable=True))
+        if self._wake_later is None:
+            self._wake_later = loop.call_later(_BEHIND_S, self._wake.set)
+        return outcome
+
     async def _write_forever(self) -> None:
-        while not self._closing:
+        while self._pending or not self._closing:
             await self._wake.wait()
             self._wake.clear()
+            if self._wake_later is not None:
+                self._wake_later.cancel()
+                self._wake_later = None
             while self._pending:
                 group, self._pending = self._pending[:_LARGEST_GROUP], self._pending[_LARGEST_GROUP:]
                 await self._commit_group(group)
 
     async def _commit_group(self, group: list[_Write[Any, Any]]) -> None:
         """One transaction for all; if anything in it fails, each alone, so that only the culprit is told."""
+        flushed = not all(write.recomputable for write in group)
         try:
-            answers = await self.alone(lambda connection: _perform(connection, group))
+            with translated_errors():
+                answers = await self._driver.write(
+                    lambda connection: _perform(connection, group), flushed=flushed
+                )
         except StoreUnavailable as error:
             _refuse(group, error)
             return
@@ -283,3 +316,9 @@ def _configure_sqlite(engine: Engine, synchronous: str) -> None:
     def on_begin(connection: Connection) -> None:
         writes = connection.get_execution_options().get("writes", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _set_synchronous(connection: Connection, level: str) -> None:
+    """How far the next commit of this connection goes; SQLite takes it outside a transaction only."""
+    raw: Any = connection.connection.dbapi_connection
+    raw.execute(f"PRAGMA synchronous={level}")

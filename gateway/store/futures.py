@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, bindparam, case, func, select, update
@@ -78,7 +79,11 @@ class FutureStore:
 
     async def claim(self, claim: Claim) -> dict[str, bytes]:
         """Mark futures as running; return the inputs of those that could be, by request_id."""
-        return await self._database.write(claim_futures, claim)
+        return await self._database.write(claim_futures, claim, recomputable=True)
+
+    def claim_behind(self, claim: Claim) -> asyncio.Future[None]:
+        """Mark futures as running whose inputs are at hand; settling finds out whether they could be."""
+        return self._database.write_behind(mark_futures, claim)
 
     def settle(
         self, outcome: Outcome, then: Callable[[Settled | None], None] | None = None
@@ -87,7 +92,7 @@ class FutureStore:
 
         Takes effect before any claim that is called after it, without having to be awaited first.
         """
-        return self._database.write(settle_futures, outcome, then)
+        return self._database.write(settle_futures, outcome, then, recomputable=True)
 
     async def get(self, request_id: str) -> Future | None:
         row = await self._database.first(select(F).where(F.c.request_id == request_id))
@@ -180,8 +185,19 @@ def claim_futures(connection: Connection, claims: list[Claim]) -> list[dict[str,
     """Queued futures become running; running ones of an older epoch are taken over."""
     answers = []
     for claim in claims:
-        values = {"keys": claim.request_ids, "by_epoch": claim.epoch, "at": now()}
-        claimed = connection.execute(_CLAIM, values).scalars().all()
+        claimed = _mark_running(connection, claim.request_ids, claim.epoch)
         bodies = connection.execute(_INPUTS, {"keys": claimed})
         answers.append({row.request_id: row.body for row in bodies})
     return answers
+
+
+def mark_futures(connection: Connection, claims: list[Claim]) -> list[None]:
+    """The same without reading the inputs, those of one epoch in one statement."""
+    for epoch, group in groupby(claims, key=lambda claim: claim.epoch):
+        _mark_running(connection, [key for claim in group for key in claim.request_ids], epoch)
+    return [None] * len(claims)
+
+
+def _mark_running(connection: Connection, request_ids: Sequence[str], epoch: int) -> Sequence[str]:
+    values = {"keys": request_ids, "by_epoch": epoch, "at": now()}
+    return connection.execute(_CLAIM, values).scalars().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from gateway.auth import Owner
 from gateway.errors import StoreUnavailable
@@ -14,8 +14,9 @@ from gateway.store.records import FutureStatus, Settled
 from gateway.supervisor import EngineState
 from gateway.tinker import results, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, takes
+from gateway.tinker.routing import topic
 
-router = APIRouter()
+router = topic()
 
 _OUTAGE_PAUSE_S = 2.0
 

@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 
 from gateway.auth import Owner
 from gateway.checkpoints import checkpoint_path, delete_checkpoint, owned_checkpoint
@@ -15,8 +15,9 @@ from gateway.state import Gateway, Running
 from gateway.store.records import Checkpoint, CheckpointKind, Run, RunStatus
 from gateway.tinker import schemas
 from gateway.tinker.edge import json_body, json_reply, takes
+from gateway.tinker.routing import topic
 
-router = APIRouter()
+router = topic()
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=10**9)]

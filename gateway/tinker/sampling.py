@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engines.interface import UserError
 from gateway.auth import Owner
@@ -17,8 +17,9 @@ from gateway.submit import draw_seed, sampler_id_of, submit_rejected_sample, sub
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, read_body, takes
+from gateway.tinker.routing import topic
 
-router = APIRouter()
+router = topic()
 
 
 @router.post("/create_sampling_session", openapi_extra=takes(schemas.CreateSamplingSession))

@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 
 from gateway.auth import Owner
 from gateway.errors import BadRequest
@@ -15,8 +15,9 @@ from gateway.store.records import Session
 from gateway.store.sessions import Finish
 from gateway.tinker import schemas
 from gateway.tinker.edge import json_body, json_reply, read_body, takes
+from gateway.tinker.routing import topic
 
-router = APIRouter()
+router = topic()
 
 _LONGEST_KEY = 300
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from gateway.auth import Owner
 from gateway.state import Gateway, Running
@@ -14,8 +14,9 @@ from gateway.tinker import requests, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
 from gateway.tinker.operations import accept_json, accept_or_reject, message_of_pass, promise
 from gateway.tinker.results import PROTOBUF
+from gateway.tinker.routing import topic
 
-router = APIRouter()
+router = topic()
 
 
 @router.post("/create_model", openapi_extra=takes(schemas.CreateModel))

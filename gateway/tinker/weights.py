@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from engines.interface import UserError
 from engines.operations import LoraSpec
@@ -25,8 +25,9 @@ from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import json_body, json_reply, read_body, takes
 from gateway.tinker.operations import accept_json, accept_or_reject, promise, reject
+from gateway.tinker.routing import topic
 
-router = APIRouter()
+router = topic()
 
 
 @router.post("/save_weights", openapi_extra=takes(schemas.SaveWeights))
