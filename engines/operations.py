@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from engines.tensors import Tensor
+from engines.tensors import Matrix, Tensor
 
 LossConfig = dict[str, float | str]
 
@@ -121,6 +121,10 @@ class SampleRequest(msgspec.Struct, frozen=True, tag="sample", omit_defaults=Tru
     contains one of `stop_strings`; what stopped it stays in the result. `temperature` 0 is greedy. `top_k` -1 is
     off. The randomness of sample i at position t is a function of (seed, i, t) alone. `topk_*` ask for that many
     best alternatives per position, 0 for none. `adapter` None samples the base model.
+
+    Of the prompt, row i is what the model expects of token i + 1. `prompt_logprobs_last_n` leaves only the last n
+    tokens to `prompt_logprobs` and `topk_prompt_logprobs`. `target_prompt_tokens`, int64 [N - 1, K], names tokens to
+    score in each row; -1 names none. `prompt_alternatives` tokens are drawn in each row at `temperature`.
     """
 
     prompt: Tensor
@@ -136,6 +140,9 @@ class SampleRequest(msgspec.Struct, frozen=True, tag="sample", omit_defaults=Tru
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    target_prompt_tokens: Matrix | None = None
+    prompt_alternatives: int = 0
     adapter: AdapterRef | None = None
 
 
@@ -144,6 +151,14 @@ class TopLogprobs(msgspec.Struct, frozen=True):
 
     A position without alternatives (the first of a prompt) holds token 0 with logprob NaN.
     """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+class PromptAlternatives(msgspec.Struct, frozen=True):
+    """Tokens drawn, with replacement, where the prompt's own follow: `tokens` int64 [N - 1, k], `logprobs` float32
+    [N - 1, k], untempered whatever temperature they were drawn at."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -192,12 +207,19 @@ class LoadWeightsResult(msgspec.Struct, frozen=True, tag="load_weights"):
 
 
 class SampleResult(msgspec.Struct, frozen=True, tag="sample"):
-    """`prompt_logprobs` is float32 [N] with NaN at 0, log-probs untempered; `sequences` has num_samples entries."""
+    """`sequences` has num_samples entries. All log-probs of the prompt are untempered.
+
+    `prompt_logprobs` is float32 [N], NaN at 0 and where none were asked for. `target_prompt_logprobs` has the layout
+    of the request's tokens, 0.0 where they are -1. `prompt_cache_hit_tokens` of the prompt were not computed again,
+    because an earlier request had; however many samples share it, the prompt counts once.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs: Tensor | None = None
     topk_prompt_logprobs: TopLogprobs | None = None
     prompt_cache_hit_tokens: int = 0
+    target_prompt_logprobs: Matrix | None = None
+    prompt_alternatives: PromptAlternatives | None = None
 
 
 Result = (

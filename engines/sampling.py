@@ -33,6 +33,16 @@ def batch_uniforms(draws: Iterable[tuple[int, int, int]]) -> NDArray[np.float64]
     return np.array([uniforms(*draw) for draw in draws], dtype=np.float64)
 
 
+def row_uniforms(seed: int, row: int, count: int) -> NDArray[np.float64]:
+    """The random numbers in [0, 1) that decide the alternatives to a prompt's token at `row` + 1: float64 [count].
+
+    Word j, 64 bits little-endian, of SHAKE-128 of `"<seed>/prompt/<row>"`, its upper 53 bits as a binary fraction: the
+    first ones do not depend on how many there are.
+    """
+    digest = hashlib.shake_128(b"%d/prompt/%d" % (seed, row)).digest(8 * count)
+    return (np.frombuffer(digest, dtype="<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 class StopTracker:
     """Tells after each token of one sequence whether it is complete.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -42,3 +42,28 @@ class Tensor(msgspec.Struct, frozen=True, array_like=True):
         Raises ValueError when `data` does not hold exactly the items that `shape` asks for.
         """
         return np.frombuffer(self.data, dtype=_LITTLE_ENDIAN[self.dtype]).reshape(self.shape)
+
+
+class Matrix(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A matrix, dense or in compressed sparse rows (CSR).
+
+    Dense: `values` is [rows, columns]. Sparse: `values` is [C], the listed cells row after row; `crow` int64
+    [rows + 1] says where each row begins and ends among them, `col` int64 [C] the column of each.
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+    crow: Tensor | None = None
+    col: Tensor | None = None
+
+    def cells(self) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """The row and the value of every listed cell, row after row: int64 [C] and [C]."""
+        values: NDArray[Any] = self.values.array().ravel()
+        if self.crow is None:
+            return np.repeat(np.arange(self.shape[0]), self.shape[1]), values
+        begins: NDArray[Any] = self.crow.array()
+        return np.repeat(np.arange(self.shape[0]), np.diff(begins)), values
+
+    def with_values(self, values: NDArray[np.generic]) -> Matrix:
+        """A matrix of the same layout with these values [C] in its listed cells."""
+        return msgspec.structs.replace(self, values=Tensor.of(values.reshape(self.values.shape)))

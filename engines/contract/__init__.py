@@ -11,19 +11,25 @@
         def engine(self, engine_factory: EngineFactory) -> Engine:
             return engine_factory()
 
+        @pytest.fixture
+        def reference(self) -> Reference: ...    # the base model's logits [N, V] of N tokens, not by the engine
+
 The tests ask the engine itself how large it is; they suit any model, and run in seconds on a small one.
 """
 
 from engines.contract.checkpoints import CheckpointContract
 from engines.contract.drawing import DrawingContract
 from engines.contract.losses import LossContract
-from engines.contract.material import EngineFactory
+from engines.contract.material import EngineFactory, Reference
+from engines.contract.prompts import PromptContract
 from engines.contract.sampling import SamplingContract
 from engines.contract.training import TrainingContract
 
 
-class EngineContract(TrainingContract, LossContract, CheckpointContract, DrawingContract, SamplingContract):
+class EngineContract(
+    TrainingContract, LossContract, CheckpointContract, DrawingContract, SamplingContract, PromptContract
+):
     """All of it."""
 
 
-__all__ = ["EngineContract", "EngineFactory"]
+__all__ = ["EngineContract", "EngineFactory", "Reference"]

@@ -35,6 +35,8 @@ from engines.tensors import Tensor
 
 Array = NDArray[Any]
 EngineFactory = Callable[[], Engine]
+Reference = Callable[[Sequence[int]], Array]
+"""Logits [N, V] of the base model for N tokens, by a computation that is not the engine's."""
 T = TypeVar("T")
 
 NO_CONFIG: LossConfig = {}
@@ -102,6 +104,10 @@ class Caller:
     def score(self, tokens: Sequence[int], run_id: str = "run") -> Array:
         """Log-prob of each token after the first, given those before it."""
         return self.logprobs([supervised(tokens[:-1], tokens[1:])], run_id)[0]
+
+    def score_tokens(self, tokens: Sequence[int], targets: Array, run_id: str = "run") -> Array:
+        """Log-prob of each of K targets [N, K] after each of N tokens."""
+        return self.logprobs([supervised(tokens, targets)], run_id)[0]
 
     def snapshot(self, folder: str, run_id: str = "run") -> AdapterRef:
         """The run's weights as an adapter to sample."""
@@ -227,6 +233,14 @@ def prompt_scores(scores: Tensor | None) -> Array:
     """Log-probs of the prompt's tokens after the first."""
     assert scores is not None
     return scores.array()[1:]
+
+
+def log_softmax(logits: Array) -> Array:
+    """Over the last axis, in float64."""
+    wide = logits.astype(np.float64)
+    shifted = wide - wide.max(axis=-1, keepdims=True)
+    normal: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return normal
 
 
 def alternatives(top: TopLogprobs | None) -> list[list[tuple[int, float]]]:

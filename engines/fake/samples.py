@@ -7,11 +7,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.fake.drawing import best, draw
+from engines.fake.drawing import draw
 from engines.fake.model import Adapter, Weights, log_softmax, logits_of, run_layers, states_of
 from engines.fake.tokenizer import decode
 from engines.interface import EngineInfo, SampleEnd, SampleEvent, SampleStep, Token
 from engines.operations import SampledSequence, SampleRequest, SampleResult, TopLogprobs
+from engines.prompts import PromptScores, rows_wanted, score_prompt
 from engines.sampling import StopTracker, uniforms
 from engines.tensors import Tensor
 
@@ -101,16 +102,42 @@ class Sample:
         return logits_of(self.weights, self.adapter, run_layers(self.weights, self.adapter, embedded, mean).y)
 
     def _result(self) -> SampleResult:
-        request = self.request
-        scores = log_softmax(logits_of(self.weights, self.adapter, self._states.y[:-1]))
-        prompt_logprobs = topk = None
-        if request.prompt_logprobs:
-            own = scores[np.arange(len(scores)), self.prompt[1:]]
-            prompt_logprobs = Tensor.of(np.append(np.float32(np.nan), own))
-        if request.topk_prompt_logprobs:
-            count = request.topk_prompt_logprobs
-            topk = top_logprobs([(), *(best(row, count) for row in scores)], count)
-        return SampleResult([sequence.result() for sequence in self.sequences], prompt_logprobs, topk)
+        sequences = [sequence.result() for sequence in self.sequences]
+        return SampleResult(sequences, **self._scores()._asdict())
+
+    def _scores(self) -> PromptScores:
+        """What the request asks about its prompt, all rows at once."""
+        rows = rows_wanted(self.request)
+        if not len(rows):
+            return score_prompt(self.request, ())
+        logprobs = log_softmax(logits_of(self.weights, self.adapter, self._states.y[rows]))
+        return score_prompt(self.request, [(len(rows), ArrayChunk(logprobs))])
+
+
+class ArrayChunk:
+    """`engines.prompts.Chunk` on log-probs [R, V]."""
+
+    def __init__(self, logprobs: Array) -> None:
+        self._logprobs = logprobs
+
+    def at(self, rows: Array, tokens: Array) -> Array:
+        found: Array = self._logprobs[rows, tokens]
+        return found
+
+    def best(self, first: int, count: int) -> tuple[Array, Array]:
+        own = self._logprobs[first:]
+        order = np.argsort(-own, axis=1, kind="stable")[:, :count]
+        return order, np.take_along_axis(own, order, axis=1)
+
+    def draw(self, temperature: float, uniforms: Array) -> Array:
+        if temperature == 0:
+            return np.repeat(self._logprobs.argmax(axis=1)[:, None], uniforms.shape[1], axis=1)
+        scores = self._logprobs.astype(np.float64) / temperature
+        cumulative = np.exp(scores - scores.max(axis=1, keepdims=True)).cumsum(axis=1)
+        total = cumulative[:, -1:]
+        wanted = np.minimum(uniforms * total, np.nextafter(total, 0.0))
+        pairs = zip(cumulative, wanted, strict=True)
+        return np.stack([np.searchsorted(row, places, side="right") for row, places in pairs])
 
 
 def top_logprobs(alternatives: list[Best], count: int) -> TopLogprobs:

@@ -16,6 +16,7 @@ from torch import Tensor
 from engines.hf.drawing import Drawn, draw
 from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout
 from engines.hf.model import BaseModel, Pack
+from engines.hf.prompts import scores_of
 from engines.hf.samples import Row, Sample, segments_of
 from engines.interface import SampleEnd, SampleEvent, UserError
 
@@ -160,7 +161,9 @@ class Decoder:
                 stop = start + len(sample.prompt)
                 sample.prefix = layout.prefix(start, stop)
                 sample.last = hidden[stop - 1 : stop]
-                sample.score_prompt(self.base, hidden[start:stop])
+                sample.scores = scores_of(
+                    sample.request, self.base.unembedding, hidden[start:stop], sample.adapter
+                )
                 start = stop
 
     # ------------------------------------------------------------------ take

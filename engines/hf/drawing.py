@@ -90,19 +90,19 @@ def _draw_kind(kind: int, logprobs: Tensor, draws: Sequence[Draw]) -> Tensor:
     uniforms = torch.tensor([draw.uniform for draw in draws], dtype=torch.float64)
     uniforms = uniforms.to(logprobs.device, non_blocking=True)[:, None]
     if kind == 1:
-        return _invert(logprobs.exp(), uniforms)
+        return invert(logprobs.exp(), uniforms)[:, 0]
     ordered, tokens = logprobs.sort(dim=1, descending=True, stable=True)
-    position = _invert(_cut(ordered, draws), uniforms)
-    return tokens.gather(1, position[:, None])[:, 0]
+    position = invert(_cut(ordered, draws), uniforms)
+    return tokens.gather(1, position)[:, 0]
 
 
-def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first position whose cumulative weight exceeds uniform * total, which never has weight 0."""
+def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Of weights [n, V] and uniforms float64 [n, k]: the first position whose cumulative weight exceeds uniform *
+    total, which never has weight 0; int64 [n, k]."""
     cumulative = weights.cumsum(dim=1, dtype=torch.float64)
     total = cumulative[:, -1:]
     wanted = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(cumulative, wanted, right=True)[:, 0]
-    return found.clamp(max=weights.shape[1] - 1)
+    return torch.searchsorted(cumulative, wanted, right=True).clamp(max=weights.shape[1] - 1)
 
 
 def _cut(ordered: Tensor, draws: Sequence[Draw]) -> Tensor:

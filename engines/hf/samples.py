@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engines.hf.drawing import Draw
 from engines.hf.kv_cache import Prefix
 from engines.hf.lora import Adapter, Segment
-from engines.hf.model import BaseModel
 from engines.interface import EngineInfo, SampleStep, Token, UserError
 from engines.operations import SampledSequence, SampleRequest, SampleResult, TopLogprobs
+from engines.prompts import PromptScores
 from engines.sampling import Decode, StopTracker, uniforms
 from engines.tensors import Tensor as Bytes
 
@@ -41,8 +40,8 @@ class Sample:
     """Hidden state [1, H] of the prompt's last token, as long."""
     owned: bool = False
     """Whether these two are copies, not views of a whole pass."""
-    prompt_logprobs: Bytes | None = None
-    topk_prompt_logprobs: TopLogprobs | None = None
+    scores: PromptScores = field(default_factory=PromptScores)
+    """Of the prompt, once it has been run through the model."""
 
     @property
     def waiting(self) -> int:
@@ -57,8 +56,7 @@ class Sample:
         """The result of a complete sample."""
         return SampleResult(
             sequences=[sequence for sequence in self.sequences if sequence is not None],
-            prompt_logprobs=self.prompt_logprobs,
-            topk_prompt_logprobs=self.topk_prompt_logprobs,
+            **self.scores._asdict(),
         )
 
     def keep_prefix(self) -> None:
@@ -68,22 +66,6 @@ class Sample:
         self.prefix = {layer: (key.clone(), value.clone()) for layer, (key, value) in self.prefix.items()}
         self.last = self.last.clone()
         self.owned = True
-
-    def score_prompt(self, base: BaseModel, hidden: Tensor) -> None:
-        """Log-probs of the prompt's own tokens and of the best alternatives, untempered, from states [N, H]."""
-        segments = [] if self.adapter is None else [Segment(self.adapter, 0, len(self.prompt) - 1)]
-        if self.request.prompt_logprobs:
-            targets = torch.tensor(self.prompt[1:], device=hidden.device)[:, None]
-            scores = base.unembedding.logprobs(hidden[:-1], targets, segments)
-            self.prompt_logprobs = Bytes.of(np.append(np.float32(np.nan), scores[:, 0].cpu().numpy()))
-        count = self.request.topk_prompt_logprobs
-        if count:
-            best: list[Best] = [()]
-            for _, logits in base.unembedding.chunks(hidden[:-1], segments):
-                top = logits.log_softmax(1).topk(count, dim=1)
-                pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                best += [tuple(zip(tokens, values, strict=True)) for tokens, values in pairs]
-            self.topk_prompt_logprobs = top_logprobs(best, count)
 
 
 @dataclass

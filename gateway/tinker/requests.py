@@ -30,6 +30,7 @@ from gateway.tinker.bodies import decompressed_beginning
 from gateway.tinker.tensors import (
     Room,
     input_name,
+    matrix_of,
     refuse_unknown,
     tensor_of,
     tensor_of_message,
@@ -226,7 +227,12 @@ def optim_step_of(body: schemas.OptimStepBody) -> OptimStep:
 
 def sample_of(body: schemas.SampleBody, draw_seed: Callable[[], int]) -> SampleRequest:
     """The request, without its adapter. Raises UserError for what is not served."""
-    _refuse_unserved(body)
+    if body.record_stability_info:
+        raise UserError(
+            "record_stability_info is true; it belongs to the loss stable_reinforce, which is not served here: leave "
+            "it out, and train with importance_sampling, ppo or cispo"
+        )
+    targets = body.target_prompt_logprobs
     params = body.sampling_params if body.sampling_params is not None else schemas.SamplingParams()
     stop = params.stop
     stop_list = [stop] if isinstance(stop, str) else list(stop or [])
@@ -244,18 +250,7 @@ def sample_of(body: schemas.SampleBody, draw_seed: Callable[[], int]) -> SampleR
         prompt_logprobs=bool(body.prompt_logprobs),
         topk_prompt_logprobs=body.topk_prompt_logprobs or 0,
         topk_sample_logprobs=body.topk_sample_logprobs or 0,
+        prompt_logprobs_last_n=body.prompt_logprobs_last_n,
+        target_prompt_tokens=None if targets is None else matrix_of(targets, "target_prompt_logprobs"),
+        prompt_alternatives=body.prompt_alt_tokens_k or 0,
     )
-
-
-def _refuse_unserved(body: schemas.SampleBody) -> None:
-    """The one place where sampling options that are not served yet are refused."""
-    for name in (
-        "target_prompt_logprobs",
-        "prompt_alt_tokens_k",
-        "prompt_logprobs_last_n",
-        "record_stability_info",
-    ):
-        if getattr(body, name):
-            raise UserError(
-                f"{name} is not served here; served are prompt_logprobs, topk_prompt_logprobs and topk_sample_logprobs"
-            )

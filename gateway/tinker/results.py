@@ -22,7 +22,7 @@ from engines.operations import (
     TopLogprobs,
     decode_result,
 )
-from engines.tensors import Tensor
+from engines.tensors import Matrix, Tensor
 from gateway.store.records import Future
 from gateway.tinker import wire_pb2 as wire
 
@@ -154,7 +154,26 @@ def _sample_proto(result: SampleResult) -> wire.SampleResponse:
         message.prompt_logprobs = result.prompt_logprobs.data
     if result.topk_prompt_logprobs is not None:
         message.topk_prompt_logprobs.CopyFrom(_topk_proto(result.topk_prompt_logprobs))
+    if result.target_prompt_logprobs is not None:
+        message.target_prompt_logprobs.CopyFrom(_matrix_proto(result.target_prompt_logprobs))
+    if result.prompt_alternatives is not None:
+        message.prompt_alt_tokens.tokens.CopyFrom(_tensor_proto(result.prompt_alternatives.tokens))
+        message.prompt_alt_tokens.logprobs.CopyFrom(_tensor_proto(result.prompt_alternatives.logprobs))
     return message
+
+
+def _tensor_proto(tensor: Tensor) -> wire.Tensor:
+    return wire.Tensor(dense=tensor.data, dtype=_WIRE_DTYPE[tensor.dtype], shape=tensor.shape)
+
+
+def _matrix_proto(matrix: Matrix) -> wire.Tensor:
+    """In the layout in which its request came."""
+    if matrix.crow is None or matrix.col is None:
+        return _tensor_proto(matrix.values)
+    csr = wire.SparseCsr(
+        values=matrix.values.data, crow_indices=matrix.crow.data, col_indices=matrix.col.data
+    )
+    return wire.Tensor(sparse_csr=csr, dtype=_WIRE_DTYPE[matrix.values.dtype], shape=matrix.shape)
 
 
 def _sequence_proto(sequence: SampledSequence) -> wire.SampledSequence:
@@ -174,20 +193,41 @@ def _topk_proto(top: TopLogprobs) -> wire.TopkLogprobs:
 
 
 def _sample_json(result: SampleResult) -> dict[str, Any]:
-    sequences = [
-        {
-            "tokens": sequence.tokens.array().tolist(),
-            "logprobs": sequence.logprobs.array().tolist(),
-            "stop_reason": sequence.stop_reason,
-        }
-        for sequence in result.sequences
-    ]
-    body: dict[str, Any] = {"type": "sample", "sequences": sequences}
+    """What was not asked for is left out; SDKs that read JSON ask for the log-probs of tokens and the best ones."""
+    body: dict[str, Any] = {"type": "sample", "sequences": list(map(_sequence_json, result.sequences))}
+    if result.prompt_cache_hit_tokens:
+        body["prompt_cache_hit_tokens"] = result.prompt_cache_hit_tokens
     if result.prompt_logprobs is not None:
         values = result.prompt_logprobs.array().tolist()
         body["prompt_logprobs"] = [None if math.isnan(value) else value for value in values]
     if result.topk_prompt_logprobs is not None:
         body["topk_prompt_logprobs"] = _topk_json(result.topk_prompt_logprobs)
+    if result.target_prompt_logprobs is not None:
+        body["target_prompt_logprobs"] = _matrix_json(result.target_prompt_logprobs)
+    if (drawn := result.prompt_alternatives) is not None:
+        body["prompt_alt_tokens"] = {
+            "tokens": _tensor_json(drawn.tokens),
+            "logprobs": _tensor_json(drawn.logprobs),
+        }
+    return body
+
+
+def _sequence_json(sequence: SampledSequence) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "tokens": sequence.tokens.array().tolist(),
+        "logprobs": sequence.logprobs.array().tolist(),
+        "stop_reason": sequence.stop_reason,
+    }
+    if sequence.top_logprobs is not None:
+        body["topk_logprobs"] = _topk_json(sequence.top_logprobs)
+    return body
+
+
+def _matrix_json(matrix: Matrix) -> dict[str, Any]:
+    body = {**_tensor_json(matrix.values), "shape": list(matrix.shape)}
+    if matrix.crow is not None and matrix.col is not None:
+        body["sparse_crow_indices"] = matrix.crow.array().tolist()
+        body["sparse_col_indices"] = matrix.col.array().tolist()
     return body
 
 

@@ -276,9 +276,9 @@ class SampleBody(Strict):
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: Count | None = None
     topk_sample_logprobs: Count | None = None
-    target_prompt_logprobs: Any = None
-    prompt_alt_tokens_k: int | None = None
-    prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: Count | None = None
+    prompt_logprobs_last_n: Count | None = None
     record_stability_info: bool | None = None
 
 

@@ -16,7 +16,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from numpy.typing import NDArray
 
 from engines.interface import UserError
-from engines.tensors import Tensor
+from engines.tensors import Matrix, Tensor
 from gateway.tinker import schemas
 from gateway.tinker import wire_pb2 as wire
 
@@ -25,6 +25,7 @@ _MOST_ITEMS = 2**31
 _ROOM_AT_LEAST = 4 << 20
 _ROOM_PER_BYTE = 256
 _ROOM_AT_MOST = 256 << 20
+_HALF_SPARSE = "{where} has one of sparse_crow_indices and sparse_col_indices; they belong together"
 _ECHO = 80
 """Characters of a sender's own words that an error repeats."""
 
@@ -143,9 +144,7 @@ def tensor_of(tensor: schemas.TensorData, where: str, room: Room) -> Tensor:
     """The same for the JSON form."""
     values = _values(tensor.data, tensor.dtype, where)
     if (tensor.sparse_crow_indices is None) != (tensor.sparse_col_indices is None):
-        raise UserError(
-            f"{where} has one of sparse_crow_indices and sparse_col_indices; they belong together"
-        )
+        raise UserError(_HALF_SPARSE.format(where=where))
     if tensor.sparse_crow_indices is not None and tensor.sparse_col_indices is not None:
         crow = _values(tensor.sparse_crow_indices, "int64", f"{where}.sparse_crow_indices")
         col = _values(tensor.sparse_col_indices, "int64", f"{where}.sparse_col_indices")
@@ -153,6 +152,28 @@ def tensor_of(tensor: schemas.TensorData, where: str, room: Room) -> Tensor:
     shape = _shape(tensor.shape, where) if tensor.shape is not None else values.shape
     _require_items(values.size, shape, where)
     return Tensor.of(values.reshape(shape))
+
+
+def matrix_of(tensor: schemas.TensorData, where: str) -> Matrix:
+    """A matrix in the layout in which it came, for a reply in the same; what it holds is the engine's to check."""
+    values = _values(tensor.data, tensor.dtype, where)
+    shape = _shape(tensor.shape or (), where)
+    if len(shape) != 2:
+        raise UserError(
+            f"{where} has shape {list(shape)}; it has two dimensions, [tokens of the prompt - 1, K]"
+        )
+    crow, col = tensor.sparse_crow_indices, tensor.sparse_col_indices
+    if (crow is None) != (col is None):
+        raise UserError(_HALF_SPARSE.format(where=where))
+    if crow is None or col is None:
+        _require_items(values.size, shape, where)
+        return Matrix((shape[0], shape[1]), Tensor.of(values.reshape(shape)))
+    return Matrix(
+        (shape[0], shape[1]),
+        Tensor.of(values),
+        Tensor.of(_values(crow, "int64", f"{where}.sparse_crow_indices")),
+        Tensor.of(_values(col, "int64", f"{where}.sparse_col_indices")),
+    )
 
 
 def _values(data: Sequence[int | float], dtype: str, where: str) -> NDArray[Any]:

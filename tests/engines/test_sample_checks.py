@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from engines.interface import UserError
 from engines.operations import AdapterRef, SampleRequest
-from engines.sample_checks import MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS, check_sample
-from engines.tensors import Tensor
-from tests.engines.test_checks import INFO, ints, targets
+from engines.sample_checks import MAX_PROMPT_CELLS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS, check_sample
+from engines.tensors import Matrix, Tensor
+from tests.engines.test_checks import INFO, floats, ints, targets
+
+
+def named(*rows: list[int]) -> Matrix:
+    """A dense matrix of tokens to score."""
+    return Matrix((len(rows), len(rows[0])), targets(*rows))
+
+
+def listed(crow: list[int], col: list[int], values: list[int], shape: tuple[int, int] = (2, 9)) -> Matrix:
+    """A sparse one."""
+    return Matrix(shape, targets(*values), targets(*crow), targets(*col))
 
 
 def request(*prompt: int, **settings: Any) -> SampleRequest:
     return SampleRequest(ints(*(prompt or (1, 2, 3))), **{"num_samples": 1, "seed": 1, **settings})
+
+
+def last_n(last: int) -> SampleRequest:
+    return request(prompt_logprobs=True, prompt_logprobs_last_n=last)
+
+
+def named_in(matrix: Matrix) -> SampleRequest:
+    return request(target_prompt_tokens=matrix)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +45,11 @@ def request(*prompt: int, **settings: Any) -> SampleRequest:
         request(*[1] * 8, max_tokens=8),
         request(num_samples=MAX_SAMPLES, temperature=0.0, top_k=1, top_p=1e-9, max_tokens=1),
         request(top_k=10**9, topk_prompt_logprobs=20, topk_sample_logprobs=20),
+        request(prompt_logprobs=True, prompt_logprobs_last_n=2, prompt_alternatives=20),
+        request(prompt_logprobs=True, prompt_logprobs_last_n=1),
+        request(1, prompt_alternatives=1),
+        request(target_prompt_tokens=named([99, -1], [-1, 0])),
+        request(target_prompt_tokens=listed([0, 0, 2], [3, 8], [5, -1])),
         request(stop_tokens=(0, 99), stop_strings=("a", "b" * MAX_STOP_LENGTH)),
         request(stop_strings=("a",) * MAX_STOPS, adapter=AdapterRef("a", "checkpoints/a")),
     ],
@@ -64,6 +89,33 @@ def test_a_sample_that_is_allowed_passes(sample: SampleRequest) -> None:
         (request(stop_strings=("a",) * (MAX_STOPS + 1)), f"sampling_params.stop has {MAX_STOPS + 1} entries"),
         (request(topk_prompt_logprobs=21), "topk_prompt_logprobs is 21; it must be from 0 to 20"),
         (request(topk_sample_logprobs=-1), "topk_sample_logprobs is -1"),
+        (request(prompt_alternatives=21), "prompt_alt_tokens_k is 21; it must be from 0 to 20"),
+        (request(prompt_alternatives=-1), "prompt_alt_tokens_k is -1"),
+        (request(prompt_logprobs_last_n=1), "prompt_logprobs_last_n is 1 without prompt_logprobs"),
+        (last_n(0), "prompt_logprobs_last_n is 0; the prompt has 3 tokens, so it must be from 1 to 2"),
+        (last_n(3), "prompt_logprobs_last_n is 3"),
+        (request(1, prompt_logprobs=True, prompt_logprobs_last_n=1), "the first token follows nothing"),
+        (named_in(named([5])), "target_prompt_logprobs has shape [1, 1]; the prompt has 3 tokens"),
+        (named_in(named([5], [6], [7])), "it must be [2, K] with K at least 1"),
+        (named_in(named([], [])), "target_prompt_logprobs has shape [2, 0]"),
+        (
+            named_in(named([5], [100])),
+            "target_prompt_logprobs[1, 0] is 100; the tokens of test/model are 0 to 99",
+        ),
+        (named_in(named([5], [-2])), "target_prompt_logprobs[1, 0] is -2"),
+        (named_in(named([5], [2**63 - 1])), f"is {2**63 - 1}; "),
+        (named_in(named([-1], [-1])), "target_prompt_logprobs names 0 tokens"),
+        (named_in(Matrix((2, 1), floats([1], [2]))), "target_prompt_logprobs has dtype float32"),
+        (named_in(Matrix((2, 2), targets([1], [2]))), "holds 2 values, but its shape is [2, 2]"),
+        (named_in(Matrix((2, 1), targets([1], [2]), crow=targets(0, 1, 2))), "holds 2 values"),
+        (named_in(listed([0, 1], [3], [5])), "sparse_crow_indices must have 3 entries"),
+        (named_in(listed([0, 2, 1], [3], [5])), "that rise from 0 to the number of values, 1"),
+        (named_in(listed([0, -1, 1], [3], [5])), "sparse_crow_indices"),
+        (named_in(listed([0, 2**62, 1], [3], [5])), "sparse_crow_indices"),
+        (named_in(listed([0, 0, 1], [9], [5])), "sparse_col_indices must name a column from 0 to 8"),
+        (named_in(listed([0, 0, 1], [-1], [5])), "sparse_col_indices"),
+        (named_in(listed([0, 0, 2], [4, 4], [5, 6])), "rising within each row"),
+        (named_in(listed([0, 0, 1], [1, 2], [5])), "for each of the 1 values"),
     ],
 )
 def test_a_wrong_sample_is_refused(sample: SampleRequest, words: str) -> None:
@@ -79,3 +131,26 @@ def test_temperatures_between_greedy_and_what_float32_can_divide_by_are_refused(
         check_sample(SampleRequest(prompt, 1, 1, max_tokens=1, temperature=fine), INFO)
     with pytest.raises(UserError, match=r"sampling_params\.temperature is .* 0 for the most likely token"):
         check_sample(SampleRequest(prompt, 1, 1, max_tokens=1, temperature=temperature), INFO)
+
+
+def test_what_is_told_of_one_prompt_is_bounded() -> None:
+    info = msgspec.structs.replace(INFO, max_context=10**6, max_top_logprobs=256)
+    prompt = Tensor.of(np.ones(2**15 + 1, dtype=np.int32))
+    for name in ("topk_prompt_logprobs", "prompt_alternatives"):
+        wanted = SampleRequest(prompt, 1, 1)
+        check_sample(msgspec.structs.replace(wanted, **{name: 127}), info)
+        with pytest.raises(
+            UserError, match=f"32769 tokens, 4194432 numbers in all; at most {MAX_PROMPT_CELLS}"
+        ):
+            check_sample(msgspec.structs.replace(wanted, **{name: 128}), info)
+    check_sample(SampleRequest(prompt, 1, 1, topk_sample_logprobs=256), info)
+    for columns in (128, 129):
+        cells = Tensor.of(np.ones((2**15, columns), dtype=np.int64))
+        wanted = SampleRequest(prompt, 1, 1, target_prompt_tokens=Matrix((2**15, columns), cells))
+        if columns == 128:
+            check_sample(wanted, info)
+        else:
+            with pytest.raises(
+                UserError, match=f"names 4227072 tokens; it must name 1 to {MAX_PROMPT_CELLS}"
+            ):
+                check_sample(wanted, info)

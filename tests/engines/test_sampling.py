@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from engines.operations import SampleRequest
-from engines.sampling import Decode, StopTracker, batch_uniforms, uniforms
+from engines.sampling import Decode, StopTracker, batch_uniforms, row_uniforms, uniforms
 from engines.tensors import Tensor
 
 EOS = (1007, 1009)
@@ -81,6 +82,19 @@ def test_a_batch_holds_the_single_numbers() -> None:
     draws = [(3, 1, 4), (1, 5, 9), (2, 6, 5)]
     assert batch_uniforms(draws).tolist() == [uniforms(*draw) for draw in draws]
     assert batch_uniforms([]).shape == (0,)
+
+
+def test_the_numbers_of_a_prompts_rows_never_change() -> None:
+    """Against the definition: SHAKE-128 in words of 64 bits, the upper 53 of each."""
+    for seed, row in ((0, 0), (5, 17), (-3, 2**20), (2**64 - 1, 1)):
+        digest = hashlib.shake_128(f"{seed}/prompt/{row}".encode()).digest(24)
+        words = [int.from_bytes(digest[place : place + 8], "little") for place in (0, 8, 16)]
+        expected = [(word >> 11) / 2**53 for word in words]
+        assert row_uniforms(seed, row, 3).tolist() == expected
+        assert row_uniforms(seed, row, 2).tolist() == expected[:2]
+    many = np.concatenate([row_uniforms(7, row, 10) for row in range(4000)])
+    counts, _ = np.histogram(many, bins=20, range=(0, 1))
+    assert ((counts - 2000) ** 2 / 2000).sum() < 43.8 and many.max() < 1
 
 
 # ---------------------------------------------------------------------------- tokens

@@ -40,6 +40,10 @@ def prompt(*tokens: int) -> dict[str, Any]:
     return {"prompt": {"chunks": [{"tokens": list(tokens)}]}}
 
 
+def targets(data: list[int], shape: list[int], dtype: str = "int64") -> dict[str, Any]:
+    return {"target_prompt_logprobs": {"data": data, "dtype": dtype, "shape": shape}}
+
+
 def params(**changes: Any) -> dict[str, Any]:
     return {"sampling_params": PARAMS | changes}
 
@@ -82,8 +86,14 @@ def params(**changes: Any) -> dict[str, Any]:
         (params(presence_penalty=1.0), ["presence_penalty"]),
         ({"topk_prompt_logprobs": 10**6}, ["topk_prompt_logprobs", "1000000"]),
         ({"topk_sample_logprobs": -1}, ["topk_sample_logprobs", "-1"]),
-        ({"target_prompt_logprobs": [1]}, ["target_prompt_logprobs", "not served"]),
-        ({"prompt_logprobs_last_n": 3}, ["prompt_logprobs_last_n", "not served"]),
+        ({"target_prompt_logprobs": [1]}, ["target_prompt_logprobs", "object"]),
+        (targets([5, 6], [1, 2]), ["target_prompt_logprobs", "[1, 2]", "[2, K]"]),
+        (targets([5, 300], [2, 1]), ["target_prompt_logprobs", "[1, 0]", "300", "0 to 258"]),
+        (targets([5, 6], [2, 1], dtype="float32"), ["target_prompt_logprobs", "int64"]),
+        ({"prompt_alt_tokens_k": -1}, ["prompt_alt_tokens_k", "-1", "0 to 259"]),
+        ({"prompt_logprobs_last_n": 2}, ["prompt_logprobs_last_n", "without prompt_logprobs"]),
+        ({"prompt_logprobs_last_n": 3, "prompt_logprobs": True}, ["prompt_logprobs_last_n", "from 1 to 2"]),
+        ({"record_stability_info": True}, ["record_stability_info", "importance_sampling"]),
         ({"tools": [{}]}, ["tools"]),
         ({"a\0b": 1}, ["unknown field"]),
         ({"seq_id": -1}, ["seq_id"]),

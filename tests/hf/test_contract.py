@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
-from engines.contract import EngineContract, EngineFactory
+from engines.contract import EngineContract, EngineFactory, Reference
 from engines.interface import Engine
 from tests.hf.conftest import MakeEngine
+from tests.hf.material import Array, plain_model
 
 
 class TestHfEngine(EngineContract):
@@ -23,3 +26,15 @@ class TestHfEngine(EngineContract):
     @pytest.fixture
     def engine(self, engine_factory: EngineFactory) -> Engine:
         return engine_factory()
+
+    @pytest.fixture
+    def reference(self, model_folders: dict[str, str]) -> Reference:
+        """Transformers alone, in float32 with its own attention."""
+        model = plain_model(model_folders["tied"])
+
+        def logits(tokens: Sequence[int]) -> Array:
+            with torch.no_grad():
+                found: Array = model(input_ids=torch.tensor([list(tokens)])).logits[0].numpy()
+            return found
+
+        return logits

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import tinker
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tinker import types
+from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 
 from engines.interface import UserError
 from engines.operations import LoraSpec, OptimStep, SampleRequest, decode_sample, encode
@@ -114,19 +116,74 @@ def test_log_probabilities_that_are_asked_for() -> None:
     assert found.num_samples == 4
 
 
+def test_stability_information_is_refused_with_what_there_is_instead() -> None:
+    assert sample({"record_stability_info": False}) == sample({"record_stability_info": None}) == sample()
+    with pytest.raises(
+        UserError, match=r"record_stability_info is true; .* importance_sampling, ppo or cispo"
+    ):
+        sample({"record_stability_info": True})
+
+
+def sent_targets(cells: torch.Tensor, *, sparse: bool = False) -> Any:
+    """What the official SDK sends for a matrix of tokens."""
+    data = (
+        types.TensorData.from_torch_sparse(cells, pad_value=-1)
+        if sparse
+        else types.TensorData.from_torch(cells)
+    )
+    return _tensor_data_to_model(data).model_dump(mode="json", exclude_none=True)
+
+
+def test_prompt_scores_that_are_asked_for() -> None:
+    cells = torch.tensor([[5, -1], [-1, -1], [7, 9]])
+    asked = {"target_prompt_logprobs": sent_targets(cells), "prompt_alt_tokens_k": 3}
+    found = sample({**asked, "prompt_logprobs_last_n": 2})
+    assert (found.prompt_alternatives, found.prompt_logprobs_last_n) == (3, 2)
+    matrix = found.target_prompt_tokens
+    assert matrix is not None and (matrix.shape, matrix.crow, matrix.col) == ((3, 2), None, None)
+    assert array(matrix.values).tolist() == cells.tolist()
+    assert decode_sample(encode(found)) == found
+    plain = sample()
+    assert (plain.target_prompt_tokens, plain.prompt_alternatives, plain.prompt_logprobs_last_n) == (
+        None,
+        0,
+        None,
+    )
+
+
+def test_a_sparse_matrix_stays_sparse() -> None:
+    cells = torch.full((40, 30), -1)
+    cells[3, 29], cells[3, 4], cells[39, 0] = 0, 6, 8
+    body = sent_targets(cells, sparse=True)
+    matrix = sample({"target_prompt_logprobs": body}).target_prompt_tokens
+    assert matrix is not None and matrix.crow is not None and matrix.col is not None
+    assert matrix.shape == (40, 30)
+    assert array(matrix.values).tolist() == [6, 0, 8]
+    assert array(matrix.col).tolist() == [4, 29, 0]
+    assert array(matrix.crow).tolist() == body["sparse_crow_indices"]
+
+
 @pytest.mark.parametrize(
-    ("field", "asks", "idle"),
+    ("body", "message"),
     [
-        ("target_prompt_logprobs", {"data": [1], "dtype": "int64"}, None),
-        ("prompt_alt_tokens_k", 1, 0),
-        ("prompt_logprobs_last_n", 2, None),
-        ("record_stability_info", True, False),
+        ({"data": [1, 2], "dtype": "int64"}, r"has shape \[\]; it has two dimensions"),
+        ({"data": [1, 2], "dtype": "int64", "shape": [2]}, r"has shape \[2\]; it has two dimensions"),
+        (
+            {"data": [1, 2], "dtype": "int64", "shape": [2, 2]},
+            r"has 2 values, but its shape \[2, 2\] takes 4",
+        ),
+        ({"data": [1], "dtype": "int64", "shape": [1, -1]}, "sizes are not negative"),
+        ({"data": [1.5], "dtype": "int64", "shape": [1, 1]}, "has dtype int64 and holds 1.5"),
+        ({"data": [2**70], "dtype": "int64", "shape": [1, 1]}, "does not fit into int64"),
+        (
+            {"data": [1], "dtype": "int64", "shape": [1, 1], "sparse_crow_indices": [0, 1]},
+            "they belong together",
+        ),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(field: str, asks: Any, idle: Any) -> None:
-    assert sample({field: idle}) == sample()
-    with pytest.raises(UserError, match=f"{field} is not served here; served are prompt_logprobs"):
-        sample({field: asks})
+def test_tokens_to_score_that_are_no_matrix(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"target_prompt_logprobs.*{message}"):
+        sample({"target_prompt_logprobs": body})
 
 
 @pytest.mark.parametrize(
@@ -197,7 +254,7 @@ def test_every_recorded_sample_is_understood_or_refused_by_name() -> None:
         assert found.temperature == given.get("temperature", 1)
         assert found.num_samples == request.body["num_samples"]
         assert found.prompt_logprobs == request.body["prompt_logprobs"]
-    assert refused == {"target_prompt_logprobs", "prompt_logprobs_last_n", "prompt.chunks[1]"}
+    assert refused == {"prompt.chunks[1]"}
 
 
 # ---------------------------------------------------------------------------- runs

@@ -23,6 +23,7 @@ from engines.operations import (
     ForwardResult,
     LoadWeightsResult,
     OptimStepResult,
+    PromptAlternatives,
     Result,
     SampledSequence,
     SampleResult,
@@ -30,7 +31,7 @@ from engines.operations import (
     TopLogprobs,
     encode,
 )
-from engines.tensors import Tensor
+from engines.tensors import Matrix, Tensor
 from gateway.store.records import Future, FutureStatus
 from gateway.tinker import results
 from gateway.tinker import wire_pb2 as wire
@@ -201,6 +202,76 @@ def test_a_sample_arrives() -> None:
     assert found.prompt_alt_tokens is None
 
 
+SPARSE = Matrix(
+    (3, 9),
+    Tensor.of(floats(-0.5, 0.0, -2.5)),
+    Tensor.of(np.array([0, 1, 1, 3], np.int64)),
+    Tensor.of(np.array([8, 0, 4], np.int64)),
+)
+SCORED = SampleResult(
+    SAMPLE.sequences[1:],
+    target_prompt_logprobs=Matrix((2, 2), Tensor.of(floats(-0.5, 0.0, -1.5, -2.0).reshape(2, 2))),
+    prompt_alternatives=PromptAlternatives(
+        Tensor.of(np.array([[4, 4, 2], [1, 0, 3]], np.int64)), Tensor.of(floats(*range(-6, 0)).reshape(2, 3))
+    ),
+)
+
+
+def test_scores_of_the_prompt_arrive() -> None:
+    found = deserialize_sample_response(protobuf(SCORED))
+    assert found.target_prompt_logprobs is not None and found.prompt_alt_tokens is not None
+    assert found.target_prompt_logprobs.tolist() == [[-0.5, 0.0], [-1.5, -2.0]]
+    assert found.target_prompt_logprobs.sparse_crow_indices is None
+    tokens, logprobs = found.prompt_alt_tokens.tokens, found.prompt_alt_tokens.logprobs
+    assert (tokens.dtype, tokens.tolist()) == ("int64", [[4, 4, 2], [1, 0, 3]])
+    assert (logprobs.dtype, logprobs.tolist()) == ("float32", [[-6, -5, -4], [-3, -2, -1]])
+
+
+def test_a_sparse_matrix_arrives_as_one() -> None:
+    sent = SampleResult(SAMPLE.sequences[1:], target_prompt_logprobs=SPARSE)
+    found = deserialize_sample_response(protobuf(sent)).target_prompt_logprobs
+    assert found is not None and (found.dtype, found.shape) == ("float32", [3, 9])
+    assert (list(found.data), found.sparse_crow_indices, found.sparse_col_indices) == (
+        [-0.5, 0.0, -2.5],
+        [0, 1, 1, 3],
+        [8, 0, 4],
+    )
+    dense = found.to_torch()
+    assert (float(dense[0, 8]), float(dense[2, 4]), int(dense.count_nonzero())) == (-0.5, -2.5, 2)
+
+
+def test_an_empty_matrix_of_alternatives_arrives() -> None:
+    """Of a prompt of one token; the SDK raises when there is none at all."""
+    nothing = PromptAlternatives(
+        Tensor.of(np.zeros((0, 3), np.int64)), Tensor.of(np.zeros((0, 3), np.float32))
+    )
+    found = deserialize_sample_response(
+        protobuf(SampleResult([], prompt_alternatives=nothing))
+    ).prompt_alt_tokens
+    assert found is not None and found.tokens.shape == [0, 3]
+
+
+def test_scores_of_the_prompt_as_json() -> None:
+    assert as_json(SCORED)["target_prompt_logprobs"] == {
+        "data": [-0.5, 0.0, -1.5, -2.0],
+        "dtype": "float32",
+        "shape": [2, 2],
+    }
+    assert as_json(SCORED)["prompt_alt_tokens"]["tokens"] == {
+        "data": [4, 4, 2, 1, 0, 3],
+        "dtype": "int64",
+        "shape": [2, 3],
+    }
+    sparse = as_json(SampleResult([], target_prompt_logprobs=SPARSE))["target_prompt_logprobs"]
+    assert sparse == {
+        "data": [-0.5, 0.0, -2.5],
+        "dtype": "float32",
+        "shape": [3, 9],
+        "sparse_crow_indices": [0, 1, 1, 3],
+        "sparse_col_indices": [8, 0, 4],
+    }
+
+
 def test_a_sample_without_extras_arrives() -> None:
     found = deserialize_sample_response(protobuf(SampleResult(SAMPLE.sequences[1:])))
     assert found.prompt_logprobs is None
@@ -262,11 +333,17 @@ def test_a_sample_as_json() -> None:
     assert as_json(SAMPLE) == {
         "type": "sample",
         "sequences": [
-            {"tokens": [5, 2**31 - 1], "logprobs": [-0.5, -1.25], "stop_reason": "stop"},
+            {
+                "tokens": [5, 2**31 - 1],
+                "logprobs": [-0.5, -1.25],
+                "stop_reason": "stop",
+                "topk_logprobs": [[[5, -0.5], [6, -1.0]], [[0, -0.125], [1, -3.0]]],
+            },
             {"tokens": [8], "logprobs": [-4.0], "stop_reason": "length"},
         ],
         "prompt_logprobs": [None, -2.0, -0.75],
         "topk_prompt_logprobs": [None, [[7, -0.5], [9, -1.5]], [[0, -0.25], [3, -2.0]]],
+        "prompt_cache_hit_tokens": 2,
     }
     assert set(as_json(SampleResult(SAMPLE.sequences[1:]))) == {"type", "sequences"}
 
