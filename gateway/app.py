@@ -34,10 +34,12 @@ from gateway.migrate import prepare
 from gateway.models import router as models
 from gateway.openai_backend import FleetBackend
 from gateway.settings import Settings, load_settings
+from gateway.signed_urls import SignedUrls
 from gateway.state import Gateway
 from gateway.store import Store
 from gateway.store.database import Database
 from gateway.store.records import Future, Settled
+from gateway.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     try:
         await prepare(database, settings)
         store.start()
-        gateway = _assemble(settings, store)
+        gateway = _assemble(settings, store, await store.secrets.get("signing"))
         gateway.fleet.start()
         try:
             with answering_waiters_on_signals(gateway.futures):
@@ -123,7 +125,7 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             lock.close()
 
 
-def _assemble(settings: Settings, store: Store) -> Gateway:
+def _assemble(settings: Settings, store: Store, secret: bytes) -> Gateway:
     """Futures and fleet know each other: what is accepted goes to an engine, what is settled wakes who waits."""
 
     def accepted(future: Future, body: bytes | None) -> None:
@@ -137,7 +139,9 @@ def _assemble(settings: Settings, store: Store) -> Gateway:
     removals = FolderRemovals(settings)
     futures = Futures(store, accepted, settings.result_cache_bytes)
     fleet = Fleet(settings, store, futures.opened, settled)
-    return Gateway(settings, store, futures, fleet, Keys(store, settings.allowed_hosts), removals)
+    keys = Keys(store, settings.allowed_hosts, Tokens(secret, settings.token_lifetime_s))
+    signed_urls = SignedUrls(secret, settings.public_url)
+    return Gateway(settings, store, futures, fleet, keys, removals, signed_urls)
 
 
 def _configure_log(level: str) -> None:
@@ -213,7 +217,7 @@ def _answer_error(request: Request, error: Exception) -> Response:
     body = {"detail": error.message, "code": error.code}
     if error.param is not None:
         body["param"] = error.param
-    return JSONResponse(body, error.status)
+    return JSONResponse(body, error.status, dict(error.headers))
 
 
 def _answer_user_error(request: Request, error: Exception) -> Response:

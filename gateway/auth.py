@@ -1,7 +1,7 @@
 """Who calls: API keys, and what holds while there are none.
 
-With keys, each maps to an owner; only hashes are stored. Without keys every caller is the one local owner, and only
-programs on this machine are served.
+With keys, each maps to an owner; only hashes are stored. A token (`gateway.tokens`) counts as the key it was made for.
+Without keys every caller is the one local owner, and only programs on this machine are served.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from gateway.errors import Forbidden, StoreUnavailable, Unauthorized
+from gateway.errors import Forbidden, InvalidToken, StoreUnavailable, Unauthorized
 from gateway.store import Store
 from gateway.store.records import ApiKey
+from gateway.tokens import PREFIX, Tokens
 
 LOCAL_OWNER = "local"
 _REFRESH_S = 2.0
@@ -38,18 +39,21 @@ _FORWARDED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The owner a request is made for. An admin sees everybody's things in the admin API."""
+    """The owner a request is made for. An admin sees everybody's things in the admin API. `key` is what was presented,
+    itself or by a token; none while there are no keys."""
 
     owner: str
     admin: bool
+    key: ApiKey | None = None
 
 
 class Keys:
     """The configured keys, read again when they are some seconds old, so that a new or removed key counts at once."""
 
-    def __init__(self, store: Store, allowed_hosts: tuple[str, ...]) -> None:
+    def __init__(self, store: Store, allowed_hosts: tuple[str, ...], tokens: Tokens) -> None:
         self._store = store
         self._allowed_hosts = allowed_hosts
+        self._tokens = tokens
         self._keys: dict[str, ApiKey] = {}
         self._read_at = float("-inf")
 
@@ -60,13 +64,31 @@ class Keys:
         if not self._keys:
             self._refuse_strangers(request)
             return Caller(LOCAL_OWNER, admin=True)
-        key = self._keys.get(hash_key(presented_key(request)))
+        key = self._key(presented_key(request))
+        return Caller(key.owner, key.admin, key)
+
+    def token_for(self, caller: Caller) -> str:
+        """A token that counts as the caller's key for a while."""
+        return self._tokens.issue(caller.owner, None if caller.key is None else caller.key.key_hash)
+
+    def forget(self) -> None:
+        """A key has been removed by this process: the next request reads them again."""
+        self._read_at = float("-inf")
+
+    def _key(self, presented: str) -> ApiKey:
+        """The key that is presented, itself or by a token that was made for it. Raises Unauthorized."""
+        if presented.startswith(PREFIX):
+            key = self._keys.get(self._tokens.key_hash(presented) or "")
+            if key is None:
+                raise InvalidToken("the API key that this token was made for has been removed")
+            return key
+        key = self._keys.get(hash_key(presented))
         if key is None:
             raise Unauthorized(
                 "this API key is not known here; send one in X-API-Key, or as a Bearer token, that "
                 "`python -m gateway.keys add OWNER` has made"
             )
-        return Caller(key.owner, key.admin)
+        return key
 
     async def _refresh(self) -> None:
         """Read the keys again; those of a minute ago still count while the database does not answer."""

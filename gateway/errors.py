@@ -6,6 +6,9 @@ A class's docstring says when it is used. The status decides what the official S
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 
 class TandemError(Exception):
     """Base of all: an HTTP status, a stable code for programs, a sentence for people.
@@ -15,6 +18,8 @@ class TandemError(Exception):
 
     status = 500
     code = "internal_error"
+    headers: ClassVar[Mapping[str, str]] = {}
+    """Of the answer, besides the usual ones."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -34,6 +39,16 @@ class Unauthorized(TandemError):
 
     status = 401
     code = "invalid_api_key"
+
+
+class InvalidToken(Unauthorized):
+    """A token in place of a key that has expired, was not made here, or whose key has been removed.
+
+    The header tells the official SDK to exchange its key again and to repeat the request, once.
+    """
+
+    code = "invalid_token"
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 
 
 class Forbidden(TandemError):

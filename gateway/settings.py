@@ -19,6 +19,8 @@ from gateway.errors import ConfigurationError
 
 MiB = 1 << 20
 _PREFIX = "TANDEM_"
+_SHORTEST_TOKEN_S = 900
+_LONGEST_TOKEN_S = 7 * 86400
 BUILT_IN = "tandem/tiny"
 """The base model that comes with Tandem."""
 _BUILT_IN_FOLDER = str(Path(__file__).parents[1] / "engines" / "tiny" / "model")
@@ -61,6 +63,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The engine processes to start, and the base models they serve."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """Host names by which local clients may call while no API keys are configured."""
+    public_url: str = ""
+    """What clients put before `/api/v1` to reach this gateway, for addresses that it hands out; empty: what the
+    request that asks for one was sent to."""
+    token_exchange: bool = True
+    """Whether the official SDK is told to exchange its API key for short-lived tokens; its `whoami` needs them."""
+    token_lifetime_s: float = 3600.0
+    """Seconds that such a token is good for; at least 900: many SDKs ask for the next one 300 s before the end."""
     hold_s: float = 30.0
     """Seconds that retrieve_future waits for a result before it answers `try_again`; at most 40."""
     gap_timeout_s: float = 600.0
@@ -184,12 +193,25 @@ def _checked(settings: Settings) -> Settings:
     for name in names:
         if names.count(name) > 1:
             raise ConfigurationError(f"engines: the name {name!r} stands twice; names are unique")
-    if not 0 < settings.hold_s <= 40:
-        raise ConfigurationError(f"hold_s is {settings.hold_s}; it must be above 0 and at most 40 seconds")
     for name in ("gap_timeout_s", "lease_s", "engine_start_timeout_s", "engine_owner_timeout_s"):
         if getattr(settings, name) <= 0:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be above 0 seconds")
     for name in ("max_body_bytes", "max_decompressed_bytes", "samples_in_engine", "max_attempts"):
         if getattr(settings, name) < 1:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    _check_what_clients_meet(settings)
     return settings
+
+
+def _check_what_clients_meet(settings: Settings) -> None:
+    if not 0 < settings.hold_s <= 40:
+        raise ConfigurationError(f"hold_s is {settings.hold_s}; it must be above 0 and at most 40 seconds")
+    if not _SHORTEST_TOKEN_S <= settings.token_lifetime_s <= _LONGEST_TOKEN_S:
+        raise ConfigurationError(
+            f"token_lifetime_s is {settings.token_lifetime_s}; it must be {_SHORTEST_TOKEN_S} to {_LONGEST_TOKEN_S} "
+            "seconds"
+        )
+    if settings.public_url and not settings.public_url.startswith(("http://", "https://")):
+        raise ConfigurationError(
+            f"public_url is {settings.public_url!r}; it must begin with http:// or https://"
+        )

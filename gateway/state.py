@@ -17,6 +17,7 @@ from gateway.errors import Gone, NotFound
 from gateway.fleet import Fleet
 from gateway.futures import Futures
 from gateway.settings import Settings
+from gateway.signed_urls import SignedUrls
 from gateway.store import Store
 from gateway.store.records import Run, RunStatus, Sampler, Session
 
@@ -59,6 +60,7 @@ class Gateway:
     fleet: Fleet
     keys: Keys
     removals: FolderRemovals
+    signed_urls: SignedUrls
     started_at: float = field(default_factory=time.time)
     known_sessions: Remembered[Session] = field(init=False)
     known_runs: Remembered[Run] = field(init=False)

@@ -82,7 +82,8 @@ def _reply(status: int, message: str, param: str | None, code: str | None) -> tu
 def render_error(error: Exception, error_id: str | None = None) -> Response:
     """The answer to a request that failed with this error."""
     status, reply = error_reply(error, error_id)
-    return Response(msgspec.json.encode(reply), status, media_type="application/json")
+    headers = dict(error.headers) if isinstance(error, TandemError) else None
+    return Response(msgspec.json.encode(reply), status, headers, media_type="application/json")
 
 
 class OpenAIRoute(APIRoute):

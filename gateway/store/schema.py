@@ -42,6 +42,14 @@ api_keys = Table(
     Column("created_at", Double, nullable=False),
 )
 
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("value", LargeBinary, nullable=False, comment="random; signs tokens and addresses"),
+    Column("created_at", Double, nullable=False),
+)
+
 sessions = Table(
     "sessions",
     metadata,

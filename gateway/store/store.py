@@ -9,6 +9,7 @@ from gateway.store.keys import KeyStore
 from gateway.store.leases import LeaseStore
 from gateway.store.runs import RunStore
 from gateway.store.samplers import SamplerStore
+from gateway.store.secrets import SecretStore
 from gateway.store.sessions import SessionStore
 
 
@@ -24,6 +25,7 @@ class Store:
         self.checkpoints = CheckpointStore(database)
         self.samplers = SamplerStore(database)
         self.leases = LeaseStore(database)
+        self.secrets = SecretStore(database)
 
     def start(self) -> None:
         """Start accepting writes; call it in the running loop."""

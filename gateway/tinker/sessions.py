@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Query, Request, Response
 
-from gateway.auth import Owner
+from gateway.auth import Owner, Who
 from gateway.errors import BadRequest
 from gateway.state import Running
 from gateway.store.records import Session
@@ -23,10 +23,10 @@ _LONGEST_KEY = 300
 
 
 @router.post("/client/config", openapi_extra=takes(schemas.ClientConfig))
-async def client_config(request: Request, owner: Owner) -> Response:
-    """Flags of the client's transport; the defaults of every SDK version fit this server."""
+async def client_config(request: Request, owner: Owner, gateway: Running) -> Response:
+    """Flags of the client's transport; what is not named is the default of its SDK version, which fits this server."""
     await json_body(request, schemas.ClientConfig)
-    return json_reply({})
+    return json_reply({"pjwt_auth_enabled": gateway.settings.token_exchange})
 
 
 @router.post("/client/dynamic_config", openapi_extra=takes(schemas.ClientConfig))
@@ -34,6 +34,12 @@ async def client_dynamic_config(request: Request, owner: Owner) -> Response:
     """Flags that the client reads again from time to time."""
     await json_body(request, schemas.ClientConfig)
     return json_reply({})
+
+
+@router.post("/auth/token")
+async def auth_token(caller: Who, gateway: Running) -> dict[str, str]:
+    """A token that counts as the caller's key for a while, as long as the key exists."""
+    return {"jwt": gateway.keys.token_for(caller)}
 
 
 @router.get("/get_server_capabilities")
