@@ -10,7 +10,7 @@ import resource
 import secrets
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
 from typing import IO
@@ -26,6 +26,7 @@ from engines.interface import UserError
 from gateway import admin, openai, tinker
 from gateway.auth import Keys
 from gateway.checkpoints import FolderRemovals
+from gateway.completions import Completions
 from gateway.errors import ConfigurationError, TandemError
 from gateway.fleet import Fleet
 from gateway.futures import Futures
@@ -114,7 +115,9 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         gateway = _assemble(settings, store, await store.secrets.get("signing"))
         gateway.fleet.start()
         try:
-            with answering_waiters_on_signals(gateway.futures):
+            with answering_waiters_on_signals(
+                gateway.futures.answer_waiters, gateway.completions.answer_waiters
+            ):
                 yield gateway
         finally:
             await gateway.fleet.stop()
@@ -130,18 +133,23 @@ def _assemble(settings: Settings, store: Store, secret: bytes) -> Gateway:
 
     def accepted(future: Future, body: bytes | None) -> None:
         fleet.accept(future, body)
+        if not future.open:
+            completions.add(future)
 
     def settled(outcome: Settled | None) -> None:
         futures.settled(outcome)
+        if outcome is not None:
+            completions.add(outcome.future)
         if outcome is not None and outcome.orphaned_folder is not None:
             removals.append(outcome.orphaned_folder)
 
     removals = FolderRemovals(settings)
+    completions = Completions(store)
     futures = Futures(store, accepted, settings.result_cache_bytes)
     fleet = Fleet(settings, store, futures.opened, settled)
     keys = Keys(store, settings.allowed_hosts, Tokens(secret, settings.token_lifetime_s))
     signed_urls = SignedUrls(secret, settings.public_url)
-    return Gateway(settings, store, futures, fleet, keys, removals, signed_urls)
+    return Gateway(settings, store, futures, completions, fleet, keys, removals, signed_urls)
 
 
 def _configure_log(level: str) -> None:
@@ -156,7 +164,7 @@ def _configure_log(level: str) -> None:
 
 
 @contextmanager
-def answering_waiters_on_signals(futures: Futures) -> Iterator[None]:
+def answering_waiters_on_signals(*answers: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C and SIGTERM answer every waiting client at once; the server would otherwise wait for their long polls.
 
     The server's own handlers, which were installed before, do the rest.
@@ -168,7 +176,8 @@ def answering_waiters_on_signals(futures: Futures) -> Iterator[None]:
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(futures.answer_waiters)
+        for answer in answers:
+            loop.call_soon_threadsafe(answer)
         server = previous[signal.Signals(number)]
         if callable(server):
             server(number, frame)

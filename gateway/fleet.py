@@ -53,6 +53,12 @@ class Fleet:
         if dispatcher is not None:
             dispatcher.accept(future, body)
 
+    def give_up(self, future: Future) -> None:
+        """A sample is not wanted any more."""
+        dispatcher = self.dispatchers.get(future.engine)
+        if dispatcher is not None:
+            dispatcher.sampling.give_up(future)
+
     def drop_run(self, run: Run) -> None:
         """Free a run's memory, if its engine is still one of ours."""
         dispatcher = self.dispatchers.get(run.engine)

@@ -70,6 +70,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether the official SDK is told to exchange its API key for short-lived tokens; its `whoami` needs them."""
     token_lifetime_s: float = 3600.0
     """Seconds that such a token is good for; at least 900: many SDKs ask for the next one 300 s before the end."""
+    completion_queue: bool = True
+    """Whether the official SDK is told to learn of finished samples in one waiting request for all of a sampler's,
+    instead of one for each."""
     hold_s: float = 30.0
     """Seconds that retrieve_future waits for a result before it answers `try_again`; at most 40."""
     gap_timeout_s: float = 600.0

@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 
 from gateway.auth import Keys
 from gateway.checkpoints import FolderRemovals
+from gateway.completions import Completions
 from gateway.dispatch import Dispatcher
 from gateway.errors import Gone, NotFound
 from gateway.fleet import Fleet
@@ -57,6 +58,7 @@ class Gateway:
     settings: Settings
     store: Store
     futures: Futures
+    completions: Completions
     fleet: Fleet
     keys: Keys
     removals: FolderRemovals

@@ -103,6 +103,15 @@ class Turns:
         self._owners.setdefault(owner, deque()).appendleft(key)
         self._owners.move_to_end(owner, last=False)
 
+    def remove(self, owner: str, key: str) -> None:
+        """A key is not to be handed out; an unknown one is no error."""
+        if key in self._present:
+            self._present.discard(key)
+            keys = self._owners[owner]
+            keys.remove(key)
+            if not keys:
+                del self._owners[owner]
+
     def count(self, owner: str) -> int:
         """How many keys of an owner wait."""
         return len(self._owners.get(owner, ()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from engines.interface import UserError
 from gateway.dispatch.inputs import RecentInputs
@@ -21,6 +23,7 @@ from gateway.store.records import Future, Outcome, Settled
 log = logging.getLogger(__name__)
 
 
+GIVEN_UP = "the sample was cancelled by its client"
 _SUSPECT = 2
 """Deaths of the engine after which a sample that was under way is repeated alone."""
 
@@ -37,13 +40,16 @@ class SamplingLane:
         self._waiting: dict[str, Future] = {}
         self._turns = Turns()
         self._inputs = RecentInputs(settings.input_cache_bytes)
-        self._active: set[asyncio.Task[None]] = set()
+        self._active: dict[str, asyncio.Task[None]] = {}
+        self._given_up: set[str] = set()
         self._broken: BaseException | None = None
         self._wake = asyncio.Event()
 
     def accept(self, future: Future, body: bytes | None = None) -> None:
         """Queue a sample that has become durable; `body` is its input where that is at hand."""
-        if future.open:
+        if future.open and future.request_id in self._given_up:
+            self._settle_given_up(future)
+        elif future.open:
             if body is not None:
                 self._inputs.add(future.request_id, body)
             self._waiting[future.request_id] = future
@@ -60,10 +66,23 @@ class SamplingLane:
 
     async def cancel(self) -> None:
         """Leave what is under way; it stays open in the database."""
-        tasks = list(self._active)
+        tasks = list(self._active.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def give_up(self, future: Future) -> None:
+        """Nobody wants this sample any more: it fails, and what it occupies in the engine is freed."""
+        self._given_up.add(future.request_id)
+        task = self._active.get(future.request_id)
+        waiting = self._waiting.pop(future.request_id, None)
+        if task is not None:
+            task.cancel()
+        elif waiting is not None:
+            self._turns.remove(waiting.owner, waiting.request_id)
+            self._inputs.discard(waiting.request_id)
+            self._settle_given_up(waiting)
+        # else it is being claimed, or is read from the database when the engine is there: it is failed then
 
     def waiting_of(self, owner: str) -> int:
         """Samples of an owner that have not been handed to the engine."""
@@ -79,9 +98,12 @@ class SamplingLane:
             if self._broken is not None:
                 raise Interrupted(f"a sample's outcome could not be stored: {self._broken}")
             for future, body in await self._claim(engine):
+                if future.request_id in self._given_up:
+                    self._settle_given_up(future)
+                    continue
                 task = asyncio.create_task(self._sample(engine, future, body))
-                self._active.add(task)
-                task.add_done_callback(self._done)
+                self._active[future.request_id] = task
+                task.add_done_callback(functools.partial(self._done, future))
 
     async def _claim(self, engine: EngineProcess) -> list[tuple[Future, bytes]]:
         """As many samples as there is room for in the engine, owners in turn."""
@@ -128,12 +150,21 @@ class SamplingLane:
         assert isinstance(result, bytes)
         return succeeded(future, result, {})
 
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._active.discard(task)
+    def _done(self, future: Future, task: asyncio.Task[None]) -> None:
+        self._active.pop(future.request_id, None)
+        if task.cancelled() and future.request_id in self._given_up:
+            self._settle_given_up(future)
+        self._given_up.discard(future.request_id)
         self._written(task)
         self._wake.set()
 
-    def _written(self, write: asyncio.Future[None]) -> None:
+    def _settle_given_up(self, future: Future) -> None:
+        """If its result is being stored already, that comes first, and this changes nothing."""
+        self._given_up.discard(future.request_id)
+        outcome = failed(future, "user", GIVEN_UP)
+        self._store.futures.settle(outcome, self._on_settled).add_done_callback(self._written)
+
+    def _written(self, write: asyncio.Future[Any]) -> None:
         if not write.cancelled() and write.exception() is not None:
             self._broken = write.exception()
             self._wake.set()

@@ -14,7 +14,7 @@ from gateway.store import schema
 from gateway.store.checkpoints import require_checkpoints
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore, now
-from gateway.store.records import Future, FutureStatus, Outcome, Reference, Run, Settled
+from gateway.store.records import Future, FutureStatus, Outcome, Reference, Run, Sampler, Settled
 from gateway.store.runs import insert_runs
 from gateway.store.settling import settle_futures
 
@@ -145,6 +145,23 @@ class FutureStore:
             older = (F.c.created_at == created_at) & (F.c.request_id < request_id)
             query = query.where((F.c.created_at < created_at) | older)
         return await self._all(query)
+
+    async def finished_of_sampler(
+        self, sampler: Sampler, numbers: range, *, since: float, limit: int
+    ) -> list[Future]:
+        """The newest samples with such numbers that were finished at `since` or later, oldest first.
+
+        Found by their owner and time, for which there is an index.
+        """
+        query = (
+            select(F)
+            .where(F.c.owner == sampler.owner, F.c.created_at >= sampler.created_at)
+            .where(F.c.sampler_id == sampler.sampler_id, F.c.seq_id.between(numbers.start, numbers.stop - 1))
+            .where(F.c.status.not_in(OPEN), F.c.finished_at >= since)
+            .order_by(F.c.finished_at.desc())
+            .limit(limit)
+        )
+        return (await self._all(query))[::-1]
 
     async def counts(self) -> dict[tuple[str, str], int]:
         """How many open futures there are by (engine, status)."""

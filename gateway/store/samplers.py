@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, update
 
 from gateway.store import schema
 from gateway.store.checkpoints import require_checkpoints
@@ -13,6 +13,7 @@ from gateway.store.dialect import insert_new, insert_or_ignore
 from gateway.store.records import Reference, Sampler
 
 S = schema.samplers
+C = schema.sampler_clients
 
 
 class SamplerStore:
@@ -29,6 +30,10 @@ class SamplerStore:
         row = await self._database.first(select(S).where(S.c.sampler_id == sampler_id))
         return Sampler(**row._mapping) if row is not None else None
 
+    async def join(self, sampler_id: str) -> int:
+        """The number of a further client of a sampler: 1, 2, 3 …, none twice."""
+        return await self._database.write(_join, sampler_id)
+
     async def of_session(self, session_id: str) -> list[Sampler]:
         query = select(S).where(S.c.session_id == session_id).order_by(S.c.created_at)
         return [Sampler(**row._mapping) for row in await self._database.rows(query)]
@@ -36,6 +41,16 @@ class SamplerStore:
 
 def insert_samplers(connection: Connection, samplers: list[Sampler]) -> None:
     connection.execute(insert_or_ignore(connection, S), [asdict(sampler) for sampler in samplers])
+
+
+def _join(connection: Connection, sampler_ids: list[str]) -> list[int]:
+    numbers: list[int] = []
+    for sampler_id in sampler_ids:
+        row = {"sampler_id": sampler_id, "joined": 0}
+        connection.execute(insert_or_ignore(connection, C), [row])
+        count = update(C).where(C.c.sampler_id == sampler_id).values(joined=C.c.joined + 1)
+        numbers.append(connection.execute(count.returning(C.c.joined)).scalar_one())
+    return numbers
 
 
 def _create(connection: Connection, samplers: list[Sampler]) -> list[None]:

@@ -203,6 +203,15 @@ samplers = Table(
     Index(None, "folder"),
 )
 
+sampler_clients = Table(
+    "sampler_clients",
+    metadata,
+    Column("sampler_id", String, primary_key=True),
+    Column(
+        "joined", Integer, nullable=False, comment="clients that have asked for a number; the first has none"
+    ),
+)
+
 leases = Table(
     "leases",
     metadata,

@@ -8,12 +8,13 @@ import json
 from fastapi import Request, Response
 
 from gateway.auth import Owner
-from gateway.errors import StoreUnavailable
+from gateway.completions import Poll
+from gateway.errors import NotFound, StoreUnavailable
 from gateway.state import Gateway, Running
 from gateway.store.records import FutureStatus, Settled
 from gateway.supervisor import EngineState
 from gateway.tinker import results, schemas
-from gateway.tinker.edge import in_thread_if_large, json_body, takes
+from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
 from gateway.tinker.routing import topic
 
 router = topic()
@@ -48,6 +49,43 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
         result, lambda: results.render(future, result, protobuf=protobuf)
     )
     return Response(content, media_type=media_type)
+
+
+@router.post("/retrieve_futures", openapi_extra=takes(schemas.RetrieveFutures))
+async def retrieve_futures(request: Request, owner: Owner, gateway: Running) -> Response:
+    """Which samples of one client of a sampler are finished, behind a cursor: waits some while for the first."""
+    body = await json_body(request, schemas.RetrieveFutures)
+    sampler = await gateway.sampler(owner, body.target.sampling_session_id)
+    poll = Poll(
+        sampler,
+        client=body.target.cloned_sampler_id or 0,
+        cursor=body.prev_cursor or 0,
+        retrieved=frozenset(body.retrieved_request_ids or ()),
+    )
+    hold_s = gateway.settings.hold_s
+    left = hold_s if body.timeout is None else min(body.timeout, hold_s)
+    while True:
+        found = await gateway.completions.poll(poll, min(left, _ATTENTIVE_S))
+        left -= _ATTENTIVE_S
+        if found or left <= 0 or await request.is_disconnected():
+            break
+    completions = [
+        {"state": "failed" if each.failed else "finished", "request_id": each.request_id} for each in found
+    ]
+    return json_reply({"completions": completions, "cursor": found[-1].cursor if found else poll.cursor})
+
+
+@router.post("/cancel_future", openapi_extra=takes(schemas.CancelFuture))
+async def cancel_future(request: Request, owner: Owner, gateway: Running) -> Response:
+    """Give up a sample, waiting or under way. What is finished stays so, and a run's operations are never given up."""
+    body = await json_body(request, schemas.CancelFuture)
+    future = await gateway.store.futures.get(body.request_id)
+    if future is None or future.owner != owner:
+        raise NotFound(f"there is no future {body.request_id!r}", param="request_id")
+    cancelled = future.open and future.kind == "sample"
+    if cancelled:
+        gateway.fleet.give_up(future)
+    return json_reply({"cancelled": cancelled})
 
 
 async def _outcome(request: Request, gateway: Gateway, owner: str, request_id: str) -> Settled | None:

@@ -71,6 +71,15 @@ async def get_sampler(sampler_id: str, owner: Owner, gateway: Running) -> dict[s
     return body if sampler.path is None else {**body, "model_path": sampler.path}
 
 
+@router.post("/join_sampling_session", openapi_extra=takes(schemas.JoinSamplingSession))
+async def join_sampling_session(request: Request, owner: Owner, gateway: Running) -> Response:
+    """A number for a further client of a sampler, so that no two of them number samples alike."""
+    body = await json_body(request, schemas.JoinSamplingSession)
+    sampler = await gateway.sampler(owner, body.sampling_session_id)
+    number = await gateway.store.samplers.join(sampler.sampler_id)
+    return json_reply({"type": "join_sampling_session", "client_counter": number})
+
+
 @router.post("/asample", openapi_extra=takes(schemas.SampleBody))
 async def asample(request: Request, owner: Owner, gateway: Running) -> Response:
     """Draw continuations of a prompt. Samples have no order; a repeated seq_id is the same sample."""

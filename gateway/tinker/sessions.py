@@ -20,20 +20,34 @@ from gateway.tinker.routing import topic
 router = topic()
 
 _LONGEST_KEY = 300
+_REFRESH_S = 300
+_CANCELS_AT_A_TIME = 64
 
 
 @router.post("/client/config", openapi_extra=takes(schemas.ClientConfig))
 async def client_config(request: Request, owner: Owner, gateway: Running) -> Response:
     """Flags of the client's transport; what is not named is the default of its SDK version, which fits this server."""
     await json_body(request, schemas.ClientConfig)
-    return json_reply({"pjwt_auth_enabled": gateway.settings.token_exchange})
+    return json_reply(
+        {
+            "pjwt_auth_enabled": gateway.settings.token_exchange,
+            "sample_use_retrieve_futures": gateway.settings.completion_queue,
+            "sample_join_sampling_session": True,
+        }
+    )
 
 
 @router.post("/client/dynamic_config", openapi_extra=takes(schemas.ClientConfig))
 async def client_dynamic_config(request: Request, owner: Owner) -> Response:
     """Flags that the client reads again from time to time."""
     await json_body(request, schemas.ClientConfig)
-    return json_reply({})
+    return json_reply(
+        {
+            "refresh_interval_sec": _REFRESH_S,
+            "sample_cancel_enabled": True,
+            "sample_cancel_max_batch_size": _CANCELS_AT_A_TIME,
+        }
+    )
 
 
 @router.post("/auth/token")
