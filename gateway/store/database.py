@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from sqlalchemy import Connection, Row, create_engine, event
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.sql import Executable
 
 from gateway.errors import StoreUnavailable
@@ -58,11 +59,19 @@ _POSTGRES = {"timeout": 15, "command_timeout": 120, "server_settings": {"synchro
 """A silent server is an error within these seconds; a commit is on disk whatever the role's default is."""
 
 
+_PING_AFTER_S = 1.0
+"""Seconds after which the writer asks whether its connection is still there; to ask before each transaction costs more
+than the transaction."""
+
+
 class _PostgresDriver:
     def __init__(self, url: str, readers: int) -> None:
-        options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": _POSTGRES}
-        self._readers = create_async_engine(url, pool_size=readers, **options)
-        self._writers = create_async_engine(url, pool_size=1, max_overflow=0, **options)
+        self._readers = create_async_engine(
+            url, pool_size=readers, pool_pre_ping=True, connect_args=_POSTGRES
+        )
+        self._writers = create_async_engine(url, pool_size=1, max_overflow=0, connect_args=_POSTGRES)
+        self._writer: AsyncConnection | None = None
+        self._written_at = float("-inf")
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         async with self._readers.connect() as connection:
@@ -70,10 +79,17 @@ class _PostgresDriver:
 
     async def write(self, work: Callable[[Connection], T], *, flushed: bool) -> T:
         # Always flushed: a server that crashes alone must not forget what this process remembers as settled.
-        async with self._writers.begin() as connection:
-            return await connection.run_sync(work)
+        if self._writer is None:
+            self._writer = await self._writers.connect()
+        elif time.monotonic() - self._written_at > _PING_AFTER_S:
+            await self._writer.run_sync(_ping)
+        answer = await self._writer.run_sync(_in_transaction, work)
+        self._written_at = time.monotonic()
+        return answer
 
     async def close(self) -> None:
+        if self._writer is not None:
+            await self._writer.close()
         await self._readers.dispose()
         await self._writers.dispose()
 
@@ -85,6 +101,7 @@ class _SqliteDriver:
         self._synchronous = synchronous
         self._reading = ThreadPoolExecutor(readers, "sqlite-read")
         self._writing = ThreadPoolExecutor(1, "sqlite-write")
+        self._writer: Connection | None = None
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         def in_thread() -> T:
@@ -97,17 +114,32 @@ class _SqliteDriver:
         level = self._synchronous if flushed else "NORMAL"
 
         def in_thread() -> T:
-            with self._engine.connect().execution_options(writes=True) as connection:
-                _set_synchronous(connection, level)
-                with connection.begin():
-                    return work(connection)
+            if self._writer is None:
+                self._writer = self._engine.connect().execution_options(writes=True)
+            _set_synchronous(self._writer, level)
+            return _in_transaction(self._writer, work)
 
         return await asyncio.get_running_loop().run_in_executor(self._writing, in_thread)
 
     async def close(self) -> None:
+        if self._writer is not None:
+            await asyncio.get_running_loop().run_in_executor(self._writing, self._writer.close)
         self._writing.shutdown()
         self._reading.shutdown()
         self._engine.dispose()
+
+
+def _in_transaction(connection: Connection, work: Callable[[Connection], T]) -> T:
+    """A writer keeps its connection; one that has been cut is made anew by the next transaction."""
+    with connection.begin():
+        return work(connection)
+
+
+def _ping(connection: Connection) -> None:
+    """Find out whether the connection was cut while nobody used it."""
+    with contextlib.suppress(DBAPIError):  # if it was not cut, the next statement fails as well and is told
+        connection.exec_driver_sql("SELECT 1")
+    connection.rollback()
 
 
 @dataclass(slots=True)

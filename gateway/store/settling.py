@@ -52,26 +52,17 @@ _RECORD_STEP = insert(schema.steps).from_select(
     ).where(R.c.run_id == bindparam("key")),
 )
 
-_FINISH_STEP = (
-    update(R)
-    .where(R.c.run_id == bindparam("key"))
-    .values(step=R.c.step + 1, pending_loss=0.0, pending_tokens=0, pending_seconds=0.0)
-)
-
-_ADD_TO_STEP = (
-    update(R)
-    .where(R.c.run_id == bindparam("key"))
-    .values(
-        pending_loss=R.c.pending_loss + bindparam("loss"),
-        pending_tokens=R.c.pending_tokens + bindparam("tokens"),
-        pending_seconds=R.c.pending_seconds + bindparam("seconds"),
-    )
-)
+_STEPPED = bindparam("stepped", type_=R.c.step.type)
+"""1 when the operation was a step, which uses up what is pending; else 0."""
 
 _ADVANCE_RUN = (
     update(R)
     .where(R.c.run_id == bindparam("key"))
     .values(
+        step=R.c.step + _STEPPED,
+        pending_loss=case((_STEPPED == 1, 0.0), else_=R.c.pending_loss + bindparam("loss")),
+        pending_tokens=case((_STEPPED == 1, 0), else_=R.c.pending_tokens + bindparam("tokens")),
+        pending_seconds=case((_STEPPED == 1, 0.0), else_=R.c.pending_seconds + bindparam("seconds")),
         next_seq=case((R.c.next_seq > bindparam("seq"), R.c.next_seq), else_=bindparam("seq") + literal(1)),
         status=case((R.c.status == RunStatus.CREATING, bindparam("created_as")), else_=R.c.status),
         last_request_at=bindparam("at"),
@@ -165,34 +156,42 @@ def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) 
 
 def _advance_runs(connection: Connection, outcomes: list[Outcome], at: float) -> None:
     """Move each run past its operation, and keep the sums that become the metrics of its next step."""
-    advances: list[dict[str, Any]] = []
-    passes: list[dict[str, Any]] = []
-    steps: list[dict[str, Any]] = []
-    for outcome in outcomes:
-        future, summary = outcome.future, outcome.summary
-        if future.run_id is None:
-            continue
-        created_as = RunStatus.FAILED if outcome.failed and future.kind == "create_run" else RunStatus.ACTIVE
-        advances.append({"key": future.run_id, "seq": future.seq_id, "created_as": created_as, "at": at})
-        seconds = summary.get("seconds", 0.0)
-        if outcome.failed:
-            continue
-        if future.kind == "forward_backward":
-            sums = {
-                "loss": summary.get("loss", 0.0),
-                "tokens": int(summary.get("tokens", 0)),
-                "seconds": seconds,
-            }
-            passes.append({"key": future.run_id, **sums})
-        elif future.kind == "optim_step":
-            numbers = {name: summary.get(name) for name in ("grad_norm", "learning_rate")}
-            steps.append(
-                {"key": future.run_id, "seq": future.seq_id, "seconds": seconds, "at": at, **numbers}
-            )
-    if passes:
-        connection.execute(_ADD_TO_STEP, passes)
+    ran = [outcome for outcome in outcomes if outcome.future.run_id is not None]
+    steps = [_step(outcome, at) for outcome in ran if _succeeded(outcome, "optim_step")]
     if steps:
         connection.execute(_RECORD_STEP, steps)
-        connection.execute(_FINISH_STEP, [{"key": step["key"]} for step in steps])
-    if advances:
-        connection.execute(_ADVANCE_RUN, advances)
+    if ran:
+        connection.execute(_ADVANCE_RUN, [_advance(outcome, at) for outcome in ran])
+
+
+def _succeeded(outcome: Outcome, kind: str) -> bool:
+    return outcome.future.kind == kind and not outcome.failed
+
+
+def _step(outcome: Outcome, at: float) -> dict[str, Any]:
+    summary = outcome.summary
+    return {
+        "key": outcome.future.run_id,
+        "seq": outcome.future.seq_id,
+        "seconds": summary.get("seconds", 0.0),
+        "grad_norm": summary.get("grad_norm"),
+        "learning_rate": summary.get("learning_rate"),
+        "at": at,
+    }
+
+
+def _advance(outcome: Outcome, at: float) -> dict[str, Any]:
+    future = outcome.future
+    summary = outcome.summary if _succeeded(outcome, "forward_backward") else {}
+    return {
+        "key": future.run_id,
+        "seq": future.seq_id,
+        "created_as": RunStatus.FAILED
+        if outcome.failed and future.kind == "create_run"
+        else RunStatus.ACTIVE,
+        "stepped": int(_succeeded(outcome, "optim_step")),
+        "loss": summary.get("loss", 0.0),
+        "tokens": int(summary.get("tokens", 0)),
+        "seconds": summary.get("seconds", 0.0),
+        "at": at,
+    }

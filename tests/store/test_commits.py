@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import create_async_engine
 
+from gateway.errors import StoreUnavailable
 from gateway.migrate import upgrade
 from gateway.store import Store
 from gateway.store.database import Database
-from gateway.store.futures import Claim
+from gateway.store.futures import Claim, Submission
 from gateway.store.records import FutureStatus, Outcome
 from tests.store.conftest import an_operation
 from tests.store.test_futures import begun_run
@@ -111,3 +113,39 @@ async def test_claims_behind_of_two_engines_keep_their_epochs(store: Store) -> N
     await asyncio.gather(*(store.futures.claim_behind(claim) for claim in claims))
     stored = [await store.futures.get(claim.request_ids[0]) for claim in claims]
     assert [future.epoch for future in stored if future is not None] == [2, 7]
+
+
+async def cut_connections(url: str) -> None:
+    """End every connection of the database, as a restart of the server or a firewall does."""
+    engine = create_async_engine(url)
+    async with engine.connect() as connection:
+        cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> "
+        await connection.exec_driver_sql(cut + "pg_backend_pid()")
+    await engine.dispose()
+
+
+@pytest.mark.postgres
+async def test_a_connection_cut_while_idle_is_made_anew(pg_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.store.database._PING_AFTER_S", 0.0)
+    store = Store(Database(pg_url))
+    store.start()
+    await begun_run(store)
+    await cut_connections(pg_url)
+    await begun_run(store)
+    await store.close()
+
+
+@pytest.mark.postgres
+async def test_a_connection_cut_in_use_fails_one_write_and_no_other(
+    pg_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.store.database._PING_AFTER_S", 60.0)
+    store = Store(Database(pg_url))
+    store.start()
+    run = await begun_run(store)
+    await cut_connections(pg_url)
+    with pytest.raises(StoreUnavailable):
+        await store.futures.submit(Submission(an_operation(run, 1), b"lost"))
+    assert await store.futures.submit(Submission(an_operation(run, 1), b"again"))
+    assert await store.futures.inputs([f"{run.run_id}:1"]) == {f"{run.run_id}:1": b"again"}
+    await store.close()
