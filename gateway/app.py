@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engines.interface import UserError
 from gateway import admin, openai, tinker
 from gateway.auth import Keys
-from gateway.checkpoints import FolderRemovals
+from gateway.checkpoints import Expiry, FolderRemovals
 from gateway.completions import Completions
 from gateway.errors import ConfigurationError, TandemError
 from gateway.fleet import Fleet
@@ -114,12 +114,15 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         store.start()
         gateway = _assemble(settings, store, await store.secrets.get("signing"))
         gateway.fleet.start()
+        expiry = Expiry(store, settings)
+        expiry.start()
         try:
             with answering_waiters_on_signals(
                 gateway.futures.answer_waiters, gateway.completions.answer_waiters
             ):
                 yield gateway
         finally:
+            await expiry.stop()
             await gateway.fleet.stop()
             await gateway.removals.close()
     finally:

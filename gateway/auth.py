@@ -16,7 +16,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from gateway.errors import Forbidden, InvalidToken, StoreUnavailable, Unauthorized
+from gateway.errors import BadRequest, Forbidden, InvalidToken, StoreUnavailable, Unauthorized
 from gateway.store import Store
 from gateway.store.records import ApiKey
 from gateway.tokens import PREFIX, Tokens
@@ -66,6 +66,26 @@ class Keys:
             return Caller(LOCAL_OWNER, admin=True)
         key = self._key(presented_key(request))
         return Caller(key.owner, key.admin, key)
+
+    async def owner_of(self, weights_access_token: str | None) -> str | None:
+        """Whose checkpoints a token opens for reading: it is an API key, or a token made for one; None opens nobody's.
+
+        Raises BadRequest for one that is not known. Without keys everything belongs to the one local owner.
+        """
+        if weights_access_token is None:
+            return None
+        if time.monotonic() - self._read_at > _REFRESH_S:
+            await self._refresh()
+        if not self._keys:
+            return LOCAL_OWNER
+        try:
+            return self._key(weights_access_token).owner
+        except Unauthorized as error:
+            raise BadRequest(
+                "weights_access_token is not known here; it is an API key of the owner whose weights it opens, or a "
+                "token that was made for one",
+                param="weights_access_token",
+            ) from error
 
     def token_for(self, caller: Caller) -> str:
         """A token that counts as the caller's key for a while."""

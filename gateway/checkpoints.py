@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from gateway.errors import BadRequest, NotFound
+from gateway.errors import BadRequest, NotFound, StoreUnavailable
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.records import Checkpoint, CheckpointKind
@@ -15,6 +15,7 @@ from gateway.store.records import Checkpoint, CheckpointKind
 log = logging.getLogger(__name__)
 
 SCHEME = "tinker://"
+_SWEPT_AT_A_TIME = 100
 
 
 def checkpoint_path(run_id: str, kind: CheckpointKind, name: str) -> str:
@@ -41,12 +42,29 @@ def parse_path(path: str, *, param: str = "path") -> tuple[str, CheckpointKind, 
     return segments[0], CheckpointKind(segments[1]), segments[2]
 
 
-async def readable_checkpoint(store: Store, owner: str, path: str, *, param: str = "path") -> Checkpoint:
-    """A checkpoint that an owner may load: their own, or one that is public. Raises BadRequest and NotFound."""
+async def readable_checkpoint(
+    store: Store, owner: str, path: str, *, param: str = "path", also_of: str | None = None
+) -> Checkpoint:
+    """A checkpoint that an owner may read: their own, a public one, or one of the owner `also_of`, whose access token
+    came with the request. Raises BadRequest and NotFound."""
     parse_path(path, param=param)
     checkpoint = await store.checkpoints.get(path)
-    if checkpoint is None or (checkpoint.owner != owner and not checkpoint.public):
+    if checkpoint is None or not (checkpoint.owner in (owner, also_of) or checkpoint.public):
         raise NotFound(f"there is no checkpoint {path}", param=param)
+    return checkpoint
+
+
+async def loadable_checkpoint(
+    store: Store, owner: str, path: str, *, param: str = "path", also_of: str | None = None
+) -> Checkpoint:
+    """A readable checkpoint that an engine can load or sample. Raises BadRequest and NotFound."""
+    checkpoint = await readable_checkpoint(store, owner, path, param=param, also_of=also_of)
+    if checkpoint.kind is CheckpointKind.EXTERNAL:
+        raise BadRequest(
+            f"{path} holds files for downloading, possibly encrypted; load or sample a checkpoint of its run in "
+            f"{CheckpointKind.TRAINING} or {CheckpointKind.SAMPLER}",
+            param=param,
+        )
     return checkpoint
 
 
@@ -81,6 +99,45 @@ class FolderRemovals:
     async def close(self) -> None:
         """Finish what has begun."""
         await asyncio.gather(*self._tasks)
+
+
+class Expiry:
+    """Deletes checkpoints that have expired; until then they are only hidden."""
+
+    def __init__(self, store: Store, settings: Settings, pause_s: float = 60.0) -> None:
+        self._store = store
+        self._settings = settings
+        self._pause_s = pause_s
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start looking for them; call it in the running loop."""
+        self._task = asyncio.create_task(self._sweep_forever(), name="expiry")
+
+    async def stop(self) -> None:
+        """Look no longer. What is left is found after the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except StoreUnavailable as error:
+                log.warning("expired checkpoints are deleted later: %s", error)
+            await asyncio.sleep(self._pause_s)
+
+    async def sweep(self) -> int:
+        """Delete all that have expired, some at a time; how many there were."""
+        total = 0
+        while True:
+            found, folders = await self._store.checkpoints.delete_expired(_SWEPT_AT_A_TIME)
+            total += found
+            for folder in folders:
+                await remove_folder(self._settings, folder)
+            if found < _SWEPT_AT_A_TIME:
+                return total
 
 
 async def remove_folder(settings: Settings, folder: str) -> None:

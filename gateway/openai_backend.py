@@ -9,7 +9,7 @@ from typing import cast
 
 from engines.messages import SampleDelta
 from engines.operations import AdapterRef, SampleRequest, SampleResult, decode_result, encode
-from gateway.checkpoints import SCHEME, readable_checkpoint
+from gateway.checkpoints import SCHEME, loadable_checkpoint
 from gateway.dispatch import Dispatcher
 from gateway.errors import EngineUnavailable
 from gateway.openai import ServedModel, Target
@@ -41,7 +41,7 @@ class FleetBackend:
         """A base model, or a checkpoint of the owner's (or a public one) on its base model."""
         base_model, adapter = model, None
         if model.startswith(SCHEME):
-            checkpoint = await readable_checkpoint(self._gateway.store, owner, model, param="model")
+            checkpoint = await loadable_checkpoint(self._gateway.store, owner, model, param="model")
             base_model, adapter = checkpoint.base_model, AdapterRef(checkpoint.folder, checkpoint.folder)
         dispatcher = self._gateway.fleet.for_base_model(base_model, "sample", param="model")
         supervisor = dispatcher.supervisor

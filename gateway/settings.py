@@ -21,6 +21,8 @@ MiB = 1 << 20
 _PREFIX = "TANDEM_"
 _SHORTEST_TOKEN_S = 900
 _LONGEST_TOKEN_S = 7 * 86400
+_SHORTEST_ADDRESS_S = 600
+_LONGEST_ADDRESS_S = 7 * 86400
 BUILT_IN = "tandem/tiny"
 """The base model that comes with Tandem."""
 _BUILT_IN_FOLDER = str(Path(__file__).parents[1] / "engines" / "tiny" / "model")
@@ -66,6 +68,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     public_url: str = ""
     """What clients put before `/api/v1` to reach this gateway, for addresses that it hands out; empty: what the
     request that asks for one was sent to."""
+    download_url_s: float = 3600.0
+    """Seconds that an address of a download is good for; clients ask for the next one 300 s before the end."""
     token_exchange: bool = True
     """Whether the official SDK is told to exchange its API key for short-lived tokens; its `whoami` needs them."""
     token_lifetime_s: float = 3600.0
@@ -212,6 +216,11 @@ def _check_what_clients_meet(settings: Settings) -> None:
     if not _SHORTEST_TOKEN_S <= settings.token_lifetime_s <= _LONGEST_TOKEN_S:
         raise ConfigurationError(
             f"token_lifetime_s is {settings.token_lifetime_s}; it must be {_SHORTEST_TOKEN_S} to {_LONGEST_TOKEN_S} "
+            "seconds"
+        )
+    if not _SHORTEST_ADDRESS_S <= settings.download_url_s <= _LONGEST_ADDRESS_S:
+        raise ConfigurationError(
+            f"download_url_s is {settings.download_url_s}; it must be {_SHORTEST_ADDRESS_S} to {_LONGEST_ADDRESS_S} "
             "seconds"
         )
     if settings.public_url and not settings.public_url.startswith(("http://", "https://")):

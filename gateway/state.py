@@ -101,6 +101,11 @@ class Gateway:
             raise Gone(
                 f"run {run_id} has been unloaded; begin a new one from a checkpoint of it", param="model_id"
             )
+        if run.status is RunStatus.STORAGE:
+            raise Gone(
+                f"run {run_id} only holds a checkpoint that was copied or imported; begin a new one at that",
+                param="model_id",
+            )
         return run
 
     def dispatcher_of(self, run: Run) -> Dispatcher:

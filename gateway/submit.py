@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from engines.operations import (
 )
 from gateway.checkpoints import checkpoint_path
 from gateway.errors import BadRequest, EngineUnavailable, TooManyRequests
+from gateway.sealing import plain_folder
 from gateway.state import Gateway
 from gateway.store.futures import Submission
 from gateway.store.records import (
@@ -35,6 +37,7 @@ from gateway.store.records import (
     FutureStatus,
     Reference,
     Run,
+    RunStatus,
     Sampler,
     Session,
 )
@@ -73,6 +76,8 @@ class SaveRequest:
     user_metadata: dict[str, str] | None = None
     sampler_id: str | None = None
     session_id: str | None = None
+    recipients: tuple[str, ...] = ()
+    """Of external weights: the age recipients that its files are encrypted for; none: they are not."""
 
 
 def draw_seed() -> int:
@@ -93,6 +98,47 @@ def request_id_of(run_id: str, seq_id: int) -> str:
 def sampler_id_of(session_id: str, sampling_session_seq_id: int) -> str:
     """The id of a session's n-th sampler."""
     return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+def closed_session(owner: str, name: str, sdk_version: str = "", **more: Any) -> Session:
+    """A session of the server's own making, for what belongs to no client's connection; it is over at once."""
+    now = time.time()
+    values: dict[str, Any] = {
+        "session_id": str(uuid.uuid4()),
+        "owner": owner,
+        "idempotency_key": None,
+        "user_metadata": {},
+        "tags": [],
+        "sdk_version": sdk_version,
+        "project_id": None,
+        "display_name": name,
+        "created_at": now,
+        "heartbeat_at": now,
+        "finished_at": now,
+        "finish_reason": "success",
+    }
+    return Session(**{**values, **more})
+
+
+def storage_run(session: Session, base_model: str, engine: str, lora: dict[str, Any]) -> Run:
+    """The first run of a session, made to hold a checkpoint; it is never trained."""
+    now = time.time()
+    return Run(
+        run_id=run_id_of(session.session_id, 0),
+        owner=session.owner,
+        session_id=session.session_id,
+        model_seq_id=0,
+        engine=engine,
+        base_model=base_model,
+        lora=lora,
+        optimizer="adamw",
+        origin_path=None,
+        origin_folder=None,
+        user_metadata={},
+        created_at=now,
+        last_request_at=now,
+        status=RunStatus.STORAGE,
+    )
 
 
 async def submit_run(gateway: Gateway, new: NewRun) -> Future:
@@ -157,6 +203,8 @@ async def submit_save(gateway: Gateway, run: Run, seq_id: int, save: SaveRequest
             "ttl_seconds": save.ttl_seconds,
             "overwrite": save.overwrite,
         }
+        if save.recipients:
+            context["checkpoint"]["recipients"] = save.recipients
     if save.sampler_id is not None:
         engine = gateway.fleet.for_base_model(run.base_model, "sample").supervisor.engine
         context["sampler"] = {
@@ -165,7 +213,8 @@ async def submit_save(gateway: Gateway, run: Run, seq_id: int, save: SaveRequest
             "engine": engine.name,
             "base_model": run.base_model,
         }
-    operation = SaveWeights(folder, optimizer_state=with_optimizer)
+    written_to = plain_folder(folder) if save.recipients else folder
+    operation = SaveWeights(written_to, optimizer_state=with_optimizer)
     future = _future(run, seq_id, "save_weights", context, folder)
     return await _append(gateway, run, future, encode(operation))
 

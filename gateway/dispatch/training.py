@@ -15,6 +15,7 @@ from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, outcomes_of
 from gateway.dispatch.recovery import RestoreFailed, restore_run
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
+from gateway.dispatch.sealing import Sealing
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineLost
 from gateway.settings import Settings
@@ -44,6 +45,7 @@ class TrainingLane:
         self._broken: Exception | None = None
         self._wake = asyncio.Event()
         self._to_drop: set[str] = set()
+        self._sealing = Sealing(settings)
         self.resident: set[str] = set()
 
     def accept(self, future: Future, body: bytes | None = None) -> None:
@@ -69,6 +71,7 @@ class TrainingLane:
         self._inputs.clear()
         self._broken = None
         self._to_drop.clear()
+        self._sealing.cancel()
         self.resident.clear()
 
     def reopen(self, run_id: str) -> None:
@@ -199,8 +202,15 @@ class TrainingLane:
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Store the outcomes. Each run's next operation may be claimed at once: writes keep their order."""
         for outcome in outcomes:
-            self._queue.settled(outcome.future)
-            self._write(outcome)
+            if self._sealing.takes(outcome):
+                self._sealing.start(outcome, self._settle_one)
+            else:
+                self._settle_one(outcome)
+
+    def _settle_one(self, outcome: Outcome) -> None:
+        self._queue.settled(outcome.future)
+        self._write(outcome)
+        self._wake.set()
 
     def _fail_gaps(self) -> None:
         """What waits behind a number that does not come fails; nothing is skipped silently."""

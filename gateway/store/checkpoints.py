@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, exists, func, select, union_all, update
+from sqlalchemy import Connection, Row, Select, delete, exists, func, select, union_all, update
 
 from gateway.errors import NotFound
 from gateway.store import schema
@@ -14,6 +15,24 @@ from gateway.store.dialect import NO_FILTERS, Filters, for_update, insert_or_ign
 from gateway.store.records import Checkpoint, CheckpointKind, Reference
 
 C = schema.checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Checkpoints by what they are. None, and an empty prefix, filter nothing.
+
+    Times are seconds since the epoch: created at `after` or later, and before `before`. The newest `keep_last` of each
+    run and kind are left out, whatever else is asked for.
+    """
+
+    owner: str | None = None
+    run_id: str | None = None
+    kind: CheckpointKind | None = None
+    base_model: str | None = None
+    name_prefix: str = ""
+    after: float | None = None
+    before: float | None = None
+    keep_last: int = 0
 
 
 class CheckpointStore:
@@ -37,9 +56,12 @@ class CheckpointStore:
         before: tuple[float, str] | None = None,
         offset: int = 0,
         where: Filters = NO_FILTERS,
+        kinds: Collection[CheckpointKind] = tuple(CheckpointKind),
     ) -> list[Checkpoint]:
         """Newest first, without expired ones; `before` is (created_at, path) of the last row seen."""
-        query = select(C).where(_alive()).order_by(C.c.created_at.desc(), C.c.path.desc())
+        query = (
+            select(C).where(_alive(), C.c.kind.in_(kinds)).order_by(C.c.created_at.desc(), C.c.path.desc())
+        )
         for column, value in where.items():
             if value is not None:
                 query = query.where(C.c[column] == value)
@@ -51,8 +73,8 @@ class CheckpointStore:
         rows = await self._database.rows(query.limit(limit).offset(offset))
         return [checkpoint_of(row) for row in rows]
 
-    async def count(self, owner: str) -> int:
-        query = select(func.count()).select_from(C).where(C.c.owner == owner, _alive())
+    async def count(self, owner: str, kinds: Collection[CheckpointKind] = tuple(CheckpointKind)) -> int:
+        query = select(func.count()).select_from(C).where(C.c.owner == owner, _alive(), C.c.kind.in_(kinds))
         return int((await self._database.rows(query))[0][0])
 
     async def latest_of_runs(self, run_ids: list[str]) -> dict[tuple[str, str], Checkpoint]:
@@ -61,9 +83,18 @@ class CheckpointStore:
         rows = await self._database.rows(query)
         return {(row.run_id, row.kind): checkpoint_of(row) for row in rows}
 
+    async def select(self, selection: Selection, limit: int) -> list[Checkpoint]:
+        """At most `limit` of those that a selection is of, oldest first, without expired ones."""
+        rows = await self._database.rows(_selected(selection).limit(limit))
+        return [checkpoint_of(row) for row in rows]
+
     async def delete(self, path: str) -> str | None:
         """Delete a checkpoint; the answer is its folder if nothing else refers to it."""
         return await self._database.write(delete_checkpoints, path)
+
+    async def delete_expired(self, limit: int) -> tuple[int, list[str]]:
+        """Delete at most `limit` that have expired: how many there were, and the folders that nothing refers to."""
+        return await self._database.write(_delete_expired, limit)
 
     async def set_expiry(self, path: str, expires_at: float | None) -> None:
         await self._database.write(_set_expiries, (path, expires_at))
@@ -125,6 +156,37 @@ def folder_in_use(connection: Connection, folder: str) -> bool:
         ),
     )
     return bool((connection.execute(select(exists(references.subquery().select())))).scalar_one())
+
+
+def _selected(selection: Selection) -> Select[Any]:
+    """Rank first, among all of a run and kind, then filter: the newest ones stay even when a filter hides others."""
+    age = func.row_number().over(
+        partition_by=(C.c.run_id, C.c.kind), order_by=(C.c.created_at.desc(), C.c.path.desc())
+    )
+    ranked = select(C, age.label("age")).where(_alive()).subquery()
+    columns = ranked.c
+    query = select(*(columns[column.name] for column in C.c)).where(columns.age > selection.keep_last)
+    for name in ("owner", "run_id", "kind", "base_model"):
+        value = getattr(selection, name)
+        if value is not None:
+            query = query.where(columns[name] == value)
+    if selection.name_prefix:
+        query = query.where(columns.name.startswith(selection.name_prefix, autoescape=True))
+    if selection.after is not None:
+        query = query.where(columns.created_at >= selection.after)
+    if selection.before is not None:
+        query = query.where(columns.created_at < selection.before)
+    return query.order_by(columns.created_at, columns.path)
+
+
+def _delete_expired(connection: Connection, limits: list[int]) -> list[tuple[int, list[str]]]:
+    answers = []
+    for limit in limits:
+        query = select(C.c.path).where(C.c.expires_at <= now()).order_by(C.c.expires_at).limit(limit)
+        paths = list(connection.execute(for_update(connection, query)).scalars())
+        folders = delete_checkpoints(connection, paths)
+        answers.append((len(paths), [folder for folder in folders if folder is not None]))
+    return answers
 
 
 def delete_checkpoints(connection: Connection, paths: list[str]) -> list[str | None]:

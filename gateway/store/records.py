@@ -23,6 +23,7 @@ class RunStatus(enum.StrEnum):
     ACTIVE = "active"  # trains
     FAILED = "failed"  # could not be created; nothing else will succeed
     UNLOADED = "unloaded"  # ended by its owner; readable, its checkpoints stay
+    STORAGE = "storage"  # never trained: it holds a checkpoint that was copied or imported
 
 
 class CheckpointKind(enum.StrEnum):
@@ -30,6 +31,7 @@ class CheckpointKind(enum.StrEnum):
 
     TRAINING = "weights"
     SAMPLER = "sampler_weights"
+    EXTERNAL = "external_weights"  # files for downloading; encrypted ones nobody here can read
 
 
 @dataclass(frozen=True, slots=True)

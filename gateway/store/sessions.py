@@ -38,6 +38,12 @@ class SessionStore:
         row = await self._database.first(select(S).where(S.c.session_id == session_id))
         return session_of(row) if row is not None else None
 
+    async def of_key(self, owner: str, idempotency_key: str) -> Session | None:
+        """The session that a request with this key has created."""
+        query = select(S).where(S.c.owner == owner, S.c.idempotency_key == idempotency_key)
+        row = await self._database.first(query)
+        return session_of(row) if row is not None else None
+
     async def beat(self, session_id: str) -> None:
         """Its client is alive."""
         await self._database.write(touch_sessions, session_id)

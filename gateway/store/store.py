@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gateway.store.checkpoints import CheckpointStore
 from gateway.store.database import Database
+from gateway.store.deposits import DepositStore
 from gateway.store.futures import FutureStore
 from gateway.store.keys import KeyStore
 from gateway.store.leases import LeaseStore
@@ -23,6 +24,7 @@ class Store:
         self.runs = RunStore(database)
         self.futures = FutureStore(database)
         self.checkpoints = CheckpointStore(database)
+        self.deposits = DepositStore(database)
         self.samplers = SamplerStore(database)
         self.leases = LeaseStore(database)
         self.secrets = SecretStore(database)

@@ -1,5 +1,7 @@
 """The Tinker dialect: what the official `tinker` SDK speaks. Own schemas; see docs/tinker.md for what is served."""
 
+from gateway.tinker.copies import router as copies
+from gateway.tinker.exports import router as exports
 from gateway.tinker.futures import router as futures
 from gateway.tinker.registry import router as registry
 from gateway.tinker.sampling import router as sampling
@@ -8,7 +10,9 @@ from gateway.tinker.training import router as training
 from gateway.tinker.weights import router as weights
 
 routes = [
-    route for topic in (futures, training, sampling, weights, sessions, registry) for route in topic.routes
+    route
+    for topic in (futures, training, sampling, weights, sessions, registry, exports, copies)
+    for route in topic.routes
 ]
 """Every route, the busiest first: they are tried in order."""
 

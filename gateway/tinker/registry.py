@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import Query, Request, Response
+from fastapi import Depends, Header, Query, Request, Response
 
 from gateway.auth import Owner
 from gateway.checkpoints import checkpoint_path, delete_checkpoint, owned_checkpoint
@@ -22,7 +24,25 @@ router = topic()
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Offset = Annotated[int, Query(ge=0, le=10**9)]
 
-_WIRE_TYPE = {CheckpointKind.TRAINING: "training", CheckpointKind.SAMPLER: "sampler"}
+_WIRE_TYPE = {
+    CheckpointKind.TRAINING: "training",
+    CheckpointKind.SAMPLER: "sampler",
+    CheckpointKind.EXTERNAL: "external",
+}
+_FIRST_WITH_EXTERNAL = (0, 30)
+_BEFORE_EXTERNAL = (CheckpointKind.TRAINING, CheckpointKind.SAMPLER)
+
+
+async def listed_kinds(
+    x_stainless_package_version: Annotated[str | None, Header(include_in_schema=False)] = None,
+) -> Collection[CheckpointKind]:
+    """Kinds of checkpoints that the caller's SDK knows: one that it does not know breaks its whole list."""
+    known = re.match(r"(\d+)\.(\d+)", x_stainless_package_version or "")
+    old = known is not None and (int(known[1]), int(known[2])) < _FIRST_WITH_EXTERNAL
+    return _BEFORE_EXTERNAL if old else tuple(CheckpointKind)
+
+
+Kinds = Annotated[Collection[CheckpointKind], Depends(listed_kinds)]
 
 
 @router.get("/training_runs")
@@ -46,22 +66,24 @@ async def get_training_run(run_id: str, owner: Owner, gateway: Running) -> dict[
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
-async def list_checkpoints(run_id: str, owner: Owner, gateway: Running) -> dict[str, Any]:
+async def list_checkpoints(run_id: str, owner: Owner, gateway: Running, kinds: Kinds) -> dict[str, Any]:
     """All checkpoints of a run, newest first."""
     await gateway.run(owner, run_id)
     checkpoints = await gateway.store.checkpoints.page(
-        limit=100_000, where={"owner": owner, "run_id": run_id}
+        limit=100_000, where={"owner": owner, "run_id": run_id}, kinds=kinds
     )
     return {"checkpoints": [_checkpoint_json(checkpoint) for checkpoint in checkpoints]}
 
 
 @router.get("/checkpoints")
 async def list_user_checkpoints(
-    owner: Owner, gateway: Running, limit: Limit = 100, offset: Offset = 0
+    owner: Owner, gateway: Running, kinds: Kinds, limit: Limit = 100, offset: Offset = 0
 ) -> dict[str, Any]:
     """The caller's checkpoints, newest first."""
-    checkpoints = await gateway.store.checkpoints.page(limit=limit, offset=offset, where={"owner": owner})
-    total = await gateway.store.checkpoints.count(owner)
+    checkpoints = await gateway.store.checkpoints.page(
+        limit=limit, offset=offset, where={"owner": owner}, kinds=kinds
+    )
+    total = await gateway.store.checkpoints.count(owner, kinds)
     cursor = {"offset": offset, "limit": limit, "total_count": total}
     return {"checkpoints": [_checkpoint_json(checkpoint) for checkpoint in checkpoints], "cursor": cursor}
 

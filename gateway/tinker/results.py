@@ -23,7 +23,7 @@ from engines.operations import (
     decode_result,
 )
 from engines.tensors import Matrix, Tensor
-from gateway.store.records import Future
+from gateway.store.records import CheckpointKind, Future
 from gateway.tinker import wire_pb2 as wire
 
 PROTOBUF = "application/x-protobuf"
@@ -79,20 +79,28 @@ def _as_json(future: Future, result: Result) -> dict[str, Any]:
         case OptimStepResult():
             return {"metrics": _finite(result.metrics), "type": "optim_step"}
         case SaveWeightsResult():
-            return _saved_json(future)
+            return _saved_json(future, result)
         case LoadWeightsResult():
             return {"path": future.context["path"], "model_id": future.run_id, "type": "load_weights"}
         case SampleResult():
             return _sample_json(result)
 
 
-def _saved_json(future: Future) -> dict[str, Any]:
+_SAVED_BY = {
+    CheckpointKind.TRAINING: "save_weights",
+    CheckpointKind.SAMPLER: "save_weights_for_sampler",
+    CheckpointKind.EXTERNAL: "save_weights_external",
+}
+
+
+def _saved_json(future: Future, result: SaveWeightsResult) -> dict[str, Any]:
     checkpoint, sampler = future.context.get("checkpoint"), future.context.get("sampler")
     if sampler is not None:
         return {"sampling_session_id": sampler["sampler_id"], "type": "save_weights_for_sampler"}
     assert checkpoint is not None
-    kind = "save_weights" if checkpoint["kind"] == "weights" else "save_weights_for_sampler"
-    return {"path": checkpoint["path"], "type": kind}
+    kind = CheckpointKind(checkpoint["kind"])
+    body = {"path": checkpoint["path"], "type": _SAVED_BY[kind]}
+    return {**body, "size_bytes": result.size_bytes} if kind is CheckpointKind.EXTERNAL else body
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

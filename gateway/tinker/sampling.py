@@ -9,7 +9,7 @@ from fastapi import Request, Response
 
 from engines.interface import UserError
 from gateway.auth import Owner
-from gateway.checkpoints import readable_checkpoint
+from gateway.checkpoints import loadable_checkpoint
 from gateway.errors import BadRequest, Unprocessable
 from gateway.state import Running
 from gateway.store.records import Future, Sampler
@@ -34,7 +34,7 @@ async def create_sampling_session(request: Request, owner: Owner, gateway: Runni
         return _session_reply(sampler_id)
     base_model, run_id, folder = body.base_model, None, None
     if body.model_path is not None:
-        checkpoint = await readable_checkpoint(gateway.store, owner, body.model_path, param="model_path")
+        checkpoint = await loadable_checkpoint(gateway.store, owner, body.model_path, param="model_path")
         if base_model is not None and base_model != checkpoint.base_model:
             raise BadRequest(
                 f"base_model is {base_model!r}, but {body.model_path} is of {checkpoint.base_model!r}",

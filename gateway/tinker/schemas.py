@@ -210,6 +210,29 @@ class SaveWeightsForSampler(Strict):
         require_storable("user_metadata", self.user_metadata)
 
 
+class SaveWeightsExternal(Strict):
+    model_id: Id
+    seq_id: TrainingSeqId
+    path: str
+    ttl_seconds: Ttl | None = None
+    age_encryption_recipients: list[Text] | None = None
+
+    def __post_init__(self) -> None:
+        require_name("path", self.path)
+
+
+class CopyWeights(Strict):
+    source_path: Id
+    destination_project_id: Id | None = None
+    session_id: Id | None = None
+    model_seq_id: SeqId | None = None
+    ttl_seconds: Ttl | None = None
+    weights_access_token: Text | None = None
+
+    def __post_init__(self) -> None:
+        require_storable("destination_project_id", self.destination_project_id)
+
+
 class LoadWeights(Strict):
     path: Id
     optimizer: bool | None = None

@@ -7,8 +7,9 @@ from fastapi import Request, Response
 from engines.interface import UserError
 from engines.operations import LoraSpec
 from gateway.auth import Owner
-from gateway.checkpoints import readable_checkpoint
+from gateway.checkpoints import loadable_checkpoint, readable_checkpoint
 from gateway.errors import BadRequest, Unprocessable
+from gateway.sealing import parse_recipients
 from gateway.state import Gateway, Running
 from gateway.store.records import CheckpointKind, Future, Run
 from gateway.submit import (
@@ -74,6 +75,25 @@ def _sampler_save(run: Run, body: schemas.SaveWeightsForSampler) -> SaveRequest:
     )
 
 
+@router.post("/save_weights_external", openapi_extra=takes(schemas.SaveWeightsExternal))
+async def save_weights_external(request: Request, owner: Owner, gateway: Running) -> Response:
+    """Weights as files to download, in PEFT's layout; encrypted with age when recipients are named."""
+
+    async def submit(run: Run, body: schemas.SaveWeightsExternal) -> Future:
+        recipients = body.age_encryption_recipients
+        if recipients is not None:
+            parse_recipients(recipients)
+        save = SaveRequest(
+            CheckpointKind.EXTERNAL,
+            name=body.path,
+            ttl_seconds=body.ttl_seconds,
+            recipients=tuple(recipients or ()),
+        )
+        return await submit_save(gateway, run, body.seq_id, save)
+
+    return await accept_json(request, gateway, owner, schemas.SaveWeightsExternal, "save_weights", submit)
+
+
 @router.post("/load_weights", openapi_extra=takes(schemas.LoadWeights))
 async def load_weights(request: Request, owner: Owner, gateway: Running) -> Response:
     """Begin a run at a checkpoint (session_id and model_seq_id), or load one into a run (model_id and seq_id)."""
@@ -99,8 +119,8 @@ async def load_weights(request: Request, owner: Owner, gateway: Running) -> Resp
 
 
 async def _load_into(gateway: Gateway, run: Run, seq_id: int, body: schemas.LoadWeights) -> Future:
-    _refuse_token(body)
-    checkpoint = await readable_checkpoint(gateway.store, run.owner, body.path)
+    token_owner = await gateway.keys.owner_of(body.weights_access_token)
+    checkpoint = await loadable_checkpoint(gateway.store, run.owner, body.path, also_of=token_owner)
     if checkpoint.base_model != run.base_model:
         raise UserError(
             f"{body.path} is of base model {checkpoint.base_model!r}, this run of {run.base_model!r}"
@@ -112,7 +132,6 @@ async def _load_into(gateway: Gateway, run: Run, seq_id: int, body: schemas.Load
 async def _begin_at(
     gateway: Gateway, owner: str, session_id: str, model_seq_id: int, body: schemas.LoadWeights
 ) -> Future:
-    _refuse_token(body)
     requests.require_adamw(body.optimizer_config)
     session = await gateway.live_session(owner, session_id)
     begun = await gateway.store.futures.get(request_id_of(run_id_of(session_id, model_seq_id), 0))
@@ -120,7 +139,8 @@ async def _begin_at(
         begun is not None
     ):  # sent again; the checkpoint may have gone meanwhile, the run has begun all the same
         return begun
-    checkpoint = await readable_checkpoint(gateway.store, owner, body.path)
+    token_owner = await gateway.keys.owner_of(body.weights_access_token)
+    checkpoint = await loadable_checkpoint(gateway.store, owner, body.path, also_of=token_owner)
     if body.base_model is not None and body.base_model != checkpoint.base_model:
         raise BadRequest(
             f"base_model is {body.base_model!r}, but {body.path} is of {checkpoint.base_model!r}",
@@ -136,14 +156,6 @@ async def _begin_at(
         with_optimizer=_wants_optimizer(body, checkpoint.has_optimizer),
     )
     return await submit_run(gateway, new)
-
-
-def _refuse_token(body: schemas.LoadWeights) -> None:
-    if body.weights_access_token is not None:
-        raise BadRequest(
-            "weights_access_token is not served here; publish the checkpoint to let others load it",
-            param="weights_access_token",
-        )
 
 
 def _wants_optimizer(body: schemas.LoadWeights, has_optimizer: bool) -> bool:
