@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.sampling import SamplingLane
 from gateway.dispatch.training import Interrupted, TrainingLane
 from gateway.engine_process import EngineProcess
@@ -94,9 +95,10 @@ class Dispatcher:
                 self.training.reopen(future.run_id)
 
     async def _feed(self, engine: EngineProcess) -> None:
+        quarantine = Quarantine()  # a new one for each engine process: nobody is in it yet
         async with asyncio.TaskGroup() as lanes:
-            lanes.create_task(self.training.feed(engine))
-            lanes.create_task(self.sampling.feed(engine))
+            lanes.create_task(self.training.feed(engine, quarantine))
+            lanes.create_task(self.sampling.feed(engine, quarantine))
             lanes.create_task(_raise_when_lost(engine))
 
 

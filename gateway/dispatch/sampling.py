@@ -11,6 +11,7 @@ from typing import Any
 from engines.interface import UserError
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, succeeded
+from gateway.dispatch.quarantine import Quarantine, suspected
 from gateway.dispatch.run_queue import Turns
 from gateway.dispatch.training import Interrupted, sent, worn_out
 from gateway.engine_process import EngineProcess
@@ -24,8 +25,6 @@ log = logging.getLogger(__name__)
 
 
 GIVEN_UP = "the sample was cancelled by its client"
-_SUSPECT = 2
-"""Deaths of the engine after which a sample that was under way is repeated alone."""
 
 
 class SamplingLane:
@@ -88,7 +87,7 @@ class SamplingLane:
         """Samples of an owner that have not been handed to the engine."""
         return self._turns.count(owner)
 
-    async def feed(self, engine: EngineProcess) -> None:
+    async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
         """Until the engine is lost or a write fails."""
         while True:
             await self._wake.wait()
@@ -97,33 +96,40 @@ class SamplingLane:
                 raise EngineLost(engine.lost.result())
             if self._broken is not None:
                 raise Interrupted(f"a sample's outcome could not be stored: {self._broken}")
-            for future, body in await self._claim(engine):
+            for future, body in await self._claim(engine, quarantine):
                 if future.request_id in self._given_up:
+                    quarantine.leave()
                     self._settle_given_up(future)
                     continue
                 task = asyncio.create_task(self._sample(engine, future, body))
                 self._active[future.request_id] = task
+                task.add_done_callback(lambda _: quarantine.leave())
                 task.add_done_callback(functools.partial(self._done, future))
 
-    async def _claim(self, engine: EngineProcess) -> list[tuple[Future, bytes]]:
+    async def _claim(self, engine: EngineProcess, quarantine: Quarantine) -> list[tuple[Future, bytes]]:
         """As many samples as there is room for in the engine, owners in turn."""
+        batch = self._take_batch()
+        if not batch:
+            return []
+        await quarantine.enter(alone=suspected(batch[0]), count=len(batch))
+        epoch = engine.config.epoch
+        inputs = await self._claimed_inputs(Claim(tuple(future.request_id for future in batch), epoch))
+        quarantine.leave(count=len(batch) - len(inputs))
+        claimed = [sent(future, epoch) for future in batch]
+        return [(future, inputs[future.request_id]) for future in claimed if future.request_id in inputs]
+
+    def _take_batch(self) -> list[Future]:
         room = self._settings.samples_in_engine - len(self._active)
         batch: list[Future] = []
         while len(batch) < room and (request_id := self._turns.take()) is not None:
-            if self._waiting[request_id].attempts >= _SUSPECT and (batch or self._active):
-                self._turns.add(
-                    self._waiting[request_id].owner, request_id
-                )  # alone, once the others are done
+            future = self._waiting[request_id]
+            if suspected(future) and (batch or self._active):
+                self._turns.add(future.owner, request_id)  # alone, once the others are done
                 break
             batch.append(self._waiting.pop(request_id))
-            if batch[0].attempts >= _SUSPECT:
+            if suspected(future):
                 break
-        if not batch:
-            return []
-        epoch = engine.config.epoch
-        inputs = await self._claimed_inputs(Claim(tuple(future.request_id for future in batch), epoch))
-        claimed = [sent(future, epoch) for future in batch]
-        return [(future, inputs[future.request_id]) for future in claimed if future.request_id in inputs]
+        return batch
 
     async def _claimed_inputs(self, claim: Claim) -> dict[str, bytes]:
         """As in the lane of the runs: when the inputs are at hand, the claim is written while the engine works."""

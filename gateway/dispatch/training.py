@@ -13,6 +13,7 @@ from engines.messages import RunAddress
 from engines.operations import OperationKind
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, outcomes_of
+from gateway.dispatch.quarantine import Quarantine, suspected
 from gateway.dispatch.recovery import RestoreFailed, restore_run
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
@@ -89,16 +90,18 @@ class TrainingLane:
         queue = self._queue.runs.get(run_id)
         return len(queue.waiting) if queue is not None else len(self._unopened.get(run_id, ()))
 
-    async def feed(self, engine: EngineProcess) -> None:
+    async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
         """Until the engine is lost, or what is in memory cannot be trusted any more."""
         while True:
             await self._work_or_time(engine)
             await self._open_runs()
             await self._drop_runs(engine)
             self._fail_gaps()
-            batch = await self._claim(engine)
+            batch = self._queue.take_batch()
             if batch:
-                self._settle(await self._call(engine, batch))
+                await quarantine.enter(alone=suspected(batch[0]))
+                self._settle(await self._call(engine, await self._claim(engine, batch)))
+                quarantine.leave()
 
     async def _work_or_time(self, engine: EngineProcess) -> None:
         """Wait until there may be something to do: an operation, a broken write, or a gap to look after."""
@@ -130,11 +133,8 @@ class TrainingLane:
                 self.resident.discard(run_id)
                 await engine.drop_run(run_id)
 
-    async def _claim(self, engine: EngineProcess) -> list[tuple[Future, bytes]]:
+    async def _claim(self, engine: EngineProcess, batch: list[Future]) -> list[tuple[Future, bytes]]:
         """The next operation of each of several runs, all of one kind, with their inputs."""
-        batch = self._queue.take_batch()
-        if not batch:
-            return []
         epoch = engine.config.epoch
         inputs = await self._claimed_inputs(Claim(tuple(future.request_id for future in batch), epoch))
         if len(inputs) < len(batch):
