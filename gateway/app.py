@@ -13,7 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -34,6 +34,7 @@ from gateway.health import router as health
 from gateway.migrate import prepare
 from gateway.models import router as models
 from gateway.openai_backend import FleetBackend
+from gateway.openapi import with_refusals
 from gateway.settings import Settings, load_settings
 from gateway.signed_urls import SignedUrls
 from gateway.state import Gateway
@@ -62,7 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.backend = FleetBackend(gateway)
             yield
 
-    app = FastAPI(
+    app = _Application(
         title="Tandem",
         summary="Train and sample adapters on shared base models.",
         description="Speaks the Tinker API, the OpenAI API, and an admin API of its own.",
@@ -83,6 +84,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(_StorableAddresses)
     return app
+
+
+class _Application(FastAPI):
+    """FastAPI, whose description of this application says how requests are refused here."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = with_refusals(super().openapi())
+        return self.openapi_schema
 
 
 class _StorableAddresses:

@@ -1,7 +1,7 @@
 """Every error that a client can be answered with, in one tree; `gateway.app` has the one handler.
 
 A class's docstring says when it is used. The status decides what the official SDK does: it retries 408, 409, 429 and
-5xx for minutes, so those stand only for conditions that pass by themselves.
+5xx for minutes, so those stand only for conditions that pass by themselves, and those derive from `Passing`.
 """
 
 from __future__ import annotations
@@ -93,21 +93,28 @@ class Unprocessable(TandemError):
     code = "unprocessable"
 
 
-class TooManyRequests(TandemError):
+class Passing(TandemError):
+    """Base of what passes by itself; the header says when to try again, in seconds."""
+
+    status = 503
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+
+class TooManyRequests(Passing):
     """A queue of this caller's is full; it empties by itself."""
 
     status = 429
     code = "too_many_requests"
 
 
-class EngineUnavailable(TandemError):
+class EngineUnavailable(Passing):
     """The engine for this model is starting, restarting or has failed to load; trying again later may help."""
 
     status = 503
     code = "engine_unavailable"
 
 
-class EngineLost(TandemError):
+class EngineLost(Passing):
     """The engine process died while it worked on this request."""
 
     status = 503
@@ -125,7 +132,7 @@ class EngineFailed(TandemError):
         self.error_id = error_id
 
 
-class StoreUnavailable(TandemError):
+class StoreUnavailable(Passing):
     """The database does not answer or has no room; nothing was accepted."""
 
     status = 503

@@ -137,19 +137,3 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
 }
 """Fields that cannot be honoured, with the values that ask for nothing and are accepted."""
-
-
-def schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """JSON schema of a struct for OpenAPI, with nothing to look up elsewhere."""
-    found = msgspec.json.schema(kind)
-    return _inlined(found, found.get("$defs", {}))  # type: ignore[no-any-return]
-
-
-def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    if isinstance(node, list):
-        return [_inlined(item, definitions) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        return _inlined(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
-    return {key: _inlined(value, definitions) for key, value in node.items() if key != "$defs"}

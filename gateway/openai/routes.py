@@ -16,9 +16,10 @@ from gateway.openai.parse import parse
 from gateway.openai.plan import Plan, off_loop, plan_chat, plan_completion
 from gateway.openai.rendering import ChatRendering, CompletionRendering, Rendering
 from gateway.openai.replies import ChatReply, CompletionReply, Identity, ModelList, ModelReply
-from gateway.openai.requests import ChatRequest, CompletionRequest, schema
+from gateway.openai.requests import ChatRequest, CompletionRequest
 from gateway.openai.sampling import Usage, carry_out
 from gateway.openai.streams import EventStream, events, read_body, while_connected
+from gateway.openapi import schema_of
 
 router = APIRouter(route_class=OpenAIRoute, tags=["OpenAI"])
 
@@ -30,10 +31,10 @@ def _documented(
     reply: type[msgspec.Struct], request: type[msgspec.Struct] | None = None, *, streams: bool = False
 ) -> dict[str, Any]:
     """What OpenAPI says of a route: bodies are read and written here, not by the framework."""
-    content: dict[str, Any] = {"application/json": {"schema": schema(reply)}}
+    content: dict[str, Any] = {"application/json": {"schema": schema_of(reply)}}
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    error = {"application/json": {"schema": schema(ErrorReply)}}
+    error = {"application/json": {"schema": schema_of(ErrorReply)}}
     found: dict[str, Any] = {
         "responses": {
             "200": {"description": "The answer.", "content": content},
@@ -41,7 +42,7 @@ def _documented(
         }
     }
     if request is not None:
-        body = {"application/json": {"schema": schema(request)}}
+        body = {"application/json": {"schema": schema_of(request)}}
         found["requestBody"] = {"required": True, "content": body}
     return found
 

@@ -10,6 +10,7 @@ import msgspec
 from fastapi import Request, Response
 
 from gateway.errors import PayloadTooLarge
+from gateway.openapi import schema_of
 from gateway.state import gateway_of
 from gateway.tinker.bodies import decompress
 from gateway.tinker.decoding import parse_json
@@ -88,11 +89,8 @@ def json_reply(value: object) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
-def takes(schema: type[Any], *, media_type: str = "application/json") -> dict[str, Any]:
-    """OpenAPI description of a body that the route reads itself."""
-    if media_type != "application/json":
-        content: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-    else:
-        (reference,), components = msgspec.json.schema_components([schema], ref_template="#/$defs/{name}")
-        content = {"schema": {**reference, "$defs": components}}
-    return {"requestBody": {"required": True, "content": {media_type: content}}}
+def takes(schema: type[Any], *raw: str) -> dict[str, Any]:
+    """OpenAPI description of a body that the route reads itself: JSON, or bytes of the media types of `raw`."""
+    content: dict[str, Any] = {"application/json": {"schema": schema_of(schema)}}
+    content.update({media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in raw})
+    return {"requestBody": {"required": True, "content": content}}

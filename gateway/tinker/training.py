@@ -53,7 +53,7 @@ async def get_info(request: Request, owner: Owner, gateway: Running) -> Response
     )
 
 
-@router.post("/forward_backward", openapi_extra=takes(schemas.ForwardBackwardBody, media_type=PROTOBUF))
+@router.post("/forward_backward", openapi_extra=takes(schemas.ForwardBackwardBody, PROTOBUF))
 async def forward_backward(request: Request, owner: Owner, gateway: Running) -> Response:
     """Gradients of a loss, or with `forward_only` only its numbers. Protobuf, or the JSON form of older SDKs."""
     if not request.headers.get("content-type", "").startswith(PROTOBUF):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 import shlex
 import tomllib
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from engines.interface import Engine
-from gateway import errors
 from gateway.app import create_app
 from sdk.cli import main
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, page, rows
@@ -134,37 +132,6 @@ def test_no_route_is_described_that_is_not_there() -> None:
 def test_every_verb_of_an_engine_is_described() -> None:
     verbs = {row[0] for row in rows(page("engines.md"))}
     assert verbs == set(Engine.__abstractmethods__)
-
-
-def test_every_error_is_described_as_it_is() -> None:
-    described = {row[0]: row[1:3] for row in rows(page("errors.md"))}
-    classes = {
-        name: kind
-        for name, kind in inspect.getmembers(errors, inspect.isclass)
-        if kind.__module__ == errors.__name__
-    }
-    assert described.keys() == classes.keys()
-    for name, kind in classes.items():
-        if kind is not errors.TandemError and issubclass(kind, errors.TandemError):
-            assert described[name] == [str(kind.status), kind.code]
-        else:
-            assert described[name] == ["", ""]
-
-
-def test_permanent_errors_are_never_repeated() -> None:
-    """The SDK repeats 408, 409, 429 and 5xx; only what passes by itself may have such a status."""
-    passing = {
-        "TooManyRequests",
-        "EngineUnavailable",
-        "EngineLost",
-        "EngineFailed",
-        "StoreUnavailable",
-        "TandemError",
-    }
-    for name, kind in inspect.getmembers(errors, inspect.isclass):
-        if issubclass(kind, errors.TandemError) and name not in passing:
-            assert 400 <= kind.status < 500
-            assert kind.status not in (408, 409, 429)
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

@@ -10,7 +10,8 @@ import pytest
 from gateway.errors import BadRequest
 from gateway.openai.errors import InvalidValue, UnsupportedParameter
 from gateway.openai.parse import parse, parse_messages, text_of
-from gateway.openai.requests import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest, schema
+from gateway.openai.requests import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest
+from gateway.openapi import schema_of
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "hi"}
@@ -221,7 +222,7 @@ def test_messages_with_empty_tool_fields_and_parts() -> None:
 def test_the_schema_names_every_field_and_refers_to_nothing(
     kind: type[ChatRequest | CompletionRequest],
 ) -> None:
-    found = schema(kind)
+    found = schema_of(kind)
     assert found["properties"].keys() == set(kind.__struct_fields__)
     assert "$ref" not in json.dumps(found)
     assert "$defs" not in json.dumps(found)
