@@ -18,6 +18,7 @@ from engines.fields import (
     LARGEST,
     check_finite,
     check_number,
+    check_range,
     check_tokens,
     check_vocabulary,
     first_true,
@@ -86,18 +87,12 @@ def _check_lora(lora: LoraSpec, info: EngineInfo) -> None:
 
 def _check_optim_step(step: OptimStep) -> None:
     for name, most in _STEP_LIMITS.items():
-        _check_range(f"adam_params.{name}", getattr(step, name), 0.0, most)
+        check_range(f"adam_params.{name}", getattr(step, name), 0.0, most)
     for name in ("beta1", "beta2"):
         check_number(
             f"adam_params.{name}", getattr(step, name), "at least 0 and below 1", lambda value: 0 <= value < 1
         )
-    _check_range("adam_params.eps", step.eps, _LEAST_EPS, 1.0)
-
-
-def _check_range(field: str, value: float, least: float, most: float) -> None:
-    check_number(
-        field, value, f"at least {least:.2g} and at most {most:g}", lambda number: least <= number <= most
-    )
+    check_range("adam_params.eps", step.eps, _LEAST_EPS, 1.0)
 
 
 # ---------------------------------------------------------------------------- forward and backward
@@ -151,7 +146,7 @@ def _check_setting(spec: LossSpec, name: str, value: float | str) -> None:
         raise UserError(
             f"loss_fn_config[{name!r}] is the text {value[:_LONGEST_ECHO]!r}; {spec.name} takes a number"
         )
-    _check_range(f"loss_fn_config[{name!r}]", value, setting.least, LARGEST)
+    check_range(f"loss_fn_config[{name!r}]", value, setting.least, LARGEST)
 
 
 def _check_datum(where: str, datum: Datum, spec: LossSpec, info: EngineInfo) -> None:

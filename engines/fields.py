@@ -21,6 +21,12 @@ def check_number(field: str, value: float, allowed: str, holds: Callable[[float]
         raise UserError(f"{field} is {value}; it must be a finite number, {allowed}")
 
 
+def check_range(field: str, value: float, least: float, most: float) -> None:
+    check_number(
+        field, value, f"at least {least:.2g} and at most {most:g}", lambda number: least <= number <= most
+    )
+
+
 def check_tokens(field: str, tokens: Tensor, info: EngineInfo) -> int:
     """The number of tokens of a sequence that the model can take."""
     if len(tokens.shape) != 1:

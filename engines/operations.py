@@ -125,6 +125,9 @@ class SampleRequest(msgspec.Struct, frozen=True, tag="sample", omit_defaults=Tru
     Of the prompt, row i is what the model expects of token i + 1. `prompt_logprobs_last_n` leaves only the last n
     tokens to `prompt_logprobs` and `topk_prompt_logprobs`. `target_prompt_tokens`, int64 [N - 1, K], names tokens to
     score in each row; -1 names none. `prompt_alternatives` tokens are drawn in each row at `temperature`.
+
+    `logit_bias`, the penalties and `min_p` decide which tokens are drawn, as `engines.shaping` defines them, and do not
+    show in log-probs.
     """
 
     prompt: Tensor
@@ -143,6 +146,11 @@ class SampleRequest(msgspec.Struct, frozen=True, tag="sample", omit_defaults=Tru
     prompt_logprobs_last_n: int | None = None
     target_prompt_tokens: Matrix | None = None
     prompt_alternatives: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
     adapter: AdapterRef | None = None
 
 
@@ -165,8 +173,8 @@ class PromptAlternatives(msgspec.Struct, frozen=True):
 
 
 class SampledSequence(msgspec.Struct, frozen=True):
-    """One continuation: `tokens` int32 [M], `logprobs` float32 [M] of the distribution after temperature (before
-    top-k and top-p cut it), `stop_reason` why it ended."""
+    """One continuation: `tokens` int32 [M], `logprobs` float32 [M] of the model's distribution after temperature (no
+    bias, penalty or cut shows in them), `stop_reason` why it ended."""
 
     tokens: Tensor
     logprobs: Tensor

@@ -6,7 +6,15 @@ import math
 
 import numpy as np
 
-from engines.fields import LARGEST, check_number, check_tokens, first_true, values_of, vocabulary_of
+from engines.fields import (
+    LARGEST,
+    check_number,
+    check_range,
+    check_tokens,
+    first_true,
+    values_of,
+    vocabulary_of,
+)
 from engines.interface import EngineInfo, UserError
 from engines.operations import SampleRequest
 from engines.tensors import Matrix
@@ -18,9 +26,17 @@ MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 """Longest stop string, in characters."""
 
+MAX_BIASES = 1024
+"""Most tokens that `logit_bias` may name."""
 MAX_PROMPT_CELLS = 2**22
 """Most numbers of one kind that are told about one prompt: tokens times alternatives, or targets."""
 
+_SHAPING_LIMITS = (
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.01, 100.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
 _LEAST_TEMPERATURE = 1e-6
 """Below it, dividing by the temperature leaves float32's range."""
 
@@ -32,6 +48,7 @@ def check_sample(request: SampleRequest, info: EngineInfo) -> None:
     length = check_tokens("prompt", request.prompt, info)
     _check_room(request, length, info)
     _check_drawing(request)
+    _check_shaping(request, info)
     _check_stops(request, info)
     _check_alternatives(request, length, info)
     _check_last_n(request, length)
@@ -71,6 +88,17 @@ def _check_drawing(request: SampleRequest) -> None:
         raise UserError(
             f"sampling_params.top_k is {request.top_k}; it must be at least 1, or -1 for no limit"
         )
+
+
+def _check_shaping(request: SampleRequest, info: EngineInfo) -> None:
+    for name, least, most in _SHAPING_LIMITS:
+        check_range(name, getattr(request, name), least, most)
+    if len(request.logit_bias) > MAX_BIASES:
+        raise UserError(f"logit_bias has {len(request.logit_bias)} entries; at most {MAX_BIASES} are taken")
+    for token, bias in request.logit_bias.items():
+        if not 0 <= token < info.vocab_size:
+            raise UserError(f"logit_bias holds the token {token}; {vocabulary_of(info)}")
+        check_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
 
 def _check_stops(request: SampleRequest, info: EngineInfo) -> None:

@@ -23,11 +23,18 @@ from engines.contract.losses import LossContract
 from engines.contract.material import EngineFactory, Reference
 from engines.contract.prompts import PromptContract
 from engines.contract.sampling import SamplingContract
+from engines.contract.shaping import ShapingContract
 from engines.contract.training import TrainingContract
 
 
 class EngineContract(
-    TrainingContract, LossContract, CheckpointContract, DrawingContract, SamplingContract, PromptContract
+    TrainingContract,
+    LossContract,
+    CheckpointContract,
+    DrawingContract,
+    ShapingContract,
+    SamplingContract,
+    PromptContract,
 ):
     """All of it."""
 

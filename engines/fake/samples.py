@@ -14,6 +14,7 @@ from engines.interface import EngineInfo, SampleEnd, SampleEvent, SampleStep, To
 from engines.operations import SampledSequence, SampleRequest, SampleResult, TopLogprobs
 from engines.prompts import PromptScores, rows_wanted, score_prompt
 from engines.sampling import StopTracker, uniforms
+from engines.shaping import Shaping
 from engines.tensors import Tensor
 
 Array = NDArray[Any]
@@ -29,12 +30,14 @@ class Sequence:
         self.stop_reason: Literal["stop", "length"] | None = None
         self._request = request
         self._stops = StopTracker(request, eos_tokens, decode)
+        self._shaping = Shaping(request)
 
     def take(self, logits: Array, limit: int) -> Token:
         """Draw the next token from logits [V]."""
         uniform = uniforms(self._request.seed, self.index, len(self.drawn))
-        token = draw(logits, self._request, uniform)
+        token = draw(logits, self._request, uniform, self._shaping.changes())
         self.drawn.append(token)
+        self._shaping.add(token.token)
         if self._stops.add(token.token):
             self.stop_reason = "stop"
         elif len(self.drawn) >= limit:

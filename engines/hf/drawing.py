@@ -8,16 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engines.shaping import Changes
+
 
 class Draw(NamedTuple):
     """How one row is drawn. `temperature` 0 is greedy, `top_k` -1 is off; `uniform` lies in [0, 1); `top` best
-    alternatives are wanted."""
+    alternatives are wanted; `changes` come before the temperature."""
 
     temperature: float
     top_k: int
     top_p: float
     uniform: float
     top: int
+    min_p: float = 0.0
+    changes: Changes | None = None
 
     @property
     def greedy(self) -> bool:
@@ -25,14 +29,13 @@ class Draw(NamedTuple):
 
     @property
     def cuts(self) -> bool:
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 class Drawn(NamedTuple):
     """Of each row: the token, its log-prob, and `top` best alternatives, on the host.
 
-    Log-probs are those of softmax(logits / temperature), before top-k and top-p cut it; greedy rows have
-    temperature 1.
+    Log-probs are those of softmax(logits / temperature), whatever changes and cuts say; greedy rows have temperature 1.
     """
 
     tokens: list[int]
@@ -42,8 +45,15 @@ class Drawn(NamedTuple):
 
 def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
     """`logits` float32 [n, V], overwritten. A row's outcome depends on its own logits and `Draw` alone."""
-    logprobs = _logprobs(logits, [draw.temperature or 1.0 for draw in draws])
-    tokens = _tokens(logprobs, draws)
+    temperatures = [draw.temperature or 1.0 for draw in draws]
+    changing = [i for i, draw in enumerate(draws) if draw.changes is not None]
+    changed = _changed(logits, draws, changing) if changing else None
+    logprobs = _logprobs(logits, temperatures)
+    shaped = logprobs
+    if changed is not None:
+        index = torch.tensor(changing).to(logits.device, non_blocking=True)
+        shaped = logprobs.index_copy(0, index, _logprobs(changed, [temperatures[i] for i in changing]))
+    tokens = _tokens(shaped, draws)
     parts = [tokens[:, None].to(torch.float64), logprobs.gather(1, tokens[:, None]).to(torch.float64)]
     width = max(draw.top for draw in draws)
     if width:
@@ -58,6 +68,20 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
             for row, draw in zip(host, draws, strict=True)
         ],
     )
+
+
+def _changed(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> Tensor:
+    """Logits [len(rows), V] of these rows, with bias and penalties."""
+    changed = logits[torch.tensor(rows).to(logits.device, non_blocking=True)]
+    for row, i in zip(changed, rows, strict=True):
+        changes = draws[i].changes
+        assert changes is not None
+        tokens, bias, factor, offset = (
+            torch.from_numpy(part).to(logits.device, non_blocking=True) for part in changes
+        )
+        own = row[tokens] + bias
+        row[tokens] = torch.where(own > 0, own / factor, own * factor) - offset
+    return changed
 
 
 def _logprobs(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -106,16 +130,21 @@ def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _cut(ordered: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Probabilities, best first, zero where top-k and then top-p cut.
+    """Probabilities, best first, zero where min-p, top-k and then top-p cut.
 
-    Top-k keeps what is at least as good as the k-th best. Top-p, computed after renormalisation, keeps a token as
-    long as those before it have less than p together, so at least the first one.
+    Min-p keeps what has at least that share of the best one's probability. Top-k keeps what is at least as good as the
+    k-th best. Top-p, computed after renormalisation, keeps a token as long as those before it have less than p
+    together, so at least the first one.
     """
     size = ordered.shape[1]
     last = torch.tensor([min(draw.top_k, size) - 1 if draw.top_k > 0 else size - 1 for draw in draws])
     limit = torch.tensor([draw.top_p for draw in draws], dtype=torch.float64)
-    last, limit = (tensor.to(ordered.device, non_blocking=True)[:, None] for tensor in (last, limit))
+    share = torch.tensor([draw.min_p for draw in draws], dtype=ordered.dtype)
+    last, limit, share = (
+        tensor.to(ordered.device, non_blocking=True)[:, None] for tensor in (last, limit, share)
+    )
     weights = ordered.exp().masked_fill_(ordered < ordered.gather(1, last), 0.0)
+    weights.masked_fill_(weights < share * weights[:, :1], 0.0)
     cumulative = weights.cumsum(dim=1, dtype=torch.float64)
     before = cumulative - weights
     beyond = before >= limit * cumulative[:, -1:]

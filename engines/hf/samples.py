@@ -16,6 +16,7 @@ from engines.interface import EngineInfo, SampleStep, Token, UserError
 from engines.operations import SampledSequence, SampleRequest, SampleResult, TopLogprobs
 from engines.prompts import PromptScores
 from engines.sampling import Decode, StopTracker, uniforms
+from engines.shaping import Shaping
 from engines.tensors import Tensor as Bytes
 
 Best = tuple[tuple[int, float], ...]
@@ -78,16 +79,29 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     tops: list[Best] = field(default_factory=list)
+    shaping: Shaping = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shaping = Shaping(self.sample.request)
 
     def next_draw(self) -> Draw:
         """How the next token is drawn: its randomness depends on the seed, the sequence and the position alone."""
         request = self.sample.request
         uniform = uniforms(request.seed, self.index, len(self.tokens))
-        return Draw(request.temperature, request.top_k, request.top_p, uniform, request.topk_sample_logprobs)
+        return Draw(
+            request.temperature,
+            request.top_k,
+            request.top_p,
+            uniform,
+            request.topk_sample_logprobs,
+            request.min_p,
+            self.shaping.changes(),
+        )
 
     def take(self, token: int, logprob: float, top: Best) -> SampleStep:
         """Append a token; the step says whether it was the last one."""
         self.tokens.append(token)
+        self.shaping.add(token)
         self.logprobs.append(logprob)
         self.tops.append(top)
         reason: Literal["stop", "length"] | None = None

@@ -8,6 +8,7 @@ from typing import Literal
 
 from engines.operations import SampledSequence, SampleResult, TopLogprobs
 from gateway.openai.plan import Plan
+from gateway.openai.reasoning import CLOSE, OPEN, Parted, ReasoningSplit, Thinking
 
 Finish = Literal["stop", "length"]
 Alternatives = Sequence[tuple[int, float]]
@@ -19,6 +20,7 @@ class Piece:
     choice's text at which each begins. `top` holds the best alternatives at each token, when they were asked for.
 
     `finish` comes with the last piece. `prompt_tokens` counts the tokens at the head that are the echoed prompt.
+    `reasoning` is new text of the model's thoughts, which `text` is without.
     """
 
     choice: int
@@ -29,6 +31,7 @@ class Piece:
     top: list[Alternatives]
     finish: Finish | None = None
     prompt_tokens: int = 0
+    reasoning: str = ""
 
 
 class StopCut:
@@ -83,6 +86,7 @@ class Continuation:
         self._decoder = self._text.decoder(skip_special_tokens=False)
         self._hides_special = plan.skip_special_tokens
         self._cut = StopCut(plan.stops)
+        self._split = None if plan.thinking is Thinking.NEVER else ReasoningSplit(plan.thinking)
         self._eos = frozenset(plan.target.info.eos_tokens)
         self._choice = choice
         self._offset = offset
@@ -110,12 +114,31 @@ class Continuation:
             self.finished = True
             shown += [self._cut.feed(self._decoder.finish()), self._cut.finish()]
         finish: Finish | None = "stop" if stop_reason and self._cut.found else stop_reason
-        text = "".join(shown)
-        return Piece(self._choice, text, list(tokens), list(logprobs), offsets, list(top), finish)
+        said = self._parted("".join(shown))
+        return Piece(
+            self._choice,
+            said.content,
+            list(tokens),
+            list(logprobs),
+            offsets,
+            list(top),
+            finish,
+            reasoning=said.reasoning,
+        )
+
+    def _parted(self, text: str) -> Parted:
+        """Thoughts and answer; at the end of the sequence all that was held back."""
+        if self._split is None:
+            return Parted("", text)
+        found = self._split.feed(text)
+        rest = self._split.finish() if self.finished else Parted("", "")
+        return Parted(found.reasoning + rest.reasoning, found.content + rest.content)
 
     def _shown(self, token: int) -> str:
         if self._hides_special and self._text.is_special(token):
-            return self._cut.feed(self._text.token_bytes(token).decode(errors="replace"), hidden=True)
+            spelled = self._text.token_bytes(token).decode(errors="replace")
+            if self._split is None or spelled not in (OPEN, CLOSE):
+                return self._cut.feed(spelled, hidden=True)
         text = self._decoder.feed([token])
         self._offset += len(text)
         return self._cut.feed(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
@@ -15,6 +15,7 @@ from engines.tensors import Tensor
 from gateway.openai.backend import Target
 from gateway.openai.errors import ContextLengthExceeded, InvalidValue
 from gateway.openai.parse import check_choices, parse_messages, text_of
+from gateway.openai.reasoning import Thinking
 from gateway.openai.requests import MAX_PROMPTS, ChatMessage, ChatRequest, CompletionRequest
 
 P = ParamSpec("P")
@@ -40,7 +41,8 @@ class Plan:
     """One sample for each prompt; choice number `i * n + j` is the j-th continuation of prompt i.
 
     `top` is how many alternatives the answer shows at each position, None for no log-probs at all. `generate` is
-    False when the continuation (an engine draws at least one token) is thrown away.
+    False when the continuation (an engine draws at least one token) is thrown away. `thinking` says how to part
+    thoughts from the answer.
     """
 
     target: Target
@@ -54,6 +56,7 @@ class Plan:
     stream: bool
     skip_special_tokens: bool
     return_token_ids: bool
+    thinking: Thinking = Thinking.NEVER
 
     @property
     def token_by_token(self) -> bool:
@@ -99,10 +102,12 @@ async def plan_chat(target: Target, request: ChatRequest) -> Plan:
     top = (request.top_logprobs or 0) if request.logprobs else None
     _check_top(target, top, "top_logprobs")
     size = sum(len(text_of(message)) for message in messages)
-    prompt = Prompt(await off_loop(size, _render, target, messages, request), None)
+    rendered = await off_loop(size, _render, target, messages, request)
+    prompt = Prompt(await off_loop(len(rendered), _chat_tokens, target, rendered), None)
     asked = request.max_completion_tokens or request.max_tokens
     _room(target, [prompt], asked)
-    return _plan(target, request, [prompt], max_tokens=asked, top=top)
+    plan = _plan(target, request, [prompt], max_tokens=asked, top=top)
+    return replace(plan, thinking=Thinking.of(target.text.chat_template.source, rendered))
 
 
 def _plan(
@@ -116,6 +121,7 @@ def _plan(
     echo: bool = False,
     generate: bool = True,
 ) -> Plan:
+    bias = _biases(target, request.logit_bias)
     samples = [
         SampleRequest(
             prompt=Tensor.of(np.asarray(prompt.tokens, dtype=np.int32)),
@@ -130,6 +136,11 @@ def _plan(
             prompt_logprobs=prompt_logprobs,
             topk_prompt_logprobs=top or 0 if prompt_logprobs else 0,
             topk_sample_logprobs=top or 0,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=bias,
             adapter=target.adapter,
         )
         for prompt in prompts
@@ -147,6 +158,22 @@ def _plan(
         skip_special_tokens=request.skip_special_tokens,
         return_token_ids=request.return_token_ids,
     )
+
+
+def _biases(target: Target, sent: dict[str, float]) -> dict[int, float]:
+    """The bias of each token; JSON has their ids as texts."""
+    vocabulary = target.info.vocab_size
+    found: dict[int, float] = {}
+    for token, bias in sent.items():
+        if not (
+            token.isascii() and token.isdecimal() and str(int(token[:9])) == token and int(token) < vocabulary
+        ):
+            raise InvalidValue(
+                f"'logit_bias' holds {token[:20]!r}; its keys are token ids of this model, 0 to {vocabulary - 1}.",
+                param="logit_bias",
+            )
+        found[int(token)] = bias
+    return found
 
 
 def _prompts_sent(prompt: str | list[str | int | list[int]]) -> Sequence[str | list[int]]:
@@ -182,22 +209,26 @@ async def _prompt(target: Target, sent: str | list[int]) -> Prompt:
     return prompt
 
 
-def _render(target: Target, messages: list[ChatMessage], request: ChatRequest) -> list[int]:
-    """The tokens of a conversation, in the form of the model's chat template."""
+def _render(target: Target, messages: list[ChatMessage], request: ChatRequest) -> str:
+    """A conversation in the form of the model's chat template."""
     # `developer` is the newer name of `system`; few templates know it.
     template = target.text.chat_template
     renamed = {} if "developer" in template.source else {"developer": "system"}
-    rendered = target.text.render_chat(
+    return target.text.render_chat(
         [
             {
                 "role": renamed.get(message.role, message.role),
                 "content": text_of(message),
                 "name": message.name,
+                "reasoning_content": message.reasoning_content,
             }
             for message in messages
         ],
         variables=request.chat_template_kwargs,
     )
+
+
+def _chat_tokens(target: Target, rendered: str) -> list[int]:
     tokens = target.text.encode(rendered, add_special_tokens=False)
     if not tokens:
         raise InvalidValue(

@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from gateway.openai.continuation import Alternatives, Finish, Piece
 from gateway.openai.plan import Plan
+from gateway.openai.reasoning import Thinking
 from gateway.openai.replies import (
     AssistantMessage,
     ChatChoice,
@@ -134,7 +135,7 @@ class ChatRendering:
         choices = [
             ChatChoice(
                 piece.choice,
-                AssistantMessage(piece.text),
+                AssistantMessage(piece.text, self._reasoning(piece)),
                 self._logprobs(piece),
                 piece.finish,
                 self._token_ids(piece),
@@ -163,7 +164,7 @@ class ChatRendering:
     def event(self, piece: Piece) -> ChatChunk | None:
         if not _tells(self._plan, piece):
             return None
-        delta = ChatDelta(content=piece.text) if piece.text else ChatDelta()
+        delta = ChatDelta(content=piece.text or UNSET, reasoning_content=piece.reasoning or UNSET)
         choice = ChatChunkChoice(
             piece.choice, delta, self._logprobs(piece), piece.finish, self._token_ids(piece)
         )
@@ -180,6 +181,10 @@ class ChatRendering:
     ) -> ChatChunk:
         of = self._identity
         return ChatChunk(of.id, of.created, of.model, of.system_fingerprint, choices, usage, prompt_ids)
+
+    def _reasoning(self, piece: Piece) -> str | UnsetType | None:
+        """Left out for models that know no thinking."""
+        return UNSET if self._plan.thinking is Thinking.NEVER else piece.reasoning or None
 
     def _token_ids(self, piece: Piece) -> list[int] | UnsetType:
         return piece.tokens if self._plan.return_token_ids else UNSET
@@ -212,7 +217,7 @@ def _top(text: TextCodec, best: Alternatives) -> list[TopLogprob]:
 def _tells(plan: Plan, piece: Piece) -> bool:
     """Whether a client would see anything of this piece in a stream."""
     shows_tokens = plan.top is not None or plan.return_token_ids
-    return bool(piece.text or piece.finish or (shows_tokens and piece.tokens))
+    return bool(piece.text or piece.reasoning or piece.finish or (shows_tokens and piece.tokens))
 
 
 def _by_choice(plan: Plan, pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -234,6 +239,7 @@ def _joined(parts: Sequence[Piece]) -> Piece:
         top=_flat([part.top for part in parts]),
         finish=finish,
         prompt_tokens=parts[0].prompt_tokens,
+        reasoning="".join(part.reasoning for part in parts),
     )
 
 

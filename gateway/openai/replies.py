@@ -120,9 +120,10 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """What the model said."""
+    """What the model said, and what it thought before, if it is one that thinks."""
 
     content: str
+    reasoning_content: str | UnsetType | None = UNSET
     role: Literal["assistant"] = "assistant"
     refusal: None = None
 
@@ -155,6 +156,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):

@@ -18,6 +18,14 @@ MAX_STOP_CHARACTERS = 512
 Temperature = Annotated[float, Meta(ge=0, le=2, description="0 is greedy.")]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, description="Draw from that many best tokens only; -1 and 0 are off.")]
+MinP = Annotated[
+    float,
+    Meta(ge=0, le=1, description="Draw from tokens with at least that share of the best one's probability."),
+]
+Penalty = Annotated[float, Meta(ge=-2, le=2, description="Of tokens that the answer holds already.")]
+Repetition = Annotated[
+    float, Meta(ge=0.01, le=100, description="Of tokens that the prompt or the answer holds; 1 is off.")
+]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES, description="Choices for each prompt.")]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="The same request gives the same tokens.")]
 
@@ -41,6 +49,14 @@ class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     top_k: TopK = -1
+    min_p: MinP = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Repetition = 1.0
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Meta(ge=-100, le=100)]],
+        Meta(max_length=1024, description="What is added to the logits of tokens, by their ids."),
+    ] = {}
     ignore_eos: Annotated[
         bool, Meta(description="Whether to go on behind an end-of-sequence token; not OpenAI's.")
     ] = False
@@ -77,11 +93,13 @@ class CompletionRequest(_Sampling, frozen=True, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One message of a conversation. Text parts of a content are joined as they are."""
+    """One message of a conversation. Text parts of a content are joined as they are. What becomes of the thoughts of
+    an earlier answer is for the chat template to say."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[dict[str, Any]]
     name: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatRequest(_Sampling, frozen=True, kw_only=True):
@@ -119,12 +137,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
     "min_tokens": (0,),
     "suffix": ("",),
     "store": (False,),

@@ -163,6 +163,45 @@ def test_stop_and_seed(ask: openai.OpenAI) -> None:
     assert len(texts) == 3  # without a seed each draw is another
 
 
+def test_bias_penalties_and_min_p(ask: openai.OpenAI) -> None:
+    """Each changes which tokens come, in the way that its name says; log-probs do not know of them."""
+
+    def tokens(**more: Any) -> list[int]:
+        settings = {"seed": 8, "max_tokens": 60, "temperature": 0, "extra_body": {"return_token_ids": True}}
+        extra = {**settings["extra_body"], **more.pop("extra_body", {})}  # type: ignore[dict-item]
+        answer = ask.completions.create(
+            model=MODEL, prompt=PROMPT, **{**settings, **more, "extra_body": extra}
+        )
+        found: list[int] = answer.choices[0].token_ids
+        return found
+
+    plain = tokens()
+    assert len(plain) - len(set(plain)) > 10
+    for penalty in (
+        {"frequency_penalty": 2},
+        {"presence_penalty": 2},
+        {"extra_body": {"repetition_penalty": 3}},
+    ):
+        assert len(set(tokens(**penalty))) > len(set(plain))
+    never = plain[0]
+    assert never not in tokens(logit_bias={str(never): -100})
+    assert tokens(temperature=2, extra_body={"min_p": 1}) == plain
+    assert tokens(temperature=2) != plain
+    first, biased = (
+        ask.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=1, logprobs=5, temperature=1, logit_bias=bias
+        )
+        for bias in ({}, {"65": 100})
+    )
+    assert biased.choices[0].text == "A"
+    assert first.choices[0].logprobs is not None and biased.choices[0].logprobs is not None
+    before, after = (each.choices[0].logprobs.top_logprobs for each in (first, biased))  # type: ignore[union-attr]
+    assert before is not None and after is not None
+    assert all(
+        after[0].get(text, value) == pytest.approx(value, abs=1e-5) for text, value in before[0].items()
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
@@ -180,7 +219,12 @@ def test_stop_and_seed(ask: openai.OpenAI) -> None:
         ({"prompt": []}, "prompt"),
         ({"logprobs": 6}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
-        ({"logit_bias": {"5": 100}}, "logit_bias"),
+        ({"logit_bias": {"259": 1}}, "logit_bias"),
+        ({"logit_bias": {"05": 1}}, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"min_p": -0.1}, "min_p"),
         ({"guided_json": {}}, "guided_json"),
     ],
 )
