@@ -76,6 +76,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(admin.router)
     for prefix in ("/v1", "/oai/api/v1"):
         app.include_router(openai.router, prefix=prefix)
+    app.router.routes.extend(tinker.last_routes)
     app.add_exception_handler(TandemError, _answer_error)
     app.add_exception_handler(UserError, _answer_user_error)
     app.add_exception_handler(RequestValidationError, _answer_bad_parameter)

@@ -11,7 +11,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
-from gateway.errors import NotFound
+from gateway.errors import BadRequest, NotFound
 from gateway.store import Store
 from gateway.store.futures import Submission
 from gateway.store.records import Future, Settled
@@ -47,7 +47,12 @@ class Futures:
     async def _adopt(self, request_id: str) -> None:
         """A first try was committed, but its answer was lost on the way from the database: it has to be dispatched."""
         stored = await self._store.futures.get(request_id)
-        if stored is not None and stored.open and request_id not in self._owners:
+        if stored is None:
+            raise BadRequest(
+                "this number is taken by another operation of the run; one client at a time numbers a run's operations",
+                param="seq_id",
+            )
+        if stored.open and request_id not in self._owners:
             self._accepted(stored, None)
 
     async def outcome(self, request_id: str, owner: str, hold_s: float) -> Settled | None:

@@ -21,6 +21,7 @@ from gateway.settings import Settings
 from gateway.signed_urls import SignedUrls
 from gateway.store import Store
 from gateway.store.records import Run, RunStatus, Sampler, Session
+from gateway.turns import Turns
 
 T = TypeVar("T")
 
@@ -64,11 +65,13 @@ class Gateway:
     removals: FolderRemovals
     signed_urls: SignedUrls
     started_at: float = field(default_factory=time.time)
+    turns: Turns = field(init=False)
     known_sessions: Remembered[Session] = field(init=False)
     known_runs: Remembered[Run] = field(init=False)
     known_samplers: Remembered[Sampler] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", Turns(self.store))
         object.__setattr__(self, "known_sessions", Remembered(self.store.sessions.get))
         object.__setattr__(self, "known_runs", Remembered(self.store.runs.get))
         object.__setattr__(self, "known_samplers", Remembered(self.store.samplers.get))

@@ -42,6 +42,7 @@ from gateway.store.records import (
     Session,
 )
 from gateway.supervisor import EngineState
+from gateway.turns import Turn, number_of, request_id_of
 
 RunOperation = ForwardBackward | Forward | OptimStep
 
@@ -88,11 +89,6 @@ def draw_seed() -> int:
 def run_id_of(session_id: str, model_seq_id: int) -> str:
     """The id that the SDK computes by itself; never another."""
     return f"{session_id}:train:{model_seq_id}"
-
-
-def request_id_of(run_id: str, seq_id: int) -> str:
-    """The id of the future of a run's n-th operation; 0 is its creation."""
-    return f"{run_id}:{seq_id}"
 
 
 def sampler_id_of(session_id: str, sampling_session_seq_id: int) -> str:
@@ -171,22 +167,22 @@ async def submit_run(gateway: Gateway, new: NewRun) -> Future:
     return future
 
 
-async def submit_operation(gateway: Gateway, run: Run, seq_id: int, operation: RunOperation) -> Future:
+async def submit_operation(gateway: Gateway, run: Run, turn: Turn, operation: RunOperation) -> Future:
     """Append an operation to a run's log. Raises BadRequest and TooManyRequests."""
-    future = _future(run, seq_id, KIND_OF[type(operation)], {}, None)
+    future = _future(run, turn, KIND_OF[type(operation)], {}, None)
     return await _append(gateway, run, future, encode(operation))
 
 
 async def submit_load(
-    gateway: Gateway, run: Run, seq_id: int, checkpoint: Checkpoint, *, optimizer: bool
+    gateway: Gateway, run: Run, turn: Turn, checkpoint: Checkpoint, *, optimizer: bool
 ) -> Future:
     """Append the loading of a checkpoint; the log keeps its files from now on. Raises NotFound when it has gone."""
     operation = LoadWeights(checkpoint.folder, optimizer_state=optimizer)
-    future = _future(run, seq_id, "load_weights", {"path": checkpoint.path}, checkpoint.folder)
+    future = _future(run, turn, "load_weights", {"path": checkpoint.path}, checkpoint.folder)
     return await _append(gateway, run, future, encode(operation), checkpoint.reference)
 
 
-async def submit_save(gateway: Gateway, run: Run, seq_id: int, save: SaveRequest) -> Future:
+async def submit_save(gateway: Gateway, run: Run, turn: Turn, save: SaveRequest) -> Future:
     """Append a save. The folder that it will write to is decided here, so that a repetition writes to the same."""
     folder = f"checkpoints/{secrets.token_hex(16)}"
     with_optimizer = save.kind is CheckpointKind.TRAINING
@@ -215,17 +211,17 @@ async def submit_save(gateway: Gateway, run: Run, seq_id: int, save: SaveRequest
         }
     written_to = plain_folder(folder) if save.recipients else folder
     operation = SaveWeights(written_to, optimizer_state=with_optimizer)
-    future = _future(run, seq_id, "save_weights", context, folder)
+    future = _future(run, turn, "save_weights", context, folder)
     return await _append(gateway, run, future, encode(operation))
 
 
-async def submit_rejection(gateway: Gateway, run: Run, seq_id: int, kind: str, message: str) -> Future:
+async def submit_rejection(gateway: Gateway, run: Run, turn: Turn, kind: str, message: str) -> Future:
     """Record an operation that cannot be performed as failed: its sender learns why, and its number is consumed."""
-    failed = _rejected(_future(run, seq_id, kind, {}, None), message)
+    failed = _rejected(_future(run, turn, kind, {}, None), message)
     return await _append(gateway, run, failed, b"")
 
 
-async def submit_sample(gateway: Gateway, sampler: Sampler, seq_id: int, request: SampleRequest) -> Future:
+async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request: SampleRequest) -> Future:
     """Accept a sample. Raises TooManyRequests when too many of its owner's wait already."""
     dispatcher = gateway.fleet.for_base_model(sampler.base_model, "sample")
     _refuse_foreign(gateway, dispatcher.name)
@@ -234,14 +230,14 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, seq_id: int, request
         raise TooManyRequests(f"{waiting} samples of yours wait already; retry when some of them are done")
     if sampler.folder is not None:
         request = msgspec.structs.replace(request, adapter=AdapterRef(sampler.folder, sampler.folder))
-    future = _sample_future(sampler, dispatcher.name, seq_id)
+    future = _sample_future(sampler, dispatcher.name, turn)
     await gateway.futures.submit(Submission(future, encode(request)))
     return future
 
 
-async def submit_rejected_sample(gateway: Gateway, sampler: Sampler, seq_id: int, message: str) -> Future:
+async def submit_rejected_sample(gateway: Gateway, sampler: Sampler, turn: Turn, message: str) -> Future:
     """Record a sample that cannot be served as failed."""
-    failed = _rejected(_sample_future(sampler, sampler.engine, seq_id), message)
+    failed = _rejected(_sample_future(sampler, sampler.engine, turn), message)
     await gateway.futures.submit(Submission(failed, b""))
     return failed
 
@@ -263,13 +259,13 @@ async def _append(
     return future
 
 
-def _future(run: Run, seq_id: int, kind: str, context: dict[str, Any], folder: str | None) -> Future:
+def _future(run: Run, turn: Turn, kind: str, context: dict[str, Any], folder: str | None) -> Future:
     return Future(
-        request_id=request_id_of(run.run_id, seq_id),
+        request_id=request_id_of(run.run_id, turn),
         owner=run.owner,
         engine=run.engine,
         kind=kind,
-        seq_id=seq_id,
+        seq_id=number_of(turn),
         created_at=time.time(),
         run_id=run.run_id,
         context=context,
@@ -297,13 +293,13 @@ def _refuse_foreign(gateway: Gateway, engine: str) -> None:
         )
 
 
-def _sample_future(sampler: Sampler, engine: str, seq_id: int) -> Future:
+def _sample_future(sampler: Sampler, engine: str, turn: Turn) -> Future:
     return Future(
-        request_id=f"{sampler.sampler_id}:{seq_id}",
+        request_id=request_id_of(sampler.sampler_id, turn),
         owner=sampler.owner,
         engine=engine,
         kind="sample",
-        seq_id=seq_id,
+        seq_id=number_of(turn),
         created_at=time.time(),
         sampler_id=sampler.sampler_id,
     )

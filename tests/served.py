@@ -81,6 +81,22 @@ class ServedGateway:
             time.sleep(0.05)
         raise RuntimeError(f"the gateway is not ready; its log:\n{self.log.read_text()[-4000:]}")
 
+    def add_key(self, owner: str) -> str:
+        """A new API key, made as an operator makes one beside the gateway; returns when it works."""
+        command = [sys.executable, "-m", "gateway.keys", "add", owner]
+        done = subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        key = done.stdout.partition("\n")[0]
+        deadline = time.monotonic() + 30
+        while (
+            httpx.get(f"{self.url}/api/v1/sessions", headers={"X-API-Key": key}, timeout=10).status_code
+            == 401
+        ):
+            assert time.monotonic() < deadline, "the gateway does not learn of a new key"
+            time.sleep(0.2)
+        return key
+
     @property
     def pid(self) -> int:
         assert self._process is not None

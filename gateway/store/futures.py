@@ -119,6 +119,11 @@ class FutureStore:
         unsettled = (F.c.seq_id >= seq_id) | F.c.status.in_(OPEN)
         return await self._all(select(F).where(F.c.run_id == run_id, unsettled).order_by(F.c.seq_id))
 
+    async def next_number(self, run_id: str) -> int:
+        """The first number of a log that no entry has, nor any entry behind it."""
+        query = select(func.coalesce(func.max(F.c.seq_id), 0)).where(F.c.run_id == run_id)
+        return int((await self._database.rows(query))[0][0]) + 1
+
     async def applied_to_run(
         self, run_id: str, after: int, before: int, kinds: Sequence[str], limit: int
     ) -> list[Future]:

@@ -7,6 +7,7 @@ from gateway.tinker.registry import router as registry
 from gateway.tinker.sampling import router as sampling
 from gateway.tinker.sessions import router as sessions
 from gateway.tinker.training import router as training
+from gateway.tinker.unserved import router as unserved
 from gateway.tinker.weights import router as weights
 
 routes = [
@@ -16,4 +17,7 @@ routes = [
 ]
 """Every route, the busiest first: they are tried in order."""
 
-__all__ = ["routes"]
+last_routes = unserved.routes
+"""For whatever no other route of the application takes."""
+
+__all__ = ["last_routes", "routes"]

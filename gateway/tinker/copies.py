@@ -15,12 +15,10 @@ from gateway.store.deposits import Deposit
 from gateway.store.records import Checkpoint, Session
 from gateway.submit import closed_session, run_id_of, storage_run
 from gateway.tinker import schemas
-from gateway.tinker.edge import json_body, json_reply, takes
+from gateway.tinker.edge import idempotency_key, json_body, json_reply, takes
 from gateway.tinker.routing import topic
 
 router = topic()
-
-_LONGEST_KEY = 250
 
 
 @router.post("/copy_weights", openapi_extra=takes(schemas.CopyWeights))
@@ -57,9 +55,7 @@ async def _destination(request: Request, gateway: Gateway, owner: str, body: sch
         )
     if body.session_id is not None:
         return await gateway.live_session(owner, body.session_id)
-    key = request.headers.get("x-idempotency-key")
-    if key is not None and len(key) > _LONGEST_KEY:
-        raise BadRequest(f"X-Idempotency-Key has {len(key)} characters; at most {_LONGEST_KEY} are taken")
+    key = idempotency_key(request)
     kept_under = None if key is None else f"copy_weights {key}"
     earlier = await gateway.store.sessions.of_key(owner, kept_under) if kept_under is not None else None
     version = request.headers.get("x-stainless-package-version", "")[:100]

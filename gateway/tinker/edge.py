@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import Request, Response
 
-from gateway.errors import PayloadTooLarge
+from gateway.errors import BadRequest, PayloadTooLarge
 from gateway.openapi import schema_of
 from gateway.state import gateway_of
 from gateway.tinker.bodies import decompress
@@ -20,6 +20,7 @@ T = TypeVar("T")
 BEGINNING = 1024
 """Bytes of a body that are enough to find out whose operation it was to be."""
 _DRAINED = 4
+_LONGEST_KEY = 300
 
 WORTH_A_THREAD = 64 * 1024
 """Bytes from which a conversion is done in a worker thread; below it the hop costs more than the work."""
@@ -76,6 +77,14 @@ async def in_thread_if_large(body: bytes, convert: Callable[[], T]) -> T:
     if len(body) < WORTH_A_THREAD:
         return convert()
     return await asyncio.to_thread(convert)
+
+
+def idempotency_key(request: Request) -> str | None:
+    """What stays the same when a call is sent again, where nothing in its body does. Raises BadRequest."""
+    key = request.headers.get("x-idempotency-key")
+    if key is not None and len(key) > _LONGEST_KEY:
+        raise BadRequest(f"X-Idempotency-Key has {len(key)} characters; at most {_LONGEST_KEY} are taken")
+    return key
 
 
 async def json_body(request: Request, schema: type[T]) -> T:

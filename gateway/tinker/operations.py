@@ -23,18 +23,23 @@ from gateway.tinker.edge import (
     BEGINNING,
     BodyTooLarge,
     decompressed,
+    idempotency_key,
     in_thread_if_large,
     json_reply,
     read_body,
     read_sent,
 )
+from gateway.turns import Turn
 
 
 class Addressed(Protocol):
     """A body that says which operation of which run it is."""
 
-    model_id: str
-    seq_id: int
+    @property
+    def model_id(self) -> str: ...
+
+    @property
+    def seq_id(self) -> int | None: ...
 
 
 B = TypeVar("B", bound=Addressed)
@@ -51,36 +56,39 @@ async def accept_json(
     owner: str,
     schema: type[B],
     kind: str,
-    submit: Callable[[Run, B], Awaitable[Future]],
+    submit: Callable[[Run, Turn, B], Awaitable[Future]],
 ) -> Response:
-    """Accept an operation that comes as JSON; `submit` does it with the run and the parsed body."""
+    """Accept an operation that comes as JSON; `submit` does it with the run, its turn and the parsed body."""
     raw = await read_body(request)
     try:
         body = await in_thread_if_large(raw, lambda: parse_json(raw, schema))
     except Unprocessable as error:
         envelope = parse_json(raw, schemas.OperationEnvelope)
+        if envelope.seq_id is None:
+            raise
         return await reject(gateway, owner, envelope.model_id, envelope.seq_id, kind, error.message)
     run = await gateway.live_run(owner, body.model_id)
-    return await accept_or_reject(gateway, run, body.seq_id, kind, lambda: submit(run, body))
+    async with gateway.turns.turn(run.run_id, body.seq_id, idempotency_key(request)) as turn:
+        return await accept_or_reject(gateway, run, turn, kind, lambda: submit(run, turn, body))
 
 
 async def reject(
-    gateway: Gateway, owner: str, model_id: str, seq_id: int, kind: str, message: str
+    gateway: Gateway, owner: str, model_id: str, turn: Turn, kind: str, message: str
 ) -> Response:
     """The promise of a recorded rejection. Raises NotFound and Gone."""
     run = await gateway.live_run(owner, model_id)
-    return promise(await submit_rejection(gateway, run, seq_id, kind, message))
+    return promise(await submit_rejection(gateway, run, turn, kind, message))
 
 
 async def accept_or_reject(
-    gateway: Gateway, run: Run, seq_id: int, kind: str, submit: Callable[[], Awaitable[Future]]
+    gateway: Gateway, run: Run, turn: Turn, kind: str, submit: Callable[[], Awaitable[Future]]
 ) -> Response:
     """The promise of `submit`, or of a recorded rejection when it finds that the operation cannot be performed."""
     try:
         return promise(await submit())
     except (UserError, BadRequest, NotFound, Unprocessable) as error:
         message = error.message if isinstance(error, TandemError) else str(error)
-        return promise(await submit_rejection(gateway, run, seq_id, kind, message))
+        return promise(await submit_rejection(gateway, run, turn, kind, message))
 
 
 async def message_of_pass(

@@ -65,6 +65,7 @@ async def get_training_run(run_id: str, owner: Owner, gateway: Running) -> dict[
     return (await _runs_json(gateway, [run]))[0]
 
 
+@router.get("/models/{run_id}/checkpoints", name="list_checkpoints_of_old_sdks")
 @router.get("/training_runs/{run_id}/checkpoints")
 async def list_checkpoints(run_id: str, owner: Owner, gateway: Running, kinds: Kinds) -> dict[str, Any]:
     """All checkpoints of a run, newest first."""

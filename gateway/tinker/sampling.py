@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from fastapi import Request, Response
 
 from engines.interface import UserError
 from gateway.auth import Owner
-from gateway.checkpoints import loadable_checkpoint
 from gateway.errors import BadRequest, Unprocessable
-from gateway.state import Running
+from gateway.state import Gateway, Running
 from gateway.store.records import Future, Sampler
 from gateway.submit import draw_seed, sampler_id_of, submit_rejected_sample, submit_sample
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
-from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, read_body, takes
+from gateway.tinker.edge import idempotency_key, in_thread_if_large, json_body, json_reply, read_body, takes
 from gateway.tinker.routing import topic
+from gateway.tinker.sessionless import sessionless_sampler, store_sampler, weights_to_sample
+from gateway.turns import Arrival
 
 router = topic()
 
@@ -28,38 +28,10 @@ async def create_sampling_session(request: Request, owner: Owner, gateway: Runni
     body = await json_body(request, schemas.CreateSamplingSession)
     session = await gateway.live_session(owner, body.session_id)
     sampler_id = sampler_id_of(session.session_id, body.sampling_session_seq_id)
-    if (
-        await gateway.known_samplers.get(sampler_id) is not None
-    ):  # sent again; its checkpoint may have gone meanwhile
-        return _session_reply(sampler_id)
-    base_model, run_id, folder = body.base_model, None, None
-    if body.model_path is not None:
-        checkpoint = await loadable_checkpoint(gateway.store, owner, body.model_path, param="model_path")
-        if base_model is not None and base_model != checkpoint.base_model:
-            raise BadRequest(
-                f"base_model is {base_model!r}, but {body.model_path} is of {checkpoint.base_model!r}",
-                param="base_model",
-            )
-        base_model, run_id, folder = checkpoint.base_model, checkpoint.run_id, checkpoint.folder
-    if base_model is None:
-        raise BadRequest("give base_model or model_path", param="base_model")
-    engine = gateway.fleet.for_base_model(base_model, "sample").supervisor.engine
-    sampler = Sampler(
-        sampler_id=sampler_id,
-        owner=owner,
-        session_id=session.session_id,
-        engine=engine.name,
-        base_model=base_model,
-        run_id=run_id,
-        path=body.model_path,
-        folder=folder,
-        created_at=time.time(),
-    )
-    await gateway.store.samplers.create(sampler)
-    return _session_reply(sampler_id)
-
-
-def _session_reply(sampler_id: str) -> Response:
+    # sent again; its checkpoint may have gone meanwhile
+    if await gateway.known_samplers.get(sampler_id) is None:
+        weights = await weights_to_sample(gateway, owner, body.base_model, body.model_path)
+        await store_sampler(gateway, session, sampler_id, weights)
     return json_reply({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
 
 
@@ -88,15 +60,27 @@ async def asample(request: Request, owner: Owner, gateway: Running) -> Response:
         body = await in_thread_if_large(raw, lambda: parse_json(raw, schemas.SampleBody))
     except Unprocessable as error:
         envelope = parse_json(raw, schemas.SampleEnvelope)
+        if envelope.sampling_session_id is None or envelope.seq_id is None:
+            raise
         sampler = await gateway.sampler(owner, envelope.sampling_session_id)
         return _promise(await submit_rejected_sample(gateway, sampler, envelope.seq_id, error.message), 1)
-    sampler = await gateway.sampler(owner, body.sampling_session_id)
+    sampler = await _sampler_of(gateway, owner, body)
+    turn = body.seq_id if body.seq_id is not None else Arrival.of_sample(idempotency_key(request))
     samples = body.num_samples if body.num_samples is not None else 1
     try:
         sample = requests.sample_of(body, draw_seed)
     except UserError as error:
-        return _promise(await submit_rejected_sample(gateway, sampler, body.seq_id, str(error)), samples)
-    return _promise(await submit_sample(gateway, sampler, body.seq_id, sample), samples)
+        return _promise(await submit_rejected_sample(gateway, sampler, turn, str(error)), samples)
+    return _promise(await submit_sample(gateway, sampler, turn, sample), samples)
+
+
+async def _sampler_of(gateway: Gateway, owner: str, body: schemas.SampleBody) -> Sampler:
+    if body.sampling_session_id is None:
+        return await sessionless_sampler(gateway, owner, body.base_model, body.model_path)
+    for field in ("base_model", "model_path"):
+        if getattr(body, field) is not None:
+            raise BadRequest(f"{field} belongs to the sampling session; leave it out here", param=field)
+    return await gateway.sampler(owner, body.sampling_session_id)
 
 
 def _promise(future: Future, samples: int) -> Response:

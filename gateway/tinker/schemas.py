@@ -87,9 +87,11 @@ class LoraConfig(Strict):
 
 
 class CreateModel(Strict):
-    session_id: Id
-    model_seq_id: SeqId
+    """SDKs up to 0.2 know no sessions, and number neither runs nor their operations."""
+
     base_model: Id
+    session_id: Id | None = None
+    model_seq_id: SeqId | None = None
     lora_config: LoraConfig | None = None
     optimizer_config: dict[str, Any] | None = None
     user_metadata: UserMetadata | None = None
@@ -110,7 +112,7 @@ class OperationEnvelope(Lenient):
     """Where an operation belongs, whatever else its body holds."""
 
     model_id: Id
-    seq_id: TrainingSeqId
+    seq_id: TrainingSeqId | None = None
 
 
 class AdamParams(Strict):
@@ -126,7 +128,7 @@ class AdamParams(Strict):
 
 class OptimStepBody(Strict):
     model_id: Id
-    seq_id: TrainingSeqId
+    seq_id: TrainingSeqId | None = None
     adam_params: AdamParams | None = None
     optimizer_params: dict[str, Any] | None = None
 
@@ -174,7 +176,7 @@ class PassInput(Strict):
 
 class ForwardBackwardBody(Strict):
     model_id: Id
-    seq_id: TrainingSeqId
+    seq_id: TrainingSeqId | None = None
     forward_backward_input: PassInput | None = None
     forward_input: PassInput | None = None
 
@@ -184,8 +186,8 @@ class ForwardBackwardBody(Strict):
 
 class SaveWeights(Strict):
     model_id: Id
-    seq_id: TrainingSeqId
     path: str
+    seq_id: TrainingSeqId | None = None
     ttl_seconds: Ttl | None = None
     overwrite: bool | None = None
     user_metadata: TextMetadata | None = None
@@ -197,7 +199,7 @@ class SaveWeights(Strict):
 
 class SaveWeightsForSampler(Strict):
     model_id: Id
-    seq_id: TrainingSeqId
+    seq_id: TrainingSeqId | None = None
     path: str | None = None
     sampling_session_seq_id: SeqId | None = None
     kind: str | None = None
@@ -286,14 +288,18 @@ class SamplingParams(Strict):
 class SampleEnvelope(Lenient):
     """Where a sample belongs, whatever else its body holds."""
 
-    sampling_session_id: Id
-    seq_id: SeqId
+    sampling_session_id: Id | None = None
+    seq_id: SeqId | None = None
 
 
 class SampleBody(Strict):
-    sampling_session_id: Id
-    seq_id: SeqId
+    """SDKs up to 0.2 name the weights with each sample, and number nothing."""
+
     prompt: ModelInput
+    sampling_session_id: Id | None = None
+    seq_id: SeqId | None = None
+    base_model: Id | None = None
+    model_path: Id | None = None
     sampling_params: SamplingParams | None = None
     num_samples: Count | None = None
     prompt_logprobs: bool | None = None

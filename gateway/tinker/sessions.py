@@ -9,17 +9,15 @@ from typing import Annotated, Any
 from fastapi import Query, Request, Response
 
 from gateway.auth import Owner, Who
-from gateway.errors import BadRequest
 from gateway.state import Running
 from gateway.store.records import Session
 from gateway.store.sessions import Finish
 from gateway.tinker import schemas
-from gateway.tinker.edge import json_body, json_reply, read_body, takes
+from gateway.tinker.edge import idempotency_key, json_body, json_reply, read_body, takes
 from gateway.tinker.routing import topic
 
 router = topic()
 
-_LONGEST_KEY = 300
 _REFRESH_S = 300
 _CANCELS_AT_A_TIME = 64
 
@@ -76,14 +74,11 @@ async def get_server_capabilities(owner: Owner, gateway: Running) -> dict[str, A
 async def create_session(request: Request, owner: Owner, gateway: Running) -> Response:
     """Begin a session; a retry with the same idempotency key gets the same one."""
     body = await json_body(request, schemas.CreateSession)
-    key = request.headers.get("x-idempotency-key")
-    if key is not None and len(key) > _LONGEST_KEY:
-        raise BadRequest(f"X-Idempotency-Key has {len(key)} characters; at most {_LONGEST_KEY} are taken")
     now = time.time()
     session = Session(
         session_id=str(uuid.uuid4()),
         owner=owner,
-        idempotency_key=key,
+        idempotency_key=idempotency_key(request),
         user_metadata=body.user_metadata or {},
         tags=body.tags or [],
         sdk_version=body.sdk_version or "",

@@ -15,6 +15,8 @@ from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
 from gateway.tinker.operations import accept_json, accept_or_reject, message_of_pass, promise
 from gateway.tinker.results import PROTOBUF
 from gateway.tinker.routing import topic
+from gateway.tinker.sessionless import session_of_run
+from gateway.turns import Turn
 
 router = topic()
 
@@ -24,9 +26,9 @@ async def create_model(request: Request, owner: Owner, gateway: Running) -> Resp
     """Begin a run with a fresh adapter."""
     body = await json_body(request, schemas.CreateModel)
     requests.require_adamw(body.optimizer_config)
-    session = await gateway.live_session(owner, body.session_id)
+    session = await session_of_run(request, gateway, owner, body.session_id)
     lora = requests.lora_of(body.lora_config, draw_seed)
-    new = NewRun(session, body.model_seq_id, body.base_model, lora, body.user_metadata or {})
+    new = NewRun(session, body.model_seq_id or 0, body.base_model, lora, body.user_metadata or {})
     return promise(await submit_run(gateway, new))
 
 
@@ -77,9 +79,9 @@ async def forward(request: Request, owner: Owner, gateway: Running) -> Response:
 
 
 async def _json_pass(request: Request, owner: str, gateway: Gateway, kind: str) -> Response:
-    async def submit(run: Run, body: schemas.ForwardBackwardBody) -> Future:
+    async def submit(run: Run, turn: Turn, body: schemas.ForwardBackwardBody) -> Future:
         operation = await asyncio.to_thread(requests.pass_of_json, body)
-        return await submit_operation(gateway, run, body.seq_id, operation)
+        return await submit_operation(gateway, run, turn, operation)
 
     return await accept_json(request, gateway, owner, schemas.ForwardBackwardBody, kind, submit)
 
@@ -88,8 +90,8 @@ async def _json_pass(request: Request, owner: str, gateway: Gateway, kind: str) 
 async def optim_step(request: Request, owner: Owner, gateway: Running) -> Response:
     """One optimizer step with the gradients that have been added up."""
 
-    async def submit(run: Run, body: schemas.OptimStepBody) -> Future:
-        return await submit_operation(gateway, run, body.seq_id, requests.optim_step_of(body))
+    async def submit(run: Run, turn: Turn, body: schemas.OptimStepBody) -> Future:
+        return await submit_operation(gateway, run, turn, requests.optim_step_of(body))
 
     return await accept_json(request, gateway, owner, schemas.OptimStepBody, "optim_step", submit)
 

@@ -15,7 +15,6 @@ from gateway.store.records import CheckpointKind, Future, Run
 from gateway.submit import (
     NewRun,
     SaveRequest,
-    request_id_of,
     run_id_of,
     sampler_id_of,
     submit_load,
@@ -24,9 +23,10 @@ from gateway.submit import (
 )
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
-from gateway.tinker.edge import json_body, json_reply, read_body, takes
+from gateway.tinker.edge import idempotency_key, json_body, json_reply, read_body, takes
 from gateway.tinker.operations import accept_json, accept_or_reject, promise, reject
 from gateway.tinker.routing import topic
+from gateway.turns import Turn, request_id_of
 
 router = topic()
 
@@ -35,7 +35,7 @@ router = topic()
 async def save_weights(request: Request, owner: Owner, gateway: Running) -> Response:
     """A named checkpoint with everything that training needs to go on."""
 
-    async def submit(run: Run, body: schemas.SaveWeights) -> Future:
+    async def submit(run: Run, turn: Turn, body: schemas.SaveWeights) -> Future:
         save = SaveRequest(
             CheckpointKind.TRAINING,
             name=body.path,
@@ -43,7 +43,7 @@ async def save_weights(request: Request, owner: Owner, gateway: Running) -> Resp
             ttl_seconds=body.ttl_seconds,
             user_metadata=body.user_metadata,
         )
-        return await submit_save(gateway, run, body.seq_id, save)
+        return await submit_save(gateway, run, turn, save)
 
     return await accept_json(request, gateway, owner, schemas.SaveWeights, "save_weights", submit)
 
@@ -52,8 +52,8 @@ async def save_weights(request: Request, owner: Owner, gateway: Running) -> Resp
 async def save_weights_for_sampler(request: Request, owner: Owner, gateway: Running) -> Response:
     """A named checkpoint for sampling, or an unnamed sampler of the weights as they are now."""
 
-    async def submit(run: Run, body: schemas.SaveWeightsForSampler) -> Future:
-        return await submit_save(gateway, run, body.seq_id, _sampler_save(run, body))
+    async def submit(run: Run, turn: Turn, body: schemas.SaveWeightsForSampler) -> Future:
+        return await submit_save(gateway, run, turn, _sampler_save(run, body))
 
     return await accept_json(request, gateway, owner, schemas.SaveWeightsForSampler, "save_weights", submit)
 
@@ -79,7 +79,7 @@ def _sampler_save(run: Run, body: schemas.SaveWeightsForSampler) -> SaveRequest:
 async def save_weights_external(request: Request, owner: Owner, gateway: Running) -> Response:
     """Weights as files to download, in PEFT's layout; encrypted with age when recipients are named."""
 
-    async def submit(run: Run, body: schemas.SaveWeightsExternal) -> Future:
+    async def submit(run: Run, turn: Turn, body: schemas.SaveWeightsExternal) -> Future:
         recipients = body.age_encryption_recipients
         if recipients is not None:
             parse_recipients(recipients)
@@ -89,7 +89,7 @@ async def save_weights_external(request: Request, owner: Owner, gateway: Running
             ttl_seconds=body.ttl_seconds,
             recipients=tuple(recipients or ()),
         )
-        return await submit_save(gateway, run, body.seq_id, save)
+        return await submit_save(gateway, run, turn, save)
 
     return await accept_json(request, gateway, owner, schemas.SaveWeightsExternal, "save_weights", submit)
 
@@ -105,12 +105,12 @@ async def load_weights(request: Request, owner: Owner, gateway: Running) -> Resp
         if envelope.model_id is None or envelope.seq_id is None:
             raise
         return await reject(gateway, owner, envelope.model_id, envelope.seq_id, "load_weights", error.message)
-    if body.model_id is not None and body.seq_id is not None:
+    if body.model_id is not None:
         run = await gateway.live_run(owner, body.model_id)
-        seq_id = body.seq_id
-        return await accept_or_reject(
-            gateway, run, seq_id, "load_weights", lambda: _load_into(gateway, run, seq_id, body)
-        )
+        async with gateway.turns.turn(run.run_id, body.seq_id, idempotency_key(request)) as turn:
+            return await accept_or_reject(
+                gateway, run, turn, "load_weights", lambda: _load_into(gateway, run, turn, body)
+            )
     if body.session_id is None or body.model_seq_id is None:
         raise Unprocessable(
             "give session_id and model_seq_id to begin a run, or model_id and seq_id to load into one"
@@ -118,7 +118,7 @@ async def load_weights(request: Request, owner: Owner, gateway: Running) -> Resp
     return promise(await _begin_at(gateway, owner, body.session_id, body.model_seq_id, body))
 
 
-async def _load_into(gateway: Gateway, run: Run, seq_id: int, body: schemas.LoadWeights) -> Future:
+async def _load_into(gateway: Gateway, run: Run, turn: Turn, body: schemas.LoadWeights) -> Future:
     token_owner = await gateway.keys.owner_of(body.weights_access_token)
     checkpoint = await loadable_checkpoint(gateway.store, run.owner, body.path, also_of=token_owner)
     if checkpoint.base_model != run.base_model:
@@ -126,7 +126,7 @@ async def _load_into(gateway: Gateway, run: Run, seq_id: int, body: schemas.Load
             f"{body.path} is of base model {checkpoint.base_model!r}, this run of {run.base_model!r}"
         )
     optimizer = _wants_optimizer(body, checkpoint.has_optimizer)
-    return await submit_load(gateway, run, seq_id, checkpoint, optimizer=optimizer)
+    return await submit_load(gateway, run, turn, checkpoint, optimizer=optimizer)
 
 
 async def _begin_at(

@@ -40,13 +40,6 @@ SCHEMAS: dict[str, type[Any]] = {
     "weights_info": schemas.WeightsInfo,
 }
 CAPTURED = captured_requests()
-WITHOUT_NUMBERS = [
-    request
-    for request in CAPTURED
-    if request.version == "0.1.0"
-    and request.route
-    not in ("get_info", "load_weights", "retrieve_future", "session_heartbeat", "unload_model", "telemetry")
-]
 """The first SDK had no sessions and no seq_ids."""
 
 
@@ -61,7 +54,7 @@ def name_of(request: CapturedRequest) -> str:
 # ---------------------------------------------------------------------------- recorded
 
 
-@pytest.mark.parametrize("request_", [one for one in CAPTURED if one not in WITHOUT_NUMBERS], ids=name_of)
+@pytest.mark.parametrize("request_", CAPTURED, ids=name_of)
 def test_what_the_sdk_sends_fits(request_: CapturedRequest) -> None:
     found = parse_json(encoded(request_.body), SCHEMAS[request_.route])
     for name, value in request_.body.items():
@@ -80,17 +73,10 @@ def _leaves(value: Any) -> list[Any]:
     return [value]
 
 
-@pytest.mark.parametrize("request_", WITHOUT_NUMBERS, ids=name_of)
-def test_bodies_without_a_place_are_refused_by_name(request_: CapturedRequest) -> None:
-    place = r"missing required field `(seq_id|session_id)`|unknown field `model_path`"
-    with pytest.raises(Unprocessable, match=place):
-        parse_json(encoded(request_.body), SCHEMAS[request_.route])
-
-
 @pytest.mark.parametrize("route", ["forward", "forward_backward"])
 def test_the_json_passes_of_older_sdks_say_the_same(route: str) -> None:
-    bodies = [one for one in CAPTURED if one.route == route and one.version != "0.1.0"]
-    assert len(bodies) >= 2
+    bodies = [one for one in CAPTURED if one.route == route]
+    assert len(bodies) >= 3
     for request in bodies:
         operation = requests.pass_of_json(parse_json(encoded(request.body), schemas.ForwardBackwardBody))
         assert isinstance(operation, ForwardBackward) is (route == "forward_backward")
