@@ -68,7 +68,8 @@ class NewRun:
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """Weights to save under a name (`name` set) or as an unnamed sampler (`sampler_id` set)."""
+    """Weights to save under a name (`name` set) or as an unnamed sampler (`sampler_id` set), which may be one that
+    follows the run (`inflight`)."""
 
     kind: CheckpointKind
     name: str | None = None
@@ -77,6 +78,7 @@ class SaveRequest:
     user_metadata: dict[str, str] | None = None
     sampler_id: str | None = None
     session_id: str | None = None
+    inflight: bool = False
     recipients: tuple[str, ...] = ()
     """Of external weights: the age recipients that its files are encrypted for; none: they are not."""
 
@@ -208,6 +210,7 @@ async def submit_save(gateway: Gateway, run: Run, turn: Turn, save: SaveRequest)
             "session_id": save.session_id,
             "engine": engine.name,
             "base_model": run.base_model,
+            "inflight": save.inflight,
         }
     written_to = plain_folder(folder) if save.recipients else folder
     operation = SaveWeights(written_to, optimizer_state=with_optimizer)
@@ -222,17 +225,28 @@ async def submit_rejection(gateway: Gateway, run: Run, turn: Turn, kind: str, me
 
 
 async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request: SampleRequest) -> Future:
-    """Accept a sample. Raises TooManyRequests when too many of its owner's wait already."""
+    """Accept a sample, with the weights that it will be drawn from, also when it has to be drawn again after a crash.
+
+    Raises TooManyRequests when too many of its owner's wait already.
+    """
     dispatcher = gateway.fleet.for_base_model(sampler.base_model, "sample")
     _refuse_foreign(gateway, dispatcher.name)
     waiting = dispatcher.sampling.waiting_of(sampler.owner)
     if waiting >= gateway.settings.max_queued_samples:
         raise TooManyRequests(f"{waiting} samples of yours wait already; retry when some of them are done")
-    if sampler.folder is not None:
-        request = msgspec.structs.replace(request, adapter=AdapterRef(sampler.folder, sampler.folder))
+    folder = await _weights_of(gateway, sampler)
+    if folder is not None:
+        request = msgspec.structs.replace(request, adapter=AdapterRef(folder, folder))
     future = _sample_future(sampler, dispatcher.name, turn)
     await gateway.futures.submit(Submission(future, encode(request)))
     return future
+
+
+async def _weights_of(gateway: Gateway, sampler: Sampler) -> str | None:
+    """The folder that a sampler samples now: its own, or the newest inflight one of its run."""
+    if sampler.inflight_seq is None or sampler.run_id is None:
+        return sampler.folder
+    return await gateway.store.samplers.newest_inflight(sampler.run_id) or sampler.folder
 
 
 async def submit_rejected_sample(gateway: Gateway, sampler: Sampler, turn: Turn, message: str) -> Future:

@@ -80,4 +80,5 @@ def _sampler(future: Future, entry: dict[str, Any]) -> Sampler:
         path=None,
         folder=future.folder,
         created_at=time.time(),
+        inflight_seq=future.seq_id if entry.get("inflight") else None,
     )

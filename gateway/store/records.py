@@ -159,6 +159,8 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
+    """`inflight_seq` is set when it follows its run: it samples the newest weights that were saved so."""
+
     sampler_id: str
     owner: str
     session_id: str
@@ -168,6 +170,7 @@ class Sampler:
     path: str | None
     folder: str | None
     created_at: float
+    inflight_seq: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

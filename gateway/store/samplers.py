@@ -1,4 +1,4 @@
-"""Samplers: a base model, alone or with one immutable version of an adapter."""
+"""Samplers: a base model, alone or with a version of an adapter; an inflight one samples the newest of its run's."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ class SamplerStore:
     async def get(self, sampler_id: str) -> Sampler | None:
         row = await self._database.first(select(S).where(S.c.sampler_id == sampler_id))
         return Sampler(**row._mapping) if row is not None else None
+
+    async def newest_inflight(self, run_id: str) -> str | None:
+        """The folder of the weights that were last saved as inflight for a run; rows are as old as their saves."""
+        newest = select(S.c.folder).where(S.c.run_id == run_id, S.c.inflight_seq.is_not(None))
+        row = await self._database.first(newest.order_by(S.c.inflight_seq.desc()).limit(1))
+        return row.folder if row is not None else None
 
     async def join(self, sampler_id: str) -> int:
         """The number of a further client of a sampler: 1, 2, 3 …, none twice."""

@@ -199,8 +199,14 @@ samplers = Table(
     Column("path", String, comment="tinker:// path, for named weights"),
     Column("folder", String, comment="storage key of the adapter; none: the base model"),
     Column("created_at", Double, nullable=False),
+    Column(
+        "inflight_seq",
+        BigInteger,
+        comment="seq_id of the save of an inflight sampler: all of a run sample the highest one's folder",
+    ),
     Index(None, "session_id"),
     Index(None, "folder"),
+    Index(None, "run_id", "inflight_seq"),
 )
 
 sampler_clients = Table(

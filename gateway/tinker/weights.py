@@ -59,8 +59,11 @@ async def save_weights_for_sampler(request: Request, owner: Owner, gateway: Runn
 
 
 def _sampler_save(run: Run, body: schemas.SaveWeightsForSampler) -> SaveRequest:
-    if body.kind not in (None, "snapshot"):
-        raise UserError(f"kind is {body.kind[:40]!r}; allowed is snapshot: samplers here are immutable")
+    if body.kind not in (None, "snapshot", "inflight"):
+        raise UserError(f"kind is {body.kind[:40]!r}; allowed are snapshot and inflight")
+    inflight = body.kind == "inflight"
+    if inflight and body.path is not None:
+        raise UserError("kind is inflight, which has no name: give sampling_session_seq_id instead of path")
     if (body.path is None) == (body.sampling_session_seq_id is None):
         raise UserError(
             "give either path, a name for the checkpoint, or sampling_session_seq_id, for an unnamed one"
@@ -69,7 +72,9 @@ def _sampler_save(run: Run, body: schemas.SaveWeightsForSampler) -> SaveRequest:
         if body.ttl_seconds is not None or body.user_metadata is not None:
             raise UserError("ttl_seconds and user_metadata belong to a checkpoint: give it a name in path")
         sampler_id = sampler_id_of(run.session_id, body.sampling_session_seq_id)
-        return SaveRequest(CheckpointKind.SAMPLER, sampler_id=sampler_id, session_id=run.session_id)
+        return SaveRequest(
+            CheckpointKind.SAMPLER, sampler_id=sampler_id, session_id=run.session_id, inflight=inflight
+        )
     return SaveRequest(
         CheckpointKind.SAMPLER, name=body.path, ttl_seconds=body.ttl_seconds, user_metadata=body.user_metadata
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +16,8 @@ import tinker
 import torch
 from numpy.typing import NDArray
 
-from tests.gateway.conftest import KEY, datum, outcome
+from tests.gateway.conftest import KEY, begin_run, datum, outcome, send_pass, send_step
+from tests.served import FAKE_ENGINE, ServedGateway
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -188,3 +192,124 @@ def test_another_process_samples_the_same_weights(service: tinker.ServiceClient,
     assert all(clone >= 1 for clone, _, _ in found)
     for _, tokens, logprobs in found:
         assert (tokens, logprobs) == (here.tokens, here.logprobs)
+
+
+# ---------------------------------------------------------------------------- inflight
+
+
+def step(client: tinker.TrainingClient, rate: float = 0.05) -> None:
+    client.forward_backward([datum(9)], "cross_entropy").result()
+    client.optim_step(tinker.AdamParams(learning_rate=rate)).result()
+
+
+def told(sampler: tinker.SamplingClient) -> list[Any]:
+    """What tells one set of weights from another."""
+    return list(sampler.compute_logprobs(tinker.ModelInput.from_ints(PROMPT)).result())
+
+
+def test_inflight_samplers_follow_the_newest_inflight_save(service: tinker.ServiceClient) -> None:
+    """Existing and new ones, not snapshots; neither training nor a snapshot that is saved later moves them."""
+    client, snapshot = trained(service)
+    first = client.save_weights_and_get_sampling_client(kind="inflight").result()
+    before = told(first)
+    assert before == told(snapshot)
+    step(client)
+    later = client.save_weights_and_get_sampling_client().result()
+    assert told(first) == before != told(later)
+    step(client)
+    second = client.save_weights_and_get_sampling_client(kind="inflight").result()
+    assert told(first) == told(second)
+    assert told(second) not in (before, told(later))
+    assert told(snapshot) == before
+    assert first.get_base_model() == "fake/model"
+
+
+def test_inflight_samplers_of_other_runs_are_others(service: tinker.ServiceClient) -> None:
+    one, _ = trained(service)
+    other, _ = trained(service)
+    sampler = one.save_weights_and_get_sampling_client(kind="inflight").result()
+    before = told(sampler)
+    step(other, rate=1.0)
+    assert told(other.save_weights_and_get_sampling_client(kind="inflight").result()) != before
+    assert told(sampler) == before
+
+
+def test_an_inflight_sampler_in_another_process_follows_too(service: tinker.ServiceClient) -> None:
+    client, _ = trained(service)
+    sampler = client.save_weights_and_get_sampling_client(kind="inflight").result()
+    step(client, rate=1.0)
+    newest = client.save_weights_and_get_sampling_client(kind="inflight").result()
+    params = tinker.SamplingParams(max_tokens=8, seed=5, stop=[])
+    expected = newest.sample(tinker.ModelInput.from_ints(PROMPT), 1, params).result().sequences[0]
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    worker = context.Process(target=_draw_elsewhere, args=(sampler, 5, answers))
+    worker.start()
+    _, tokens, logprobs = answers.get(timeout=60)
+    worker.join(timeout=30)
+    assert (tokens, logprobs) == (expected.tokens, expected.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": "inflight", "path": "named"}, "kind is inflight, which has no name"),
+        ({"kind": "inflight", "sampling_session_seq_id": 9, "ttl_seconds": 3600}, "give it a name in path"),
+        ({"kind": "mutable", "sampling_session_seq_id": 9}, "allowed are snapshot and inflight"),
+    ],
+)
+def test_kinds_that_there_are_not(http: httpx.Client, fields: dict[str, Any], words: str) -> None:
+    run = begin_run(http)
+    promise = http.post(
+        "/api/v1/save_weights_for_sampler", json={"model_id": run, "seq_id": 1, **fields}
+    ).json()
+    failed = outcome(http, promise["request_id"])
+    assert failed["category"] == "user" and words in failed["error"]
+
+
+@pytest.mark.slow
+def test_a_sample_keeps_the_weights_that_it_was_accepted_with(tmp_path: Path) -> None:
+    """Accepted while its engine is dead; newer weights are published before it is drawn. The input has the old ones."""
+    gateway = ServedGateway(tmp_path, [{**FAKE_ENGINE, "options": {"delay_s": 0.2}}])
+    gateway.start()
+    try:
+        with httpx.Client(base_url=gateway.url, headers={"X-API-Key": KEY}, timeout=60) as http:
+            run = begin_run(http)
+            train(http, run, 1)
+            first = publish(http, run, 3, 0)
+            drawn = [outcome(http, draw(http, first, number))["sequences"] for number in (0, 1)]
+            assert drawn[0] == drawn[1]
+            accepted = draw(http, first, 2, max_tokens=40)
+            os.kill(gateway.engine_pids()[0], signal.SIGKILL)
+            train(http, run, 4)
+            publish(http, run, 6, 1)
+            newer = outcome(http, draw(http, first, 3))["sequences"]
+            assert newer != drawn[0]
+            again = outcome(http, accepted)["sequences"][0]
+            assert again["tokens"][:8] == drawn[0][0]["tokens"]
+            assert again["logprobs"][:8] == drawn[0][0]["logprobs"]
+    finally:
+        gateway.close()
+
+
+def train(http: httpx.Client, run: str, seq_id: int) -> None:
+    send_pass(http, run, seq_id, [*PROMPT, 7, 8])
+    promise = send_step(http, run, seq_id + 1, learning_rate=0.3).json()
+    assert "error" not in outcome(http, promise["request_id"])
+
+
+def publish(http: httpx.Client, run: str, seq_id: int, number: int) -> str:
+    """Save inflight weights; the sampler's id."""
+    body = {"model_id": run, "seq_id": seq_id, "sampling_session_seq_id": number, "kind": "inflight"}
+    promise = http.post("/api/v1/save_weights_for_sampler", json=body).json()
+    return str(outcome(http, promise["request_id"])["sampling_session_id"])
+
+
+def draw(http: httpx.Client, sampler: str, seq_id: int, max_tokens: int = 8) -> str:
+    body = {
+        "sampling_session_id": sampler,
+        "seq_id": seq_id,
+        "prompt": {"chunks": [{"tokens": PROMPT}]},
+        "sampling_params": {"max_tokens": max_tokens, "seed": 3, "stop": []},
+    }
+    return str(http.post("/api/v1/asample", json=body).json()["request_id"])
