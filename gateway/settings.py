@@ -102,7 +102,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine_owner_timeout_s: float = 30.0
     """Seconds without a sign of life from the gateway after which an engine process exits."""
     max_attempts: int = 3
-    """Times that an operation is sent to an engine that dies over it before it fails."""
+    """Engines that may die while they perform an operation, or restore its run for it, before it fails."""
     lease_s: float = 15.0
     """Seconds for which a gateway holds an engine's lease; renewed three times in each."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -120,6 +120,7 @@ class Future:
     sampler_id: str | None
     seq_id: int
     attempts: int
+    deaths: int
     error: str | None
     error_category: str | None
     error_id: str | None

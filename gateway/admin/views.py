@@ -104,6 +104,7 @@ class FutureView(BaseModel):
     sampler_id: str | None
     seq_id: int
     attempts: Annotated[int, Field(description="times that it was sent to an engine")]
+    deaths: Annotated[int, Field(description="engines that died while they performed it")]
     error: str | None
     error_category: str | None
     error_id: Annotated[str | None, Field(description="the log has the details under this id")]
@@ -223,6 +224,7 @@ def future_view(future: Future) -> FutureView:
         sampler_id=future.sampler_id,
         seq_id=future.seq_id,
         attempts=future.attempts,
+        deaths=future.deaths,
         error=future.error,
         error_category=future.error_category,
         error_id=future.error_id,

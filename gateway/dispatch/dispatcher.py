@@ -44,6 +44,7 @@ class Dispatcher:
         self._store = store
         self._on_opened = on_opened
         self._task: asyncio.Task[None] | None = None
+        self._died_over: list[str] = []
 
     @property
     def name(self) -> str:
@@ -81,10 +82,17 @@ class Dispatcher:
                 Exception
             ):  # boundary: a bug must not silence an engine for good; it is logged, memory is rebuilt
                 log.exception("engine %s: unexpected error while feeding it", self.name)
+            if engine.lost.done():
+                self._died_over += [*self.training.in_engine, *self.sampling.in_engine]
             await asyncio.sleep(_PAUSE_S)
 
     async def _reload(self) -> None:
-        """Forget what is in memory, then read what this engine owes; what arrives meanwhile is kept."""
+        """Forget what is in memory, then read what this engine owes; what arrives meanwhile is kept.
+
+        What was in an engine when it died is written down first. A gateway that dies blames nobody.
+        """
+        await self._store.futures.count_deaths(self._died_over)
+        self._died_over = []
         await self.sampling.reset()
         self.training.reset()
         for future in await self._store.futures.open_of_engine(self.name):

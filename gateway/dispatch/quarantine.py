@@ -13,7 +13,7 @@ deaths are nobody's fault, and hundreds of samples one by one would take long.""
 
 def suspected(future: Future) -> bool:
     """Whether engines have died over it so often that it has to run alone."""
-    return future.attempts >= _SUSPECT
+    return future.deaths >= _SUSPECT
 
 
 class Quarantine:

@@ -25,6 +25,7 @@ class RunQueue:
     next_seq: int
     waiting: dict[int, Future] = field(default_factory=dict)
     running: bool = False
+    alone: bool = False
     gap_since: float | None = None
 
     def add(self, future: Future) -> None:
@@ -42,7 +43,7 @@ class RunQueue:
         """The head has been settled."""
         self.waiting.pop(self.next_seq, None)
         self.next_seq += 1
-        self.running = False
+        self.running = self.alone = False
         self._skip_settled()
 
     def gap(self, now: float) -> float:
@@ -123,6 +124,7 @@ class TrainingQueue:
     def __init__(self) -> None:
         self.runs: dict[str, RunQueue] = {}
         self._ready = Turns()
+        self._blocked: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -151,13 +153,14 @@ class TrainingQueue:
             head = queue.head()
             if head is None:
                 continue
-            if batch and (head.kind != batch[0].kind or head.attempts):
+            alone = queue.alone or head.deaths > 0
+            if batch and (head.kind != batch[0].kind or alone):
                 passed_over.append(queue)
                 continue
             queue.running = True
             batch.append(head)
             largest = _LARGEST_BATCH.get(head.kind, 1)
-            if head.attempts:
+            if alone:
                 break
         for queue in reversed(passed_over):
             self._ready.put_back(queue.owner, queue.run_id)
@@ -169,10 +172,28 @@ class TrainingQueue:
         queue.advance()
         self._mark(queue)
 
+    def put_back(self, future: Future, *, alone: bool = False) -> None:
+        """What was taken is still to be done, after a turn of the others; `alone`: in a call of its own."""
+        queue = self.runs[future.run_id or ""]
+        queue.running = False
+        queue.alone = queue.alone or alone
+        self._mark(queue)
+
+    def waits(self, run_id: str) -> bool:
+        """Whether anything of a run waits or runs."""
+        queue = self.runs.get(run_id)
+        return queue is not None and (queue.running or bool(queue.waiting))
+
     def gaps(self, now: float, timeout_s: float) -> list[RunQueue]:
         """Runs that have waited too long for a missing number."""
-        return [queue for queue in self.runs.values() if queue.gap(now) > timeout_s]
+        blocked = [self.runs[run_id] for run_id in self._blocked]
+        return [queue for queue in blocked if queue.gap(now) > timeout_s]
 
     def _mark(self, queue: RunQueue) -> None:
         if queue.head() is not None:
             self._ready.add(queue.owner, queue.run_id)
+        if queue.waiting and queue.next_seq not in queue.waiting:
+            self._blocked.add(queue.run_id)
+        else:
+            self._blocked.discard(queue.run_id)
+            queue.gap_since = None

@@ -43,6 +43,7 @@ class SamplingLane:
         self._given_up: set[str] = set()
         self._broken: BaseException | None = None
         self._wake = asyncio.Event()
+        self.in_engine: set[str] = set()
 
     def accept(self, future: Future, body: bytes | None = None) -> None:
         """Queue a sample that has become durable; `body` is its input where that is at hand."""
@@ -62,6 +63,7 @@ class SamplingLane:
         self._turns = Turns()
         self._inputs.clear()
         self._broken = None
+        self.in_engine.clear()
 
     async def cancel(self) -> None:
         """Leave what is under way; it stays open in the database."""
@@ -123,8 +125,8 @@ class SamplingLane:
         batch: list[Future] = []
         while len(batch) < room and (request_id := self._turns.take()) is not None:
             future = self._waiting[request_id]
-            if suspected(future) and (batch or self._active):
-                self._turns.add(future.owner, request_id)  # alone, once the others are done
+            if suspected(future) and batch:
+                self._turns.put_back(future.owner, request_id)  # next, and alone
                 break
             batch.append(self._waiting.pop(request_id))
             if suspected(future):
@@ -140,8 +142,10 @@ class SamplingLane:
         return inputs
 
     async def _sample(self, engine: EngineProcess, future: Future, body: bytes) -> None:
+        self.in_engine.add(future.request_id)
         outcome = worn_out(future, self._settings) or await self._outcome(engine, future, body)
         if outcome is not None:
+            self.in_engine.discard(future.request_id)
             await self._store.futures.settle(outcome, self._on_settled)
 
     async def _outcome(self, engine: EngineProcess, future: Future, body: bytes) -> Outcome | None:
@@ -167,6 +171,7 @@ class SamplingLane:
     def _settle_given_up(self, future: Future) -> None:
         """If its result is being stored already, that comes first, and this changes nothing."""
         self._given_up.discard(future.request_id)
+        self.in_engine.discard(future.request_id)
         outcome = failed(future, "user", GIVEN_UP)
         self._store.futures.settle(outcome, self._on_settled).add_done_callback(self._written)
 

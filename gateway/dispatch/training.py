@@ -14,7 +14,7 @@ from engines.operations import OperationKind
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, outcomes_of
 from gateway.dispatch.quarantine import Quarantine, suspected
-from gateway.dispatch.recovery import RestoreFailed, restore_run
+from gateway.dispatch.recovery import Restoration, RestoreFailed
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
 from gateway.engine_process import EngineProcess
@@ -25,6 +25,9 @@ from gateway.store.futures import Claim
 from gateway.store.records import Future, Outcome, Settled
 
 log = logging.getLogger(__name__)
+
+_RESTORE_AGAIN_S = 0.25
+"""Seconds before a restoration that failed is tried again; doubles with each try."""
 
 
 class Interrupted(Exception):
@@ -47,7 +50,10 @@ class TrainingLane:
         self._wake = asyncio.Event()
         self._to_drop: set[str] = set()
         self._sealing = Sealing(settings)
+        self._restorations: dict[str, Restoration] = {}
+        self._failed_restores: dict[str, int] = {}
         self.resident: set[str] = set()
+        self.in_engine: tuple[str, ...] = ()
 
     def accept(self, future: Future, body: bytes | None = None) -> None:
         """Queue an operation that has become durable; `body` is its input where that is at hand."""
@@ -73,7 +79,10 @@ class TrainingLane:
         self._broken = None
         self._to_drop.clear()
         self._sealing.cancel()
+        self._restorations.clear()
+        self._failed_restores.clear()
         self.resident.clear()
+        self.in_engine = ()
 
     def reopen(self, run_id: str) -> None:
         """A run has open operations in the database."""
@@ -81,7 +90,7 @@ class TrainingLane:
         self._wake.set()
 
     def drop(self, run_id: str) -> None:
-        """Free a run's memory between two calls; its log stays, and an operation that comes later restores it."""
+        """Free a run's memory once nothing of it waits; its log stays, and a later operation restores it."""
         self._to_drop.add(run_id)
         self._wake.set()
 
@@ -100,12 +109,27 @@ class TrainingLane:
             batch = self._queue.take_batch()
             if batch:
                 await quarantine.enter(alone=suspected(batch[0]))
-                self._settle(await self._call(engine, await self._claim(engine, batch)))
+                await self._advance(engine, batch)
                 quarantine.leave()
+
+    async def _advance(self, engine: EngineProcess, batch: list[Future]) -> None:
+        """Perform what the engine has the runs for; bring a run that it lacks a piece nearer."""
+        ready: list[Future] = []
+        self.in_engine = tuple(future.request_id for future in batch)
+        for future in batch:
+            if (refusal := worn_out(future, self._settings)) is not None:
+                self._settle_one(refusal)
+            elif future.kind == "create_run" or future.run_id in self.resident:
+                ready.append(future)
+            else:
+                await self._restore(engine, future)
+        if ready:
+            await self._perform(engine, await self._claim(engine, ready))
+        self.in_engine = ()
 
     async def _work_or_time(self, engine: EngineProcess) -> None:
         """Wait until there may be something to do: an operation, a broken write, or a gap to look after."""
-        if not (self._queue or self._unopened or self._to_drop or self._broken):
+        if not (self._queue or self._unopened or self._broken):
             with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps
                 await asyncio.wait_for(self._wake.wait(), min(self._settings.gap_timeout_s / 4, 5.0))
             self._wake.clear()
@@ -127,8 +151,8 @@ class TrainingLane:
                 self.accept(future)
 
     async def _drop_runs(self, engine: EngineProcess) -> None:
-        while self._to_drop:
-            run_id = self._to_drop.pop()
+        for run_id in [run_id for run_id in self._to_drop if not self._queue.waits(run_id)]:
+            self._to_drop.discard(run_id)
             if run_id in self.resident:
                 self.resident.discard(run_id)
                 await engine.drop_run(run_id)
@@ -151,53 +175,61 @@ class TrainingLane:
         self._store.futures.claim_behind(claim).add_done_callback(self._written)
         return inputs
 
-    async def _call(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> list[Outcome]:
-        """Have the engine perform a batch, after giving it the runs that it does not have."""
-        outcomes: list[Outcome] = []
-        ready: list[tuple[Future, bytes]] = []
-        for future, body in batch:
-            refusal = worn_out(future, self._settings) or await self._make_resident(engine, future)
-            if refusal is not None:
-                outcomes.append(refusal)
-            else:
-                ready.append((future, body))
-        if ready:
-            outcomes += await self._perform(engine, ready)
-        return outcomes
-
-    async def _perform(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> list[Outcome]:
+    async def _perform(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> None:
         futures = [future for future, _ in batch]
         kind: OperationKind = futures[0].kind  # type: ignore[assignment]
         addresses = [RunAddress(future.run_id or "", future.seq_id) for future in futures]
         performed, payloads = await engine.perform(kind, addresses, [body for _, body in batch])
+        self.resident.difference_update(performed.lost_runs)
         if performed.lost_runs and len(batch) > 1:
-            return await self._perform_each(engine, batch)
+            for future in futures:  # none of them is to blame for the others: each again, alone
+                self._queue.put_back(future, alone=True)
+            return
         outcomes = outcomes_of(futures, performed, payloads)
         if kind == "create_run":
             self.resident.update(outcome.future.run_id or "" for outcome in outcomes if not outcome.failed)
-        self.resident.difference_update(performed.lost_runs)
-        return outcomes
+        self._settle(outcomes)
 
-    async def _perform_each(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> list[Outcome]:
-        """A call for several runs broke, and none of them is to blame for the others: each again, alone."""
-        outcomes: list[Outcome] = []
-        for future, body in batch:
-            self.resident.discard(future.run_id or "")
-            refusal = await self._make_resident(engine, future)
-            outcomes += [refusal] if refusal is not None else await self._perform(engine, [(future, body)])
-        return outcomes
-
-    async def _make_resident(self, engine: EngineProcess, future: Future) -> Outcome | None:
-        """See to it that the engine has the run; an outcome if that is impossible."""
+    async def _restore(self, engine: EngineProcess, future: Future) -> None:
+        """Take a step of building the run again; the operation keeps its place at the head of the run."""
         run_id = future.run_id or ""
-        if run_id in self.resident or future.kind == "create_run":
-            return None
+        if run_id not in self._restorations:
+            await self._require_settled()
+            self._restorations[run_id] = Restoration(self._store, run_id, future.seq_id)
         try:
-            await restore_run(self._store, engine, run_id, future.seq_id)
+            complete = await self._restorations[run_id].step(engine)
         except RestoreFailed as error:
-            return failed(future, error.category, str(error))
-        self.resident.add(run_id)
-        return None
+            del self._restorations[run_id]
+            self._restore_failed(future, error)
+            return
+        if complete:
+            del self._restorations[run_id]
+            self._failed_restores.pop(run_id, None)
+            self.resident.add(run_id)
+        self._queue.put_back(future)
+
+    async def _require_settled(self) -> None:
+        """Wait until every outcome that was handed to the database is in it: a log is read up to its last one."""
+        await self._store.database.barrier()
+        if self._broken is not None:
+            raise Interrupted(f"an outcome could not be stored: {self._broken}") from self._broken
+
+    def _restore_failed(self, future: Future, error: RestoreFailed) -> None:
+        """What may pass (no memory beside the other runs, say) is tried again a few times, then it fails."""
+        run_id = future.run_id or ""
+        tries = self._failed_restores[run_id] = self._failed_restores.get(run_id, 0) + 1
+        if not error.passing or tries >= self._settings.max_attempts:
+            del self._failed_restores[run_id]
+            self._settle_one(failed(future, error.category, str(error)))
+            return
+        log.warning("run %s: try %d: %s", run_id, tries, error)
+        delay_s = _RESTORE_AGAIN_S * 2**tries
+        asyncio.get_running_loop().call_later(delay_s, self._try_again, self._queue, future)
+
+    def _try_again(self, queue: TrainingQueue, future: Future) -> None:
+        if queue is self._queue:  # else memory has been rebuilt meanwhile, and the operation is queued anew
+            queue.put_back(future)
+            self._wake.set()
 
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Store the outcomes. Each run's next operation may be claimed at once: writes keep their order."""
@@ -255,8 +287,9 @@ def sent(future: Future, epoch: int) -> Future:
 
 def worn_out(future: Future, settings: Settings) -> Outcome | None:
     """A call that engines keep dying over fails, so that everything else can go on."""
-    if future.attempts <= settings.max_attempts:
+    if future.deaths < settings.max_attempts:
         return None
-    deaths = future.attempts - 1
-    log.error("%s failed: the engine died %d times while it was performed", future.request_id, deaths)
-    return failed(future, "server", f"the engine died {deaths} times while it performed this operation")
+    log.error("%s failed: the engine died %d times while it was performed", future.request_id, future.deaths)
+    return failed(
+        future, "server", f"the engine died {future.deaths} times while it performed this operation"
+    )

@@ -219,6 +219,10 @@ class Database:
         self._wake.set()
         return outcome
 
+    async def barrier(self) -> None:
+        """Returns when everything that was handed in before has been committed, or refused."""
+        await self.write(_nothing, None, recomputable=True)
+
     def write_behind(self, operation: WriteMany[A, R], argument: A) -> asyncio.Future[R]:
         """A recomputable write that nobody waits for: it goes along with the next transaction, which comes soon."""
         loop = asyncio.get_running_loop()
@@ -262,6 +266,10 @@ class Database:
                 _tell(write.then, answer)
             if not write.outcome.done():
                 write.outcome.set_result(answer)
+
+
+def _nothing(connection: Connection, wanted: list[None]) -> list[None]:
+    return wanted
 
 
 def _perform(connection: Connection, group: list[_Write[Any, Any]]) -> list[Any]:

@@ -85,6 +85,11 @@ class FutureStore:
         """Mark futures as running whose inputs are at hand; settling finds out whether they could be."""
         return self._database.write_behind(mark_futures, claim)
 
+    async def count_deaths(self, request_ids: Sequence[str]) -> None:
+        """An engine has died while it performed these."""
+        if request_ids:
+            await self._database.write(count_deaths, request_ids)
+
     def settle(
         self, outcome: Outcome, then: Callable[[Settled | None], None] | None = None
     ) -> asyncio.Future[Settled | None]:
@@ -218,6 +223,14 @@ def mark_futures(connection: Connection, claims: list[Claim]) -> list[None]:
     for epoch, group in groupby(claims, key=lambda claim: claim.epoch):
         _mark_running(connection, [key for claim in group for key in claim.request_ids], epoch)
     return [None] * len(claims)
+
+
+def count_deaths(connection: Connection, groups: list[Sequence[str]]) -> list[None]:
+    """One more death of an engine for each of the futures that are still open."""
+    dead = [request_id for group in groups for request_id in group]
+    still_open = F.c.request_id.in_(dead) & F.c.status.in_(OPEN)
+    connection.execute(update(F).where(still_open).values(deaths=F.c.deaths + 1))
+    return [None] * len(groups)
 
 
 def _mark_running(connection: Connection, request_ids: Sequence[str], epoch: int) -> Sequence[str]:

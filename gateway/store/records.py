@@ -100,6 +100,7 @@ class Future:
     status: FutureStatus = FutureStatus.QUEUED
     epoch: int | None = None
     attempts: int = 0
+    deaths: int = 0
     context: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
     error: str | None = None

@@ -110,6 +110,13 @@ futures = Table(
     Column("status", String, nullable=False, comment="queued, running, done, failed"),
     Column("epoch", BigInteger, comment="of the engine that it was sent to"),
     Column("attempts", Integer, nullable=False, comment="times that it was sent to an engine"),
+    Column(
+        "deaths",
+        Integer,
+        nullable=False,
+        server_default="0",
+        comment="engines that died while they performed it",
+    ),
     Column("context", JSON, nullable=False, comment="what settling needs: names, paths, ids"),
     Column("folder", String, comment="storage key that this operation reads or writes"),
     Column("error", String),

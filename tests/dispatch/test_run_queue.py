@@ -79,7 +79,7 @@ def test_passes_go_alone() -> None:
 
 
 def test_what_an_engine_died_over_goes_alone() -> None:
-    queue = opened(replace(operation("a", 1), attempts=1), operation("b", 1), operation("c", 1))
+    queue = opened(replace(operation("a", 1), deaths=1), operation("b", 1), operation("c", 1))
     assert ids(queue.take_batch()) == ["a:1"]
     assert ids(queue.take_batch()) == ["b:1", "c:1"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,5 +74,21 @@ def test_an_operation_that_kills_the_engine_takes_no_sample_and_no_other_run_wit
         assert all(len(future.result().sequences[0].tokens) == 60 for future in samples)
 
 
-def test_the_log_names_what_the_engine_died_over(gateway: ServedGateway, tmp_path: Path) -> None:
+def test_the_log_names_what_the_engine_died_over(gateway: ServedGateway) -> None:
     assert "failed: the engine died 3 times while it was performed" in gateway.log.read_text()
+
+
+def test_a_gateway_that_dies_blames_nobody(tmp_path: Path) -> None:
+    slow = {"name": "fake", "plugin": "fake", "base_model": "fake/model", "options": {"delay_s": 1.0}}
+    gateway = ServedGateway(tmp_path / "data", [slow], max_attempts="1")
+    gateway.start()
+    try:
+        with tinker.ServiceClient(base_url=gateway.url, api_key=KEY) as service:
+            client = service.create_lora_training_client("fake/model", rank=4, seed=1).result()
+            under_way = client.forward_backward([datum()], "cross_entropy")
+            time.sleep(0.5)  # it is in the engine now, for another half second
+            gateway.kill()
+            gateway.start()
+            assert under_way.result().metrics["loss:sum"] > 0
+    finally:
+        gateway.close()

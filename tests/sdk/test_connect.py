@@ -25,7 +25,7 @@ TEXT = "héllo"
 TOKENS = list(TEXT.encode())  # the numpy model's tokens are bytes
 
 CONNECTING = f"""
-import json, sys
+import json, os, sys
 from sdk import connect
 from transformers import AutoTokenizer
 
@@ -37,7 +37,8 @@ with connect(sys.argv[1]) as service:
     for tokenizer in (client.get_tokenizer(), sampler.get_tokenizer(), by_name):
         chat = tokenizer.apply_chat_template([{{"role": "user", "content": "a"}}], tokenize=False)
         told.append([tokenizer.encode({TEXT!r}), tokenizer.decode(tokenizer.encode({TEXT!r})), chat])
-    print(json.dumps(told))
+    print(json.dumps(told), flush=True)
+os._exit(0)  # the SDK's native threads now and then abort an interpreter that shuts down around them
 """
 
 BY_NAME = f"""

@@ -40,7 +40,7 @@ def checkpoint(owner: str = "local", public: bool = False) -> Checkpoint:
 
 def future(error: str | None) -> Future:
     return Future(
-        f"{RUN}:7", "alice", "forward_backward", "failed" if error else "done", "fake", RUN, None, 7, 1, error,
+        f"{RUN}:7", "alice", "forward_backward", "failed" if error else "done", "fake", RUN, None, 7, 1, 0, error,
         "user" if error else None, None, datetime.now(UTC), None, None, None, None,
     )  # fmt: skip
 
