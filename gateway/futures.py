@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from gateway.errors import BadRequest, NotFound
 from gateway.store import Store
@@ -17,6 +17,13 @@ from gateway.store.futures import Submission
 from gateway.store.records import Future, Settled
 
 _RECHECK_S = 1.0
+"""Seconds between looks into the database for a future that another process may be settling."""
+_ATTENTIVE_S = 2.0
+"""Seconds between looks whether there is still somebody who waits; they cost no read."""
+
+
+async def _never() -> bool:
+    return False
 
 
 class Futures:
@@ -55,14 +62,17 @@ class Futures:
         if stored.open and request_id not in self._owners:
             self._accepted(stored, None)
 
-    async def outcome(self, request_id: str, owner: str, hold_s: float) -> Settled | None:
-        """The outcome, waiting for it up to `hold_s` seconds; None if it is still open then.
+    async def outcome(
+        self, request_id: str, owner: str, hold_s: float, gone: Callable[[], Awaitable[bool]] = _never
+    ) -> Settled | None:
+        """The outcome, waiting for it up to `hold_s` seconds; None if it is still open then, or if `gone` says that
+        nobody waits any longer.
 
         Raises NotFound for a future that does not exist or is somebody else's.
         """
         settled = self._recent.get(request_id)
         if settled is None:
-            settled = await self._wait(request_id, owner, hold_s)
+            settled = await self._wait(request_id, owner, hold_s, gone)
         if settled is not None and settled.future.owner != owner:
             raise _unknown(request_id)
         return settled
@@ -95,7 +105,9 @@ class Futures:
             self._owners[future.request_id] = future.owner
         self._on_accepted(future, body)
 
-    async def _wait(self, request_id: str, owner: str, hold_s: float) -> Settled | None:
+    async def _wait(
+        self, request_id: str, owner: str, hold_s: float, gone: Callable[[], Awaitable[bool]]
+    ) -> Settled | None:
         """Wait for a wake-up; look into the database when this process does not know the future."""
         deadline = asyncio.get_running_loop().time() + hold_s
         with self._waiting_for(request_id) as waiter:
@@ -112,7 +124,9 @@ class Futures:
                     return None
                 if left <= 0:
                     return await self._last_look(request_id, owner)
-                await asyncio.wait({waiter}, timeout=left if known_owner else min(left, _RECHECK_S))
+                await asyncio.wait({waiter}, timeout=min(left, _ATTENTIVE_S if known_owner else _RECHECK_S))
+                if not waiter.done() and await gone():
+                    return None
             return None if waiter.cancelled() else waiter.result()
 
     @contextlib.contextmanager

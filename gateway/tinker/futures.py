@@ -11,7 +11,7 @@ from gateway.auth import Owner
 from gateway.completions import Poll
 from gateway.errors import NotFound, StoreUnavailable
 from gateway.state import Gateway, Running
-from gateway.store.records import FutureStatus, Settled
+from gateway.store.records import FutureStatus
 from gateway.supervisor import EngineState
 from gateway.tinker import results, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
@@ -33,7 +33,9 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
         run = await gateway.run(owner, unloaded_run)
         return _json({"model_id": run.run_id, "type": "unload_model"})
     try:
-        settled = await _outcome(request, gateway, owner, body.request_id)
+        settled = await gateway.futures.outcome(
+            body.request_id, owner, gateway.settings.hold_s, request.is_disconnected
+        )
     except StoreUnavailable as error:
         await asyncio.sleep(
             _OUTAGE_PAUSE_S
@@ -86,16 +88,6 @@ async def cancel_future(request: Request, owner: Owner, gateway: Running) -> Res
     if cancelled:
         gateway.fleet.give_up(future)
     return json_reply({"cancelled": cancelled})
-
-
-async def _outcome(request: Request, gateway: Gateway, owner: str, request_id: str) -> Settled | None:
-    """Wait for an outcome, looking up now and then whether there is still somebody to tell it to."""
-    left = gateway.settings.hold_s
-    while True:
-        settled = await gateway.futures.outcome(request_id, owner, min(left, _ATTENTIVE_S))
-        left -= _ATTENTIVE_S
-        if settled is not None or left <= 0 or await request.is_disconnected():
-            return settled
 
 
 def _queue_state(gateway: Gateway) -> tuple[str, str | None]:
