@@ -95,9 +95,10 @@ class FutureStore:
     ) -> asyncio.Future[Settled | None]:
         """Store an outcome and what comes with it; None if the future was not this epoch's to settle.
 
-        Takes effect before any claim that is called after it, without having to be awaited first.
+        Takes effect before any claim that is called after it, without having to be awaited first. A failure may come
+        from outside the log, such as a gap that stayed open for too long: it is flushed.
         """
-        return self._database.write(settle_futures, outcome, then, recomputable=True)
+        return self._database.write(settle_futures, outcome, then, recomputable=not outcome.failed)
 
     async def get(self, request_id: str) -> Future | None:
         row = await self._database.first(select(F).where(F.c.request_id == request_id))

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection
@@ -149,3 +150,25 @@ async def test_a_connection_cut_in_use_fails_one_write_and_no_other(
     assert await store.futures.submit(Submission(an_operation(run, 1), b"again"))
     assert await store.futures.inputs([f"{run.run_id}:1"]) == {f"{run.run_id}:1": b"again"}
     await store.close()
+
+
+async def test_an_outcome_is_not_flushed_and_a_failure_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure need not follow from the log: a gap that stayed open, a sample that was given up."""
+    run = await begun_run(store)
+    create = replace(an_operation(run, 0, "create_run"), epoch=1)
+    failing = replace(an_operation(run, 1), epoch=1)
+    await store.futures.submit(Submission(failing, b""))
+    await store.futures.claim(Claim((create.request_id,), 1))
+    flushes: list[bool] = []
+    write = store.database._driver.write
+
+    async def noted(work: Any, *, flushed: bool) -> Any:
+        flushes.append(flushed)
+        return await write(work, flushed=flushed)
+
+    monkeypatch.setattr(store.database._driver, "write", noted)
+    assert await store.futures.settle(Outcome(create, result=b"r")) is not None
+    await store.futures.settle(Outcome(failing, error="gap", error_category="user"))
+    assert flushes == [False, True]
