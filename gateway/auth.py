@@ -56,11 +56,11 @@ class Keys:
         self._tokens = tokens
         self._keys: dict[str, ApiKey] = {}
         self._read_at = float("-inf")
+        self._due_at = float("-inf")
 
     async def caller(self, request: Request) -> Caller:
         """Who calls. Raises Unauthorized or Forbidden."""
-        if time.monotonic() - self._read_at > _REFRESH_S:
-            await self._refresh()
+        await self._refresh_if_due()
         if not self._keys:
             self._refuse_strangers(request)
             return Caller(LOCAL_OWNER, admin=True)
@@ -74,8 +74,7 @@ class Keys:
         """
         if weights_access_token is None:
             return None
-        if time.monotonic() - self._read_at > _REFRESH_S:
-            await self._refresh()
+        await self._refresh_if_due()
         if not self._keys:
             return LOCAL_OWNER
         try:
@@ -93,7 +92,7 @@ class Keys:
 
     def forget(self) -> None:
         """A key has been removed by this process: the next request reads them again."""
-        self._read_at = float("-inf")
+        self._read_at = self._due_at = float("-inf")
 
     def _key(self, presented: str) -> ApiKey:
         """The key that is presented, itself or by a token that was made for it. Raises Unauthorized."""
@@ -110,14 +109,19 @@ class Keys:
             )
         return key
 
-    async def _refresh(self) -> None:
+    async def _refresh_if_due(self) -> None:
         """Read the keys again; those of a minute ago still count while the database does not answer."""
+        if time.monotonic() < self._due_at:
+            return
         try:
-            self._keys = {key.key_hash: key for key in await self._store.keys.all()}
-            self._read_at = time.monotonic()
+            keys = await self._store.keys.all()
         except StoreUnavailable:
             if time.monotonic() - self._read_at > _STALE_S:
                 raise
+        else:
+            self._keys = {key.key_hash: key for key in keys}
+            self._read_at = time.monotonic()
+        self._due_at = time.monotonic() + _REFRESH_S  # after an outage too: not every request waits for it
 
     def _refuse_strangers(self, request: Request) -> None:
         """Without keys: loopback peers only, not through a proxy, not on behalf of a foreign web page."""

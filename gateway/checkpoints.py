@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from gateway.errors import BadRequest, NotFound, StoreUnavailable
+from gateway.errors import BadRequest, NotFound
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.records import Checkpoint, CheckpointKind
@@ -124,7 +124,9 @@ class Expiry:
         while True:
             try:
                 await self.sweep()
-            except StoreUnavailable as error:
+            except (
+                Exception
+            ) as error:  # boundary: the next sweep tries again, the log says why this one did not
                 log.warning("expired checkpoints are deleted later: %s", error)
             await asyncio.sleep(self._pause_s)
 

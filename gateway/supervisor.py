@@ -152,7 +152,9 @@ class Supervisor:
             try:
                 if not await self._store.leases.renew(self._lease_request()):
                     return "another gateway has taken over its lease"
-            except StoreUnavailable as error:
+            except (
+                Exception
+            ) as error:  # boundary: whoever else takes the lease ends this; a failed renewal need not
                 log.warning("engine %s: the lease could not be renewed: %s", self.engine.name, error)
 
     async def _take_lease(self) -> int:

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,11 +24,11 @@ from typing import Any, Generic, Protocol, TypeVar
 from sqlalchemy import Connection, Row, create_engine, event
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.sql import Executable
 
 from gateway.errors import StoreUnavailable
+from gateway.store.outages import translated_errors
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -292,48 +292,6 @@ def _refuse(group: list[_Write[Any, Any]], error: Exception) -> None:
             write.outcome.set_exception(error)
         else:
             log.error("a write failed after its caller had left: %s", error)
-
-
-@contextlib.contextmanager
-def translated_errors() -> Iterator[None]:
-    """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
-    try:
-        yield
-    except (OSError, PoolTimeout) as error:
-        raise _unavailable(error) from error
-    except DBAPIError as error:
-        if error.connection_invalidated or _is_outage(error):
-            raise _unavailable(error) from error
-        raise
-
-
-def _unavailable(error: Exception) -> StoreUnavailable:
-    """What the driver says names hosts, roles and paths: it goes to the log, not to clients."""
-    log.error("the database does not answer: %s", error)
-    return StoreUnavailable(
-        "the database cannot serve this now; the gateway's log says why. Try again in a moment"
-    )
-
-
-_OUTAGES = (
-    "disk is full",
-    "disk full",
-    "no space left",
-    "database is locked",
-    "readonly database",
-    "i/o error",
-    "connection",
-    "shutting down",
-    "starting up",
-    "too many clients",
-    "unable to open",
-)
-
-
-def _is_outage(error: DBAPIError) -> bool:
-    """Whether a driver's error speaks of the server or the disk, not of the statement."""
-    text = str(error.orig).lower()
-    return any(sign in text for sign in _OUTAGES)
 
 
 def _configure_sqlite(engine: Engine, synchronous: str) -> None:

@@ -110,7 +110,7 @@ async def test_a_key_opens_the_door_and_closes_it_for_those_without(app: FastAPI
     """The last one: from here on a key is needed."""
     settings = {"data_dir": str(app.state.gateway.settings.data_dir)}
     key = (await asyncio.to_thread(keys_command, settings, "add", "alice")).split()[0]
-    app.state.keys._read_at = float("-inf")  # as some seconds later
+    app.state.keys._due_at = float("-inf")  # as some seconds later
     served = await get(
         app, ROUTES[0], "203.0.113.9", "gateway.example", x_api_key=key, x_forwarded_for="8.8.8.8"
     )

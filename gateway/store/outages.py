@@ -1,0 +1,85 @@
+"""Which errors of a database speak of the server or the disk, not of the statement: decided by their codes.
+
+Messages are not looked at: they are translated to the server's language and change with its version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Iterator
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from gateway.errors import StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_SQLSTATES = (
+    "08",  # the connection
+    "28",  # the server does not take this role any more
+    "3D",  # the database is not there
+    "53",  # disk, memory or connections are used up
+    "57P",  # shutting down, starting up, recovering
+    "57014",  # the statement took longer than the server allows
+    "58",  # the operating system refused
+    "25006",  # a standby, or a disk that has been made read-only
+    "40001",  # two transactions in each other's way: one of them is to be repeated
+    "40P01",
+    "55P03",
+)
+"""How the SQLSTATE of an outage begins: https://www.postgresql.org/docs/current/errcodes-appendix.html"""
+
+_SQLITE_CODES = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_INTERRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_PERM,
+    }
+)
+"""Primary result codes: https://www.sqlite.org/rescode.html"""
+
+
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+    """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # boundary: the driver's own errors, while it connects, are of no class we may import
+        if not is_outage(error):
+            raise
+        # What the driver says names hosts, roles and paths: it goes to the log, not to clients.
+        log.error("the database does not answer: %s", error)
+        raise StoreUnavailable(
+            "the database cannot serve this now; the gateway's log says why. Try again in a moment"
+        ) from error
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether an error will pass by itself, or when an operator has done something about the server or the disk."""
+    if isinstance(error, OSError | PoolTimeout):
+        return True
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or (error.orig is not None and is_outage(error.orig))
+    if isinstance(error, sqlite3.Error):
+        return _sqlite_code(error) in _SQLITE_CODES
+    # asyncpg's errors come wrapped by SQLAlchemy, and plain while a connection is made; both carry the code.
+    sqlstate = getattr(error, "sqlstate", None)
+    return isinstance(sqlstate, str) and sqlstate.startswith(_SQLSTATES)
+
+
+def _sqlite_code(error: sqlite3.Error) -> int | None:
+    """The primary result code; errors of the driver itself have none."""
+    extended = getattr(error, "sqlite_errorcode", None)
+    return extended & 0xFF if isinstance(extended, int) else None
