@@ -104,6 +104,12 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def threads_of(pid: int) -> int:
+    """Threads that a process has."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[17])
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """The value that a share of all is not above."""
     ordered = sorted(values)

@@ -168,11 +168,32 @@ def _by_repeat(ratios: list[float]) -> list[tuple[float, float]]:
     return [(float(repeat), ratio) for repeat, ratio in enumerate(ratios, start=1)]
 
 
+def pressure(results: Results) -> list[str]:
+    """One row a kind of client: what became of its samples, what they cost, what another client felt."""
+    rows = [
+        "| | answered | in | memory grown by | threads | another's round trip: smallest | median | 95 % |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, kind in (("nothing else to do", "idle"), ("raw client", "raw"), ("official SDK", "sdk")):
+        found = results[kind]
+        other = found.get("other", found)
+        cost = "| | | | "
+        if kind != "idle":
+            cost = (
+                f"| {found['answered']} of {results['samples']} | {found['seconds']:.1f} s "
+                f"| {found['grown_mb']:.0f} MB | {found['threads_before']} → {found['threads']} "
+            )
+        felt = " | ".join(f"{other[part]:.1f} ms" for part in ("smallest_ms", "p50_ms", "p95_ms"))
+        rows.append(f"| {name} {cost}| {felt} |")
+    return rows
+
+
 TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "roundtrip-sqlite": roundtrip,
     "roundtrip-postgres": roundtrip,
     "training": training,
     "sampling": sampling,
+    "pressure": pressure,
 }
 CHARTS: Mapping[str, Chart] = {"training": training_chart, "sampling": sampling_chart}
 

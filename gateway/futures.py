@@ -37,18 +37,27 @@ class Futures:
         self._on_accepted = on_accepted
         self._recent = RecentlySettled(cache_bytes)
         self._waiters: dict[str, set[asyncio.Future[Settled]]] = {}
-        self._owners: dict[str, str] = {}
+        self._open: dict[str, Future] = {}
         self._closing = False
+
+    def knows(self, request_id: str) -> bool:
+        """Whether this call has been accepted here and is open, or was settled lately."""
+        return request_id in self._open or self._recent.get(request_id) is not None
+
+    async def find(self, request_id: str) -> Future | None:
+        """The record of a call as it was accepted."""
+        known = self._open.get(request_id)
+        return known if known is not None else await self._store.futures.get(request_id)
 
     async def submit(self, submission: Submission) -> None:
         """Returns when the call is durable. A repeated submit of the same natural key is the first one."""
         future = submission.future
-        if future.request_id in self._owners or self._recent.get(future.request_id) is not None:
+        if self.knows(future.request_id):
             return
         new = await self._store.futures.submit(
             submission, lambda new: self._accepted(future, submission.body) if new else None
         )
-        if not new and future.request_id not in self._owners:
+        if not new and future.request_id not in self._open:
             await self._adopt(future.request_id)
 
     async def _adopt(self, request_id: str) -> None:
@@ -59,7 +68,7 @@ class Futures:
                 "this number is taken by another operation of the run; one client at a time numbers a run's operations",
                 param="seq_id",
             )
-        if stored.open and request_id not in self._owners:
+        if stored.open and request_id not in self._open:
             self._accepted(stored, None)
 
     async def outcome(
@@ -82,7 +91,7 @@ class Futures:
         if settled is None:
             return
         request_id = settled.future.request_id
-        self._owners.pop(request_id, None)
+        self._open.pop(request_id, None)
         self._recent.add(settled)
         for waiter in self._waiters.pop(request_id, ()):
             if not waiter.done():
@@ -98,11 +107,11 @@ class Futures:
     def opened(self, future: Future) -> None:
         """An open future from before this process started is known here from now on."""
         if self._recent.get(future.request_id) is None:
-            self._owners[future.request_id] = future.owner
+            self._open[future.request_id] = future
 
     def _accepted(self, future: Future, body: bytes | None) -> None:
         if future.open:
-            self._owners[future.request_id] = future.owner
+            self._open[future.request_id] = future
         self._on_accepted(future, body)
 
     async def _wait(
@@ -112,19 +121,19 @@ class Futures:
         deadline = asyncio.get_running_loop().time() + hold_s
         with self._waiting_for(request_id) as waiter:
             while not waiter.done():
-                known_owner = self._owners.get(request_id)
-                if known_owner is None:
+                known = self._open.get(request_id)
+                if known is None:
                     settled = await self._look_up(request_id, owner)
                     if settled is not None:
                         return settled
-                elif known_owner != owner:
+                elif known.owner != owner:
                     raise _unknown(request_id)
                 left = deadline - asyncio.get_running_loop().time()
                 if self._closing:
                     return None
                 if left <= 0:
                     return await self._last_look(request_id, owner)
-                await asyncio.wait({waiter}, timeout=min(left, _ATTENTIVE_S if known_owner else _RECHECK_S))
+                await asyncio.wait({waiter}, timeout=min(left, _ATTENTIVE_S if known else _RECHECK_S))
                 if not waiter.done() and await gone():
                     return None
             return None if waiter.cancelled() else waiter.result()
@@ -145,7 +154,7 @@ class Futures:
         """Nobody has woken us. If the answer of a commit was lost, the outcome is in the database all the same."""
         settled = await self._look_up(request_id, owner)
         if settled is not None:
-            self._owners.pop(request_id, None)
+            self._open.pop(request_id, None)
         return settled
 
     async def _look_up(self, request_id: str, owner: str) -> Settled | None:

@@ -87,8 +87,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Largest request body after decompression."""
     max_queued_per_run: int = 20_000
     """Operations of one run that may wait."""
+    max_queued_per_owner: int = 50_000
+    """Operations of all runs of one owner that may wait for one engine."""
     max_queued_samples: int = 20_000
-    """Samples of one owner that may wait."""
+    """Samples of one owner that may wait for one engine."""
+    announced_result_bytes: int = 1 * MiB
+    """Results from this size on are announced, with their size, to clients that ask for that, before they are sent."""
     samples_in_engine: int = 256
     """Samples that are handed to an engine at a time; the rest wait in the gateway, owners in turn."""
     input_cache_bytes: int = 64 * MiB

@@ -26,7 +26,7 @@ from engines.operations import (
     encode,
 )
 from gateway.checkpoints import checkpoint_path
-from gateway.errors import BadRequest, EngineUnavailable, TooManyRequests
+from gateway.errors import BadRequest, EngineUnavailable
 from gateway.sealing import plain_folder
 from gateway.state import Gateway
 from gateway.store.futures import Submission
@@ -164,6 +164,8 @@ async def submit_run(gateway: Gateway, new: NewRun) -> Future:
     )
     operation = CreateRun(new.lora, folder=origin_folder, optimizer_state=new.with_optimizer)
     future = _future(run, 0, "create_run", {"path": run.origin_path}, None)
+    if not gateway.futures.knows(future.request_id):
+        gateway.dispatcher_of(run).training.require_room(future)
     needs = new.origin.reference if new.origin is not None else None
     await gateway.futures.submit(Submission(future, encode(operation), run, needs))
     return future
@@ -231,13 +233,12 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
     """
     dispatcher = gateway.fleet.for_base_model(sampler.base_model, "sample")
     _refuse_foreign(gateway, dispatcher.name)
-    waiting = dispatcher.sampling.waiting_of(sampler.owner)
-    if waiting >= gateway.settings.max_queued_samples:
-        raise TooManyRequests(f"{waiting} samples of yours wait already; retry when some of them are done")
+    future = _sample_future(sampler, dispatcher.name, turn)
+    if not gateway.futures.knows(future.request_id):
+        dispatcher.sampling.require_room(sampler.owner)
     folder = await _weights_of(gateway, sampler)
     if folder is not None:
         request = msgspec.structs.replace(request, adapter=AdapterRef(folder, folder))
-    future = _sample_future(sampler, dispatcher.name, turn)
     await gateway.futures.submit(Submission(future, encode(request)))
     return future
 
@@ -264,11 +265,8 @@ async def _append(
             f"seq_id is {future.seq_id}; operations of a run are numbered from 1", param="seq_id"
         )
     _refuse_foreign(gateway, run.engine)
-    waiting = gateway.dispatcher_of(run).training.waiting_in_run(run.run_id)
-    if waiting >= gateway.settings.max_queued_per_run:
-        raise TooManyRequests(
-            f"{waiting} operations of run {run.run_id} wait already; retry when some are done"
-        )
+    if not gateway.futures.knows(future.request_id):
+        gateway.dispatcher_of(run).training.require_room(future)
     await gateway.futures.submit(Submission(future, body, needs=needs))
     return future
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 
 from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.sampling import SamplingLane
+from gateway.dispatch.standing import Standing
 from gateway.dispatch.training import Interrupted, TrainingLane
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineLost, StoreUnavailable
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.records import Future, Settled
-from gateway.supervisor import Supervisor
+from gateway.supervisor import EngineState, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,14 @@ class Dispatcher:
     def name(self) -> str:
         """The engine's name."""
         return self.supervisor.engine.name
+
+    def standing(self, future: Future) -> Standing:
+        """Where an open future of this engine stands."""
+        supervisor = self.supervisor
+        if supervisor.state is not EngineState.READY:
+            return Standing(True, f"the engine of {supervisor.engine.base_model} is {supervisor.state}")
+        lane = self.sampling if future.run_id is None else self.training
+        return lane.standing(future)
 
     def start(self) -> None:
         """Start feeding; call it in the running loop."""

@@ -6,7 +6,8 @@ of it runs at a time is also kept by the schema.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from bisect import bisect_left
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -18,11 +19,13 @@ _LARGEST_BATCH = {"create_run": 64, "optim_step": 64}
 
 @dataclass(slots=True)
 class RunQueue:
-    """The unsettled end of one log. `next_seq` is the number whose turn it is."""
+    """The unsettled end of one log. `next_seq` is the number whose turn it is. `load` counts, by owner, what waits in
+    all queues that share it."""
 
     run_id: str
     owner: str
     next_seq: int
+    load: Counter[str] = field(default_factory=Counter)
     waiting: dict[int, Future] = field(default_factory=dict)
     running: bool = False
     alone: bool = False
@@ -33,6 +36,7 @@ class RunQueue:
         its number."""
         if future.seq_id >= self.next_seq and future.seq_id not in self.waiting:
             self.waiting[future.seq_id] = future
+            self.load[self.owner] += 1
             self._skip_settled()
 
     def head(self) -> Future | None:
@@ -41,7 +45,8 @@ class RunQueue:
 
     def advance(self) -> None:
         """The head has been settled."""
-        self.waiting.pop(self.next_seq, None)
+        if self.waiting.pop(self.next_seq, None) is not None:
+            self.load[self.owner] -= 1
         self.next_seq += 1
         self.running = self.alone = False
         self._skip_settled()
@@ -59,6 +64,7 @@ class RunQueue:
         """Take out everything that waits behind a gap; the log goes on behind the last of them."""
         abandoned = [self.waiting[seq] for seq in sorted(self.waiting)]
         self.next_seq = abandoned[-1].seq_id + 1
+        self.load[self.owner] -= len(self.waiting)
         self.waiting.clear()
         self.gap_since = None
         return [future for future in abandoned if future.open]
@@ -66,6 +72,7 @@ class RunQueue:
     def _skip_settled(self) -> None:
         while (future := self.waiting.get(self.next_seq)) is not None and not future.open:
             del self.waiting[self.next_seq]
+            self.load[self.owner] -= 1
             self.next_seq += 1
 
 
@@ -74,15 +81,17 @@ class Turns:
 
     def __init__(self) -> None:
         self._owners: OrderedDict[str, deque[str]] = OrderedDict()
-        self._present: set[str] = set()
+        self._places: dict[str, int] = {}
+        self._next_place = 0
 
     def __len__(self) -> int:
-        return len(self._present)
+        return len(self._places)
 
     def add(self, owner: str, key: str) -> None:
         """Queue a key; one that is queued already keeps its place."""
-        if key not in self._present:
-            self._present.add(key)
+        if key not in self._places:
+            self._places[key] = self._next_place
+            self._next_place += 1
             self._owners.setdefault(owner, deque()).append(key)
 
     def take(self) -> str | None:
@@ -91,7 +100,7 @@ class Turns:
             return None
         owner, keys = next(iter(self._owners.items()))
         key = keys.popleft()
-        self._present.discard(key)
+        del self._places[key]
         if keys:
             self._owners.move_to_end(owner)
         else:
@@ -100,14 +109,15 @@ class Turns:
 
     def put_back(self, owner: str, key: str) -> None:
         """A key that was taken and could not be used keeps its place at the head of the line."""
-        self._present.add(key)
-        self._owners.setdefault(owner, deque()).appendleft(key)
+        keys = self._owners.setdefault(owner, deque())
+        self._places[key] = self._places[keys[0]] - 1 if keys else self._next_place
+        keys.appendleft(key)
         self._owners.move_to_end(owner, last=False)
 
     def remove(self, owner: str, key: str) -> None:
         """A key is not to be handed out; an unknown one is no error."""
-        if key in self._present:
-            self._present.discard(key)
+        if key in self._places:
+            del self._places[key]
             keys = self._owners[owner]
             keys.remove(key)
             if not keys:
@@ -117,12 +127,20 @@ class Turns:
         """How many keys of an owner wait."""
         return len(self._owners.get(owner, ()))
 
+    def before(self, owner: str, key: str) -> int:
+        """How many keys of the owner come before this one; 0 for one that does not wait."""
+        place = self._places.get(key)
+        if place is None:
+            return 0
+        return bisect_left(self._owners[owner], place, key=self._places.__getitem__)
+
 
 class TrainingQueue:
     """The run queues of one engine."""
 
     def __init__(self) -> None:
         self.runs: dict[str, RunQueue] = {}
+        self.load: Counter[str] = Counter()
         self._ready = Turns()
         self._blocked: set[str] = set()
 
@@ -131,7 +149,7 @@ class TrainingQueue:
 
     def open_run(self, run_id: str, owner: str, next_seq: int, futures: Iterable[Future]) -> RunQueue:
         """Start to keep the order of a run, with what is known of its log from `next_seq` on."""
-        queue = self.runs[run_id] = RunQueue(run_id, owner, next_seq)
+        queue = self.runs[run_id] = RunQueue(run_id, owner, next_seq, self.load)
         for future in futures:
             queue.add(future)
         self._mark(queue)

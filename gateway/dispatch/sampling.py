@@ -13,9 +13,10 @@ from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, succeeded
 from gateway.dispatch.quarantine import Quarantine, suspected
 from gateway.dispatch.run_queue import Turns
+from gateway.dispatch.standing import Standing
 from gateway.dispatch.training import Interrupted, sent, worn_out
 from gateway.engine_process import EngineProcess
-from gateway.errors import EngineFailed, EngineLost
+from gateway.errors import EngineFailed, EngineLost, TooManyRequests
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.futures import Claim
@@ -85,9 +86,24 @@ class SamplingLane:
             self._settle_given_up(waiting)
         # else it is being claimed, or is read from the database when the engine is there: it is failed then
 
-    def waiting_of(self, owner: str) -> int:
-        """Samples of an owner that have not been handed to the engine."""
-        return self._turns.count(owner)
+    def standing(self, future: Future) -> Standing:
+        """Where an open sample stands."""
+        if future.request_id in self._active:
+            return Standing(False, "it is being drawn")
+        before = self._turns.before(future.owner, future.request_id)
+        return Standing(
+            True,
+            f"{before} samples of yours come before it; the engine draws {len(self._active)} and takes at most "
+            f"{self._settings.samples_in_engine} at a time",
+        )
+
+    def require_room(self, owner: str) -> None:
+        """Raises TooManyRequests when an owner's queue is full."""
+        waiting, largest = self._turns.count(owner), self._settings.max_queued_samples
+        if waiting >= largest:
+            raise TooManyRequests(
+                f"{waiting} samples of yours wait already (setting max_queued_samples); retry when some are done"
+            )
 
     async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
         """Until the engine is lost or a write fails."""

@@ -17,8 +17,9 @@ from gateway.dispatch.quarantine import Quarantine, suspected
 from gateway.dispatch.recovery import Restoration, RestoreFailed
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
+from gateway.dispatch.standing import Standing
 from gateway.engine_process import EngineProcess
-from gateway.errors import EngineLost
+from gateway.errors import EngineLost, TooManyRequests
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.futures import Claim
@@ -94,10 +95,44 @@ class TrainingLane:
         self._to_drop.add(run_id)
         self._wake.set()
 
-    def waiting_in_run(self, run_id: str) -> int:
-        """Operations of a run that wait or run."""
-        queue = self._queue.runs.get(run_id)
-        return len(queue.waiting) if queue is not None else len(self._unopened.get(run_id, ()))
+    def standing(self, future: Future) -> Standing:
+        """Where an open operation stands."""
+        queue = self._queue.runs.get(future.run_id or "")
+        if queue is None or (queue.running and future.seq_id == queue.next_seq):
+            return Standing(
+                False, "it is being performed" if queue is not None else "its run is being restored"
+            )
+        if queue.head() is None and not queue.running:
+            return Standing(False, f"operation {queue.next_seq} of its run has not arrived")
+        before = future.seq_id - queue.next_seq
+        return Standing(
+            False, f"{before} operations of its run come before it" if before else "it is next in its run"
+        )
+
+    def require_room(self, future: Future) -> None:
+        """Raises TooManyRequests when the queue of the run or of its owner is full.
+
+        What comes before something that waits is taken all the same: the chunks of one call are sent in any order, and
+        those that are here would wait for it for ever.
+        """
+        queue = self._queue.runs.get(future.run_id or "")
+        unopened = self._unopened.get(future.run_id or "", [])
+        refusal = self._refusal(future, len(unopened if queue is None else queue.waiting))
+        if refusal is not None:
+            waiting = queue.waiting if queue is not None else [other.seq_id for other in unopened]
+            if future.seq_id > max(waiting, default=-1):
+                raise TooManyRequests(f"{refusal}; retry when some are done")
+
+    def _refusal(self, future: Future, in_run: int) -> str | None:
+        if in_run >= self._settings.max_queued_per_run:
+            return f"{in_run} operations of run {future.run_id} wait already (setting max_queued_per_run)"
+        unopened = (
+            len(others) for others in self._unopened.values() if others and others[0].owner == future.owner
+        )
+        in_all = self._queue.load[future.owner] + sum(unopened)
+        if in_all >= self._settings.max_queued_per_owner:
+            return f"{in_all} operations of yours wait already (setting max_queued_per_owner)"
+        return None
 
     async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
         """Until the engine is lost, or what is in memory cannot be trusted any more."""

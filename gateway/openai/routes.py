@@ -18,8 +18,9 @@ from gateway.openai.rendering import ChatRendering, CompletionRendering, Renderi
 from gateway.openai.replies import ChatReply, CompletionReply, Identity, ModelList, ModelReply
 from gateway.openai.requests import ChatRequest, CompletionRequest
 from gateway.openai.sampling import Usage, carry_out
-from gateway.openai.streams import EventStream, events, read_body, while_connected
+from gateway.openai.streams import EventStream, events, read_body
 from gateway.openapi import schema_of
+from gateway.presence import while_connected
 
 router = APIRouter(route_class=OpenAIRoute, tags=["OpenAI"])
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -22,8 +20,7 @@ from gateway.openai.plan import off_loop
 from gateway.openai.rendering import Rendering
 from gateway.openai.requests import MAX_BODY_BYTES
 from gateway.openai.sampling import Usage
-
-T = TypeVar("T")
+from gateway.presence import while_connected
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +35,6 @@ async def read_body(request: Request) -> bytes:
                 f"The body is larger than {MAX_BODY_BYTES} bytes; send fewer or shorter prompts in one request."
             )
     return bytes(body)
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What the work returns. It is cancelled when the client hangs up; then ClientDisconnect is raised.
-
-    The request's body must have been read: what comes behind it from `receive` is that the client is gone.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hangs_up(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _hangs_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class EventStream(StreamingResponse):

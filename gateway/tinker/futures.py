@@ -10,9 +10,9 @@ from fastapi import Request, Response
 from gateway.auth import Owner
 from gateway.completions import Poll
 from gateway.errors import NotFound, StoreUnavailable
+from gateway.presence import while_connected
 from gateway.state import Gateway, Running
 from gateway.store.records import FutureStatus
-from gateway.supervisor import EngineState
 from gateway.tinker import results, schemas
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
 from gateway.tinker.routing import topic
@@ -20,8 +20,6 @@ from gateway.tinker.routing import topic
 router = topic()
 
 _OUTAGE_PAUSE_S = 2.0
-
-_ATTENTIVE_S = 2.0
 
 
 @router.post("/retrieve_future", openapi_extra=takes(schemas.RetrieveFuture))
@@ -42,7 +40,7 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
         )  # the SDK would repeat a 503 at once, a storm for a database that recovers
         return _json(results.pending(body.request_id, "paused_capacity", error.message))
     if settled is None:
-        return _json(results.pending(body.request_id, *_queue_state(gateway)))
+        return _json(results.pending(body.request_id, *await _queue_state(gateway, body.request_id)))
     if settled.future.status is FutureStatus.FAILED or settled.result is None:
         return _json(results.failure(settled.future))
     future, result = settled.future, settled.result
@@ -50,6 +48,8 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
     content, media_type = await in_thread_if_large(
         result, lambda: results.render(future, result, protobuf=protobuf)
     )
+    if body.allow_metadata_only and len(content) >= gateway.settings.announced_result_bytes:
+        return _json({"status": "complete_metadata", "response_payload_size": len(content)})
     return Response(content, media_type=media_type)
 
 
@@ -66,11 +66,7 @@ async def retrieve_futures(request: Request, owner: Owner, gateway: Running) -> 
     )
     hold_s = gateway.settings.hold_s
     left = hold_s if body.timeout is None else min(body.timeout, hold_s)
-    while True:
-        found = await gateway.completions.poll(poll, min(left, _ATTENTIVE_S))
-        left -= _ATTENTIVE_S
-        if found or left <= 0 or await request.is_disconnected():
-            break
+    found = await while_connected(request.receive, gateway.completions.poll(poll, left))
     completions = [
         {"state": "failed" if each.failed else "finished", "request_id": each.request_id} for each in found
     ]
@@ -90,13 +86,14 @@ async def cancel_future(request: Request, owner: Owner, gateway: Running) -> Res
     return json_reply({"cancelled": cancelled})
 
 
-def _queue_state(gateway: Gateway) -> tuple[str, str | None]:
-    """Why it takes long, as far as the client can be told."""
-    for dispatcher in gateway.fleet.dispatchers.values():
-        supervisor = dispatcher.supervisor
-        if supervisor.state is not EngineState.READY:
-            return "paused_capacity", f"the engine of {supervisor.engine.base_model} is {supervisor.state}"
-    return "active", None
+async def _queue_state(gateway: Gateway, request_id: str) -> tuple[str, str | None]:
+    """Why it takes long: the state of this future's own engine, and its place there."""
+    future = await gateway.futures.find(request_id)
+    dispatcher = gateway.fleet.dispatchers.get(future.engine) if future is not None else None
+    if future is None or dispatcher is None:
+        return "paused_capacity", "its engine is not in this gateway's settings"
+    standing = dispatcher.standing(future)
+    return "paused_capacity" if standing.paused else "active", standing.reason
 
 
 def _json(value: dict[str, object]) -> Response:

@@ -48,6 +48,15 @@ def numbers(found: Any) -> Iterator[float]:
         yield found
 
 
+def test_pressure(tmp_path: Path) -> None:
+    run_short("pressure", tmp_path)
+    results = results_of("pressure", tmp_path)
+    for kind in ("raw", "sdk"):
+        assert results[kind]["answered"] == results["samples"] == 60
+        assert results[kind]["other"]["round_trips"] > 0
+    assert results["idle"]["p95_ms"] >= results["idle"]["p50_ms"] >= results["idle"]["smallest_ms"] > 0
+
+
 def test_roundtrip(tmp_path: Path) -> None:
     run_short("roundtrip", tmp_path)
     results = results_of("roundtrip-sqlite", tmp_path)

@@ -62,8 +62,8 @@ def supervised(url: str, folder: Path) -> None:
 
 
 def supervised_beginning(url: str, folder: Path) -> None:
-    """The first steps of it only; `supervised` in the same folder goes on from there."""
-    _supervise(url, folder, max_steps=9)
+    """The first of its three rounds; `supervised` in the same folder goes on from there."""
+    _supervise(url, folder, num_epochs=1)
 
 
 def _supervise(url: str, folder: Path, **options: Any) -> None:
@@ -86,12 +86,11 @@ def _supervise(url: str, folder: Path, **options: Any) -> None:
         renderer_name=RENDERER,
         dataset_builder=data,
         learning_rate=5e-3,
-        num_epochs=3,
         lora_rank=_RANK,
         base_url=url,
         save_every=5,
         eval_every=7,
-        **options,
+        **{"num_epochs": 3, **options},
     )
     asyncio.run(sl_train.main(config))
 

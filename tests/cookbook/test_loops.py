@@ -52,10 +52,10 @@ def test_a_supervised_loop_goes_on_where_it_was_stopped(
     """It begins a new run at its last checkpoint, with the optimizer's state, and knows what the first has learnt."""
     first = series(run_loop("supervised_beginning", gateway.url, tmp_path, hub), "train_mean_nll")
     both = series(run_loop("supervised", gateway.url, tmp_path, hub), "train_mean_nll")
-    assert len(first) == 9
-    assert both[:9] == first
-    assert len(both) > 9
-    assert max(both[9:]) < 0.5 * first[0]
+    assert len(first) == 7
+    assert both[:7] == first
+    assert len(both) == 3 * 7
+    assert max(both[7:]) < 0.6 * first[0]
     assert both[-1] < 0.1 * first[0]
 
 

@@ -120,3 +120,17 @@ def test_turns_go_round_the_owners() -> None:
     turns.add("alice", "a1")
     assert (len(turns), turns.count("alice"), turns.count("bob")) == (4, 3, 1)
     assert [turns.take() for _ in range(5)] == ["a1", "b1", "a2", "a3", None]
+
+
+def test_the_place_of_a_key_is_how_many_of_its_owner_come_before_it() -> None:
+    turns = Turns()
+    for number in range(6):
+        turns.add("alice" if number % 2 else "bob", str(number))
+    assert [turns.before("alice", key) for key in ("1", "3", "5")] == [0, 1, 2]
+    turns.remove("alice", "3")
+    assert turns.before("alice", "5") == 1
+    assert turns.take() == "0"
+    assert turns.before("bob", "4") == 1
+    turns.put_back("bob", "0")
+    assert [turns.before("bob", key) for key in ("0", "2", "4")] == [0, 1, 2]
+    assert turns.before("bob", "unknown") == 0
