@@ -9,22 +9,14 @@ import httpx
 import pytest
 import tinker
 
+from tests.chaos.comparison import ANSWERS, compare
 from tests.chaos.proxy import Proxy, Trouble
 from tests.chaos.workload import (
-    CHUNK_FLAGS,
     KEY,
     calls_of_run,
     example,
-    folders,
-    new_files,
-    optimizer_steps,
-    train,
 )
 from tests.served import ServedGateway
-
-ANSWERS = {"/api/v1/client/config": CHUNK_FLAGS}
-UNDISTURBED = Trouble(0.0, 0.0, 0.0, 0.0)
-STEPS = 200
 
 
 @pytest.fixture
@@ -36,39 +28,8 @@ def troubled(gateway: ServedGateway) -> Iterator[Proxy]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("hurried_sdk")
-def test_two_hundred_pipelined_steps_end_with_the_same_weights(
-    gateway: ServedGateway, troubled: Proxy
-) -> None:
-    files = []
-    runs = []
-    with Proxy(gateway.port, UNDISTURBED, seed=0, answers=ANSWERS).running() as smooth:
-        for proxy in (smooth, troubled):
-            known = set(folders(gateway))
-            with tinker.ServiceClient(base_url=proxy.url, api_key=KEY) as service:
-                runs.append(train(service, STEPS))
-            files.append(new_files(gateway, known))
-    happened = troubled.happened
-    for kind, share in (("lost requests", 0.2), ("lost answers", 0.2), ("repeated", 0.1 * 0.8)):
-        assert happened[kind] > 0.7 * share * happened["requests"], happened
-    assert happened["requests"] > 1.3 * smooth.happened["requests"]
-    assert {status for status in happened if status.startswith("status")} == {"status 200"}, happened
-
-    undisturbed, disturbed = files
-    assert undisturbed.keys() == disturbed.keys()
-    assert "adapter_model.safetensors" in undisturbed and "optimizer.safetensors" in undisturbed
-    for name, content in undisturbed.items():
-        assert disturbed[name] == content, f"{name} differs"
-    expected = Counter(
-        {
-            ("create_run", "done"): 1,
-            ("forward_backward", "done"): 3 * STEPS,
-            ("optim_step", "done"): STEPS,
-            ("save_weights", "done"): 1,
-        }
-    )
-    for run_id in runs:
-        assert calls_of_run(gateway, run_id) == expected
-        assert optimizer_steps(gateway, run_id) == STEPS
+def test_two_hundred_pipelined_steps_end_with_the_same_weights(gateway: ServedGateway) -> None:
+    compare(gateway, steps=200, seed=3)
 
 
 @pytest.mark.timeout(120)

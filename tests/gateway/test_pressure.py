@@ -10,11 +10,12 @@ from typing import Any
 import aiohttp
 import httpx
 import pytest
+import tinker
 
 from benchmarks import pressure
 from benchmarks.measuring import processor_seconds, resident_bytes, threads_of
 from gateway.tinker.results import PROTOBUF
-from tests.gateway.conftest import KEY, begin_run, outcome, send_pass, send_step
+from tests.gateway.conftest import KEY, begin_run, datum, outcome, send_pass, send_step
 from tests.served import ServedGateway
 
 SLOW = {"name": "slow", "plugin": "fake", "base_model": "fake/model", "options": {"delay_s": 0.05}}
@@ -123,6 +124,14 @@ def test_a_large_result_is_announced_to_who_asks_for_that(http: httpx.Client) ->
         assert len(whole.content) > 2000
     assert "metrics" in peek(http, large)
     assert "metrics" in peek(http, small, allow_metadata_only=True)
+
+
+def test_the_official_client_fetches_what_was_announced(gateway: ServedGateway) -> None:
+    with tinker.ServiceClient(base_url=gateway.url, api_key=KEY) as service:
+        client = service.create_lora_training_client("fake/model", rank=4).result()
+        result = client.forward([datum(1, 1200)], "cross_entropy").result()
+    [output] = result.loss_fn_outputs
+    assert len(output["logprobs"].data) == 1200
 
 
 PARKED = 2000

@@ -1,0 +1,33 @@
+"""`python -m tests.chaos`: the official SDK with its own waits, of seconds, over a mistreated connection; minutes."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.comparison import compare
+from tests.served import ServedGateway
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        gateway = ServedGateway(Path(folder))
+        gateway.start()
+        started = time.monotonic()
+        try:
+            happened = compare(gateway, arguments.steps, arguments.seed)
+        finally:
+            gateway.close()
+    print(
+        f"the same weights after {arguments.steps} steps and {time.monotonic() - started:.0f} s: {dict(happened)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
