@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tarfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from gateway.settings import Settings
 from gateway.store.records import Checkpoint
 
 _CHUNK = 1 << 20
+_COMPLETE = "checkpoint_complete"
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -48,13 +50,16 @@ def _list(storage_dir: Path, checkpoint: Checkpoint) -> list[StoredFile]:
 class Tar:
     """The files as a tar (USTAR; base-256 sizes above 8 GiB), the same bytes each time; `modified_at` is in seconds.
 
-    `size` is known before anything is read.
+    `size` is known before anything is read. The last member is an empty file that says that all others are there: the
+    command line of SDKs 0.10 to 0.34 refuses to publish what lacks it.
     """
 
     def __init__(self, files: list[StoredFile], modified_at: float) -> None:
-        self._files = files
+        self._files = [*files, StoredFile(_COMPLETE, Path(os.devnull), 0)]
         self._modified_at = int(modified_at)
-        self.size = len(_END) + sum(tarfile.BLOCKSIZE + each.size + _padding(each.size) for each in files)
+        self.size = len(_END) + sum(
+            tarfile.BLOCKSIZE + each.size + _padding(each.size) for each in self._files
+        )
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """All bytes in order. Raises OSError when a file has become shorter or is gone."""
