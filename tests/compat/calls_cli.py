@@ -12,9 +12,10 @@ from typing import Any
 from unittest import mock
 
 import click
+import pytest
 from click.testing import CliRunner
 
-from tests.compat.registry import check
+from tests.compat.registry import BrokenInSdk, check
 from tests.compat.surface import command_group
 from tests.compat.world import Call, resolved
 
@@ -123,6 +124,22 @@ def _downloadable(call: Call) -> str:
 @check("tinker checkpoint push-hf")
 def push_hf(call: Call) -> None:
     """With a hub that only remembers what it was given."""
+    from tinker.cli.commands import checkpoint
+
+    hidden = getattr(checkpoint, "list", None)
+    if not isinstance(hidden, click.Command):
+        _push(call)
+        return
+    with pytest.raises(AssertionError, match="Usage:"):  # what click says when `list` is called with patterns
+        _push(call)
+    with mock.patch.object(checkpoint, "list", list):
+        _push(call)
+    raise BrokenInSdk(
+        "the module's command `list` hides Python's `list`, which it calls right before the upload"
+    )
+
+
+def _push(call: Call) -> None:
     with _hub(call.world.scratch / call.world.name("hub")) as given:
         run("checkpoint", "push-hf", _downloadable(call), "--repo", "someone/adapter")
         names = {file.name for file in given.rglob("*")}

@@ -2,7 +2,8 @@
 
     python -m tests.compat.probe URL KEY BASE_MODEL OUTPUT
 
-One JSON object a line in OUTPUT: `{"name": ..., "problem": null | ..., "seconds": ...}`; first `{"surface": [...]}`.
+One JSON object a line in OUTPUT: first `{"surface": [...]}`, then for each call
+`{"name": ..., "problem": null | ..., "broken": null | ..., "seconds": ...}`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tinker
 
-from tests.compat.registry import Check, check_of
+from tests.compat.registry import BrokenInSdk, Check, check_of
 from tests.compat.surface import surface
 from tests.compat.world import Call, World, quiet
 
@@ -57,7 +59,9 @@ def main(url: str, key: str, base_model: str, output: str) -> None:
         print(json.dumps({"surface": names}), file=file, flush=True)
         for name in names:
             started = time.monotonic()
-            line = {"name": name, "problem": problem_of(world, name), "seconds": time.monotonic() - started}
+            outcome = outcome_of(world, name)
+            seconds = time.monotonic() - started
+            line = {"name": name, "problem": outcome.problem, "broken": outcome.broken, "seconds": seconds}
             print(json.dumps(line), file=file, flush=True)
     os._exit(0)  # the SDK's threads are not waited for
 
@@ -68,26 +72,38 @@ def load_calls() -> None:
         importlib.import_module(f"tests.compat.calls_{topic}")
 
 
-def problem_of(world: World, name: str) -> str | None:
-    """What is wrong with a call, or None. Raises LookupError for a name without a call: nothing is skipped."""
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a call: its problem, or None where all is well; and what is broken in the SDK itself."""
+
+    problem: str | None = None
+    broken: str | None = None
+
+
+def outcome_of(world: World, name: str) -> Outcome:
+    """Call it. Raises LookupError for a name without a call: nothing is skipped."""
     function = check_of(name)
     if function is None:
         raise LookupError(f"there is no call for {name}: write one in tests/compat")
-    found: list[str | None] = []
+    found: list[Outcome] = []
     thread = threading.Thread(target=lambda: found.append(_attempt(world, name, function)), daemon=True)
     thread.start()
     thread.join(LONGEST_S)
-    return found[0] if found else f"no answer within {LONGEST_S:.0f} s"
+    return found[0] if found else Outcome(f"no answer within {LONGEST_S:.0f} s")
 
 
-def _attempt(world: World, name: str, function: Check) -> str | None:
+def _attempt(world: World, name: str, function: Check) -> Outcome:
     try:
         function(_call(world, name))
+    except BrokenInSdk as error:
+        return Outcome(broken=str(error))
     except Exception as error:  # boundary: whatever goes wrong is what the table says of this call
         frames = traceback.extract_tb(error.__traceback__)
         ours = next((frame for frame in reversed(frames) if "compat" in frame.filename), frames[-1])
-        return f"{type(error).__name__}: {str(error)[:600]} [{Path(ours.filename).name}:{ours.lineno}]"
-    return None
+        return Outcome(
+            f"{type(error).__name__}: {str(error)[:600]} [{Path(ours.filename).name}:{ours.lineno}]"
+        )
+    return Outcome()
 
 
 def _call(world: World, name: str) -> Call:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +26,12 @@ _LONGEST_S = 1200
 
 @dataclass(frozen=True)
 class Report:
-    """What came of one version: for each name of its surface the problem, or None where all is well."""
+    """What came of one version: for each name of its surface the problem, or None where all is well; and which fail
+    by the SDK's own fault."""
 
     sdk: str
     problems: dict[str, str | None]
+    broken: dict[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -81,7 +83,7 @@ def report_of(
     problems = {line["name"]: line["problem"] for line in lines[1:]}
     if process.returncode != 0 or not lines or list(problems) != lines[0]["surface"]:
         raise ProbeError(f"tinker {sdk}: {(home / 'log').read_text()[-3000:]}")
-    return Report(sdk, problems)
+    return Report(sdk, problems, {line["name"]: line["broken"] for line in lines[1:] if line["broken"]})
 
 
 def reports_of(

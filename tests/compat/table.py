@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.compat.running import Report
 
-_PASS, _FAIL, _ABSENT = "✓", "**fail**", "·"
+PASS, FAIL, ABSENT, BROKEN = "✓", "**fail**", "·", "§"
 _HEAD = """\
 # Compatibility
 
@@ -12,7 +12,8 @@ Written by `.venv/bin/python -m tests.compat`, which installs each version of th
 public methods by looking at its classes, and calls every one of them against a served gateway (numpy engine), judging
 what comes back: numbers, listings, files. A method without such a call stops the writing.
 
-✓ works · **fail** does not · `·` this SDK has no such method
+✓ works · **fail** does not · `·` this SDK has no such method · § fails by that SDK's own fault, whatever a server
+answers, and works with the fault repaired; below the tables is why
 """
 
 
@@ -24,13 +25,15 @@ def page(reports: list[Report]) -> str:
         groups.setdefault(_owner(name), []).append(name)
     failed = sum(len(report.failed) for report in reports)
     calls = sum(len(report.problems) for report in reports)
-    sections = [
-        _HEAD,
-        f"{calls - failed} of {calls} calls work, {len(names)} methods of {len(reports)} versions.\n",
-    ]
+    broken = sum(len(report.broken) for report in reports)
+    works = f"{calls - failed - broken} of {calls} calls work"
+    sections = [_HEAD, f"{works}, {broken} cannot; {len(names)} methods of {len(reports)} versions.\n"]
     for owner, entries in groups.items():
         sections.append(f"## {owner}\n")
         sections.append(_table(entries, reports))
+    reasons = {f"`{name}`: {reason}" for report in reports for name, reason in report.broken.items()}
+    if reasons:
+        sections += ["## § Faults of SDKs\n", *(f"* {reason}" for reason in sorted(reasons)), ""]
     return "\n".join(sections)
 
 
@@ -56,5 +59,7 @@ def _table(names: list[str], reports: list[Report]) -> str:
 
 def _cell(report: Report, name: str) -> str:
     if name not in report.problems:
-        return _ABSENT
-    return _PASS if report.problems[name] is None else _FAIL
+        return ABSENT
+    if name in report.broken:
+        return BROKEN
+    return PASS if report.problems[name] is None else FAIL

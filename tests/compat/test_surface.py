@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.compat import environments, registry
-from tests.compat.probe import load_calls, problem_of
+from tests.compat.probe import Outcome, load_calls, outcome_of
 from tests.compat.registry import check_of
 from tests.compat.running import Report
 from tests.compat.surface import surface
@@ -42,7 +42,7 @@ def test_every_method_of_the_installed_sdk_has_a_call() -> None:
 def test_a_method_without_a_call_stops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "CHECKS", {})
     with pytest.raises(LookupError, match=r"no call for TrainingClient\.dance"):
-        problem_of(None, "TrainingClient.dance")  # type: ignore[arg-type]
+        outcome_of(None, "TrainingClient.dance")  # type: ignore[arg-type]
 
 
 def test_a_call_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,9 +50,17 @@ def test_a_call_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         assert call.name == "other", "it is not"
 
     monkeypatch.setattr(registry, "CHECKS", {"tinker dance": wrong})
-    problem = problem_of(None, "tinker dance")  # type: ignore[arg-type]
+    problem = outcome_of(None, "tinker dance").problem  # type: ignore[arg-type]
     assert problem is not None
     assert problem.startswith("AssertionError: it is not")
+
+
+def test_an_sdks_own_fault_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(call: Call) -> None:
+        raise registry.BrokenInSdk("it divides by zero")
+
+    monkeypatch.setattr(registry, "CHECKS", {"tinker dance": broken})
+    assert outcome_of(None, "tinker dance") == Outcome(broken="it divides by zero")  # type: ignore[arg-type]
 
 
 def test_async_forms_and_wrappers_are_called_as_what_they_pass_on_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,12 +82,13 @@ def test_the_page_says_what_passed_failed_and_is_not_there() -> None:
     text = page(
         [
             Report("0.1.0", {"RestClient.old": None, "tinker run list": "it broke"}),
-            Report("0.2.0", {"RestClient.new": None, "tinker run list": None}),
+            Report("0.2.0", {"RestClient.new": None, "tinker run list": None}, {"RestClient.new": "why"}),
         ]
     )
-    assert "3 of 4 calls work, 3 methods of 2 versions." in text
+    assert "2 of 4 calls work, 1 cannot; 3 methods of 2 versions." in text
     assert "| `RestClient.old` | ✓ | · |" in text
-    assert "| `RestClient.new` | · | ✓ |" in text
+    assert "| `RestClient.new` | · | § |" in text
+    assert "* `RestClient.new`: why" in text
     assert "| `tinker run list` | **fail** | ✓ |" in text
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.compat.environments import TESTED, VERSIONS
 from tests.compat.running import ROOT, report_of, serving
+from tests.compat.table import ABSENT, BROKEN, FAIL
 from tests.served import ServedGateway
 
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -26,8 +27,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedGateway]
 def test_what_the_page_says_of_a_version_works(sdk: str, gateway: ServedGateway, tmp_path: Path) -> None:
     report = report_of(sdk, gateway, tmp_path)
     cells = {name: row[VERSIONS.index(sdk)] for name, row in _rows().items()}
-    assert {name for name, cell in cells.items() if cell != "·"} == set(report.problems)
-    assert {name: problem for name, problem in report.failed.items() if cells[name] == "✓"} == {}
+    assert {name for name, cell in cells.items() if cell != ABSENT} == set(report.problems)
+    assert {name: problem for name, problem in report.failed.items() if cells[name] != FAIL} == {}
+    assert {name for name, cell in cells.items() if cell == BROKEN} == set(report.broken)
 
 
 def test_the_page_has_every_version() -> None:
