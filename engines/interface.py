@@ -177,8 +177,11 @@ class Engine(ABC):
     # ------------------------------------------------------------------ sampling
 
     @abstractmethod
-    def start_sample(self, call_id: int, request: SampleRequest) -> None:
+    def start_sample(self, call_id: int, request: SampleRequest, party: str = "") -> None:
         """Queue a sample; it joins the running batch at one of the next calls of `advance`.
+
+        `party` is an opaque name of whom it is for. An engine that cannot run everything at once shares its places
+        equally among parties, and lets one that has nothing under way begin whatever the others do.
 
         Raises UserError when it cannot be served, also when its adapter cannot be loaded.
         """

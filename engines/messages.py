@@ -70,10 +70,14 @@ class Perform(msgspec.Struct, frozen=True, tag="perform"):
 
 
 class Sample(msgspec.Struct, frozen=True, tag="sample"):
-    """Sample; the payload frame holds the SampleRequest. With `stream` every step's tokens are sent at once."""
+    """Sample; the payload frame holds the SampleRequest. With `stream` every step's tokens are sent at once.
+
+    `party` is an opaque name of whom it is for: what an engine cannot do at once it shares among parties.
+    """
 
     call_id: int
     stream: bool = False
+    party: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

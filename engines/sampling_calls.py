@@ -31,7 +31,7 @@ class SamplingCalls:
         try:
             request = decode_sample(body)
             check_sample(request, self._info)
-            self._engine.start_sample(call.call_id, request)
+            self._engine.start_sample(call.call_id, request, call.party)
             self._streamed[call.call_id] = call.stream
         except msgspec.DecodeError as error:
             self._fail(call.call_id, Failure("user", f"the input is no sample request: {error}"))

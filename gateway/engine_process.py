@@ -103,7 +103,9 @@ class EngineProcess:
         await self._send(header, *payloads)
         return await answer
 
-    async def sample(self, body: bytes, *, stream: bool = False) -> AsyncGenerator[SampleDelta | bytes, None]:
+    async def sample(
+        self, body: bytes, party: str, *, stream: bool = False
+    ) -> AsyncGenerator[SampleDelta | bytes, None]:
         """Deltas, if asked for, then the encoded SampleResult. Closing the iterator early cancels the sample.
 
         Raises UserError when the engine refuses the request, EngineFailed when it fails and EngineLost when it dies.
@@ -113,7 +115,7 @@ class EngineProcess:
         self._samples[call_id] = queue
         finished = False
         try:
-            await self._send(messages.Sample(call_id, stream), body)
+            await self._send(messages.Sample(call_id, stream, party), body)
             while not finished:
                 item = await queue.get()
                 finished = not isinstance(item, SampleDelta)

@@ -23,7 +23,7 @@ class FleetBackend:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._started_at = int(gateway.started_at)
-        self._room = asyncio.Semaphore(gateway.settings.samples_in_engine)
+        self._rooms: dict[str, asyncio.Semaphore] = {}
 
     async def models(self, owner: str) -> list[ServedModel]:
         """Every base model that can be sampled; the same for all owners."""
@@ -48,16 +48,19 @@ class FleetBackend:
         supervisor.now()
         if supervisor.text is None or supervisor.info is None:
             raise EngineUnavailable(f"the engine of {base_model} is starting; try again in a moment")
-        return Target(base_model, adapter, supervisor.text, supervisor.info, dispatcher)
+        return Target(owner, base_model, adapter, supervisor.text, supervisor.info, dispatcher)
 
     async def sample(
         self, target: Target, request: SampleRequest, *, stream: bool
     ) -> AsyncGenerator[SampleDelta | SampleResult, None]:
-        """Straight to the engine; closing the generator cancels."""
+        """Straight to the engine, so many of an owner at a time; closing the generator cancels."""
         dispatcher = cast(Dispatcher, target.engine)
-        async with self._room:
+        room = self._rooms.setdefault(
+            target.owner, asyncio.Semaphore(self._gateway.settings.samples_in_engine)
+        )
+        async with room:
             process = dispatcher.supervisor.now()
-            async with aclosing(process.sample(encode(request), stream=stream)) as events:
+            async with aclosing(process.sample(encode(request), target.owner, stream=stream)) as events:
                 async for event in events:
                     if isinstance(event, SampleDelta):
                         yield event

@@ -244,3 +244,21 @@ class SamplingContract:
         (end,) = (event for event in events if isinstance(event, SampleEnd))
         assert not isinstance(end.result, UserError)
         assert drawn(end.result) == drawn(expected)
+
+    def test_a_party_with_nothing_under_way_begins_whatever_others_do(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        prompt = text(caller.info, 3)
+        for call_id in range(8):
+            engine.start_sample(
+                call_id, request(prompt, num_samples=16, max_tokens=40, stop_at_eos=False), "many"
+            )
+        engine.advance()
+        asked = request(prompt, seed=3, max_tokens=1)
+        engine.start_sample(99, asked, "one")
+        events = [event for _ in range(3) for event in engine.advance()]
+        (end,) = (event for event in events if isinstance(event, SampleEnd))
+        assert end.call_id == 99
+        for call_id in range(8):
+            engine.cancel_sample(call_id)
+        assert not isinstance(end.result, UserError)
+        assert drawn(end.result) == drawn(caller.sample(asked)[0])

@@ -142,7 +142,8 @@ class FakeEngine(Engine):
 
     # ------------------------------------------------------------------ sampling
 
-    def start_sample(self, call_id: int, request: SampleRequest) -> None:
+    def start_sample(self, call_id: int, request: SampleRequest, party: str = "") -> None:
+        # All samples advance in every step, so no party waits for another.
         self._look_at([request.prompt.array()])
         adapter = None if request.adapter is None else self._versions.get(request.adapter)
         self._samples[call_id] = Sample(call_id, request, adapter, self._weights, self._info)

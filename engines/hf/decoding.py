@@ -7,7 +7,7 @@ A step is: decode the running sequences -> admit waiting prompts -> draw -> take
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,11 +15,15 @@ from torch import Tensor
 
 from engines.hf.drawing import Drawn, draw
 from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout
+from engines.hf.line import Line
 from engines.hf.model import BaseModel, Pack
 from engines.hf.prompts import scores_of
 from engines.hf.samples import Row, Sample, segments_of
 from engines.interface import SampleEnd, SampleEvent, UserError
 
+GUEST_SLOTS = 16
+"""Slots beyond the limit for parties that have no sequence under way, one for each: somebody's long samples in all
+other slots do not keep another's first one waiting."""
 HELD_PREFILLS = 8
 """Prompts are held for sequences that still wait as long as they have together no more tokens than so many prefills."""
 
@@ -31,18 +35,19 @@ class Decoder:
         self.base = base
         self.prefill_tokens = prefill_tokens
         self.one_by_one = one_by_one
-        self.cache = KvCache(slots, base.max_context)
-        self.queue: deque[Sample] = deque()
+        self.slots = slots
+        self.cache = KvCache(slots + GUEST_SLOTS, base.max_context)
+        self.queue = Line()
         self.rows: list[Row] = []
 
     def add(self, sample: Sample) -> None:
         """Queue a sample."""
-        self.queue.append(sample)
+        self.queue.add(sample)
 
     @torch.inference_mode()
     def cancel(self, call_id: int) -> None:
         """Forget a sample, whether it waits or runs."""
-        self.queue = deque(sample for sample in self.queue if sample.call_id != call_id)
+        self.queue.remove(call_id)
         self._leave([row for row in self.rows if row.sample.call_id == call_id])
 
     @property
@@ -128,24 +133,26 @@ class Decoder:
     def _choose(self) -> list[tuple[Sample, int]]:
         """Samples that join, and how many sequences of each.
 
-        Waiting samples take turns, a sequence each: whoever asks for many does not keep the others waiting. Those
-        that cannot begin in this step come first in the next one.
+        Parties share the slots equally, and a party's samples take turns, a sequence each: whoever asks for many does
+        not keep the others waiting. Those that cannot begin in this step come first in the next one.
         """
-        free = self.cache.max_slots - len(self.rows)
+        running = Counter(row.sample.party for row in self.rows)
         chosen: dict[int, tuple[Sample, int]] = {}
         later: list[Sample] = []
         room = _Room(self.prefill_tokens, self.queue)
-        while self.queue and free:
-            sample = self.queue.popleft()
+        while (party := self.queue.next_party(running)) is not None:
+            if running.total() >= (self.slots if running[party] else self.cache.max_slots):
+                break
+            sample = self.queue.take(party)
             _, count = chosen.get(sample.call_id, (sample, 0))
             if not (count or sample.prefix or room.take(sample)):
                 later.append(sample)
                 continue
             chosen[sample.call_id] = (sample, count + 1)
-            free -= 1
+            running[party] += 1
             if count + 1 < sample.waiting:
-                self.queue.append(sample)
-        self.queue.extendleft(reversed(later))
+                self.queue.add(sample)
+        self.queue.put_back(later)
         return list(chosen.values())
 
     def _prefill(self, samples: list[Sample]) -> None:

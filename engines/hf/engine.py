@@ -140,9 +140,9 @@ class HfEngine(Engine):
 
     # ------------------------------------------------------------------ sampling
 
-    def start_sample(self, call_id: int, request: SampleRequest) -> None:
+    def start_sample(self, call_id: int, request: SampleRequest, party: str = "") -> None:
         adapter = None if request.adapter is None else self.adapters.get(request.adapter.folder)
-        self.decoder.add(new_sample(call_id, request, adapter, self.info(), self.decode))
+        self.decoder.add(new_sample(call_id, request, adapter, self.info(), self.decode, party))
 
     def decode(self, tokens: list[int]) -> str:
         """The text of some tokens, special ones included."""

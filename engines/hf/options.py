@@ -27,7 +27,7 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens that are packed into one forward and backward pass at most; a longer datum makes a pass of its own.
     4,096 on the CPU and 16,384 on a GPU when not given. Results do not depend on it."""
     sample_slots: int = 48
-    """Sequences that are decoded together at most; further ones wait."""
+    """Sequences that are decoded together at most; further ones wait, but for the first one of a party (up to 16)."""
     prefill_tokens: int = 2048
     """Prompt tokens that are taken into the running batch in one step at most (one prompt always may)."""
     cached_adapters: int = 64

@@ -34,6 +34,8 @@ class Sample:
     limit: int
     stops: Sequence[StopTracker]
     sequences: list[SampledSequence | None]
+    party: str
+    """Whom it is for; parties share the slots equally."""
     admitted: int = 0
     prefix: Prefix | None = None
     """The prompt's keys and values, until all sequences are admitted."""
@@ -150,7 +152,12 @@ def segments_of(adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> l
 
 
 def new_sample(
-    call_id: int, request: SampleRequest, adapter: Adapter | None, info: EngineInfo, decode: Decode
+    call_id: int,
+    request: SampleRequest,
+    adapter: Adapter | None,
+    info: EngineInfo,
+    decode: Decode,
+    party: str,
 ) -> Sample:
     """Raises UserError when prompt and continuation are longer than the context."""
     prompt: list[int] = request.prompt.array().tolist()
@@ -162,4 +169,5 @@ def new_sample(
             f"together they may be at most {info.max_context}"
         )
     stops = [StopTracker(request, info.eos_tokens, decode) for _ in range(request.num_samples)]
-    return Sample(call_id, request, adapter, prompt, limit, stops, [None] * request.num_samples)
+    sequences: list[SampledSequence | None] = [None] * request.num_samples
+    return Sample(call_id, request, adapter, prompt, limit, stops, sequences, party)

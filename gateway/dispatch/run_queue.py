@@ -94,11 +94,16 @@ class Turns:
             self._next_place += 1
             self._owners.setdefault(owner, deque()).append(key)
 
-    def take(self) -> str | None:
-        """The next key; its owner goes to the end of the line."""
+    def owners(self) -> Iterable[str]:
+        """Who has keys, next first."""
+        return self._owners.keys()
+
+    def take(self, owner: str | None = None) -> str | None:
+        """The next key, or an owner's next one; its owner goes to the end of the line."""
         if not self._owners:
             return None
-        owner, keys = next(iter(self._owners.items()))
+        owner = next(iter(self._owners)) if owner is None else owner
+        keys = self._owners[owner]
         key = keys.popleft()
         del self._places[key]
         if keys:

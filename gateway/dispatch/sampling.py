@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from engines.interface import UserError
 from gateway.dispatch.inputs import RecentInputs
@@ -28,6 +28,13 @@ log = logging.getLogger(__name__)
 GIVEN_UP = "the sample was cancelled by its client"
 
 
+class _Active(NamedTuple):
+    """A sample in the engine."""
+
+    owner: str
+    task: asyncio.Task[None]
+
+
 class SamplingLane:
     """The samples of one engine: most wait here, some are in the engine's batch."""
 
@@ -40,7 +47,7 @@ class SamplingLane:
         self._waiting: dict[str, Future] = {}
         self._turns = Turns()
         self._inputs = RecentInputs(settings.input_cache_bytes)
-        self._active: dict[str, asyncio.Task[None]] = {}
+        self._active: dict[str, _Active] = {}
         self._given_up: set[str] = set()
         self._broken: BaseException | None = None
         self._wake = asyncio.Event()
@@ -68,7 +75,7 @@ class SamplingLane:
 
     async def cancel(self) -> None:
         """Leave what is under way; it stays open in the database."""
-        tasks = list(self._active.values())
+        tasks = [active.task for active in self._active.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -76,10 +83,10 @@ class SamplingLane:
     def give_up(self, future: Future) -> None:
         """Nobody wants this sample any more: it fails, and what it occupies in the engine is freed."""
         self._given_up.add(future.request_id)
-        task = self._active.get(future.request_id)
+        active = self._active.get(future.request_id)
         waiting = self._waiting.pop(future.request_id, None)
-        if task is not None:
-            task.cancel()
+        if active is not None:
+            active.task.cancel()
         elif waiting is not None:
             self._turns.remove(waiting.owner, waiting.request_id)
             self._inputs.discard(waiting.request_id)
@@ -120,7 +127,7 @@ class SamplingLane:
                     self._settle_given_up(future)
                     continue
                 task = asyncio.create_task(self._sample(engine, future, body))
-                self._active[future.request_id] = task
+                self._active[future.request_id] = _Active(future.owner, task)
                 task.add_done_callback(lambda _: quarantine.leave())
                 task.add_done_callback(functools.partial(self._done, future))
 
@@ -137,10 +144,13 @@ class SamplingLane:
         return [(future, inputs[future.request_id]) for future in claimed if future.request_id in inputs]
 
     def _take_batch(self) -> list[Future]:
+        """Owners in turn while there is room; beyond it, one for each owner who has nothing in the engine."""
         room = self._settings.samples_in_engine - len(self._active)
         batch: list[Future] = []
-        while len(batch) < room and (request_id := self._turns.take()) is not None:
+        served = {active.owner for active in self._active.values()}
+        while (request_id := self._next(room - len(batch), served)) is not None:
             future = self._waiting[request_id]
+            served.add(future.owner)
             if suspected(future) and batch:
                 self._turns.put_back(future.owner, request_id)  # next, and alone
                 break
@@ -148,6 +158,12 @@ class SamplingLane:
             if suspected(future):
                 break
         return batch
+
+    def _next(self, room: int, served: set[str]) -> str | None:
+        if room > 0:
+            return self._turns.take()
+        newcomer = next((owner for owner in self._turns.owners() if owner not in served), None)
+        return self._turns.take(newcomer) if newcomer is not None else None
 
     async def _claimed_inputs(self, claim: Claim) -> dict[str, bytes]:
         """As in the lane of the runs: when the inputs are at hand, the claim is written while the engine works."""
@@ -166,7 +182,7 @@ class SamplingLane:
 
     async def _outcome(self, engine: EngineProcess, future: Future, body: bytes) -> Outcome | None:
         try:
-            [result] = [item async for item in engine.sample(body)]
+            [result] = [item async for item in engine.sample(body, future.owner)]
         except UserError as error:
             return failed(future, "user", str(error))
         except EngineFailed as error:

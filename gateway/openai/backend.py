@@ -29,8 +29,9 @@ class ServedModel(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Target:
-    """What a model name stands for: a base model with at most one adapter, its text, and who computes it."""
+    """What a model name stands for: a base model with at most one adapter, its text, and who computes it for whom."""
 
+    owner: str
     base_model: str
     adapter: AdapterRef | None
     text: TextCodec

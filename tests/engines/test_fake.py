@@ -184,7 +184,8 @@ def test_losses_and_their_derivatives_are_those_of_autograd(loss: str) -> None:
     inputs = {name: rng.normal(0, 1, 200) for name in LOSSES[loss].inputs if name != "target_tokens"}
     if "logprobs" in inputs:
         inputs["logprobs"] = p + rng.choice([-0.7, -0.1, 0.0, 0.1, 0.7], 200)
-    config = LOSSES[loss].with_defaults({"beta": 0.05} if loss == "dro" else {})
+    needed = {"dro": {"beta": 0.05}, "gspo": {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}}
+    config = LOSSES[loss].with_defaults(needed.get(loss, {}))
     policy = torch.tensor(p, requires_grad=True)
     expected = TORCH_FORMULAS[loss](
         policy, {name: torch.tensor(values) for name, values in inputs.items()}, config

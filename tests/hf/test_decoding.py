@@ -183,3 +183,17 @@ def test_many_and_long_samples_outgrow_the_first_cache(make_engine: MakeEngine) 
     assert not engine.decoder.cache.layers
     for wanted, result in list(zip(requests, results, strict=True))[::5]:
         assert sample_all(engine, [wanted])[0].sequences[0].tokens == result.sequences[0].tokens
+
+
+def test_parties_share_the_slots_and_a_new_one_never_waits(make_engine: MakeEngine) -> None:
+    engine = make_engine(sample_slots=4)
+    for call_id in range(6):
+        engine.start_sample(call_id, request(text(call_id, 4), max_tokens=3, stop_at_eos=False), "a")
+    assert set(tokens_of(engine.advance())) == {0, 1, 2, 3}
+    for call_id in range(10, 14):
+        engine.start_sample(call_id, request(text(call_id, 4), max_tokens=3, stop_at_eos=False), "b")
+    assert set(tokens_of(engine.advance())) == {0, 1, 2, 3, 10}  # a guest beyond the four slots
+    assert set(tokens_of(engine.advance())) == {0, 1, 2, 3, 10}  # the four of a end with this step
+    assert set(tokens_of(engine.advance())) == {10, 11, 4, 5}  # equal shares
+    while engine.sampling:
+        assert len(tokens_of(engine.advance())) <= 4

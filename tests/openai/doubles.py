@@ -155,7 +155,7 @@ class ScriptedBackend:
             raise NotFound(f"there is no model {model!r}", param="model")
         if not self.ready:
             raise EngineUnavailable("the engine of tiny/base is starting")
-        return Target("tiny/base", adapters.get(model), self.text, self.info, engine="engine-1")
+        return Target(owner, "tiny/base", adapters.get(model), self.text, self.info, engine="engine-1")
 
     async def sample(
         self, target: Target, request: SampleRequest, *, stream: bool
