@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engines.interface import UserError
 from gateway import admin, openai, tinker
 from gateway.auth import Keys
+from gateway.bodies import Bodies, ReleasedBodies
 from gateway.checkpoints import Expiry, FolderRemovals
 from gateway.completions import Completions
 from gateway.errors import ConfigurationError, TandemError
@@ -60,6 +61,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         async with running_gateway(chosen) as gateway:
             app.state.gateway = gateway
             app.state.keys = gateway.keys
+            app.state.bodies = Bodies(chosen.max_body_bytes, chosen.body_memory_bytes)
             app.state.backend = FleetBackend(gateway)
             yield
 
@@ -84,6 +86,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(_StorableAddresses)
+    app.add_middleware(ReleasedBodies)
     return app
 
 

@@ -107,6 +107,13 @@ class TooManyRequests(Passing):
     code = "too_many_requests"
 
 
+class NoRoom(Passing):
+    """The bodies of other requests take all the memory that there is for them, or this one came too slowly."""
+
+    status = 503
+    code = "no_room"
+
+
 class EngineUnavailable(Passing):
     """The engine for this model is starting, restarting or has failed to load; trying again later may help."""
 

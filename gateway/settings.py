@@ -85,6 +85,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Largest request body, as sent."""
     max_decompressed_bytes: int = 256 * MiB
     """Largest request body after decompression."""
+    body_memory_bytes: int = 256 * MiB
+    """Bytes of the bodies of all requests that are in memory at a time, as sent, and as many decompressed."""
     max_queued_per_run: int = 20_000
     """Operations of one run that may wait."""
     max_queued_per_owner: int = 50_000
@@ -210,6 +212,12 @@ def _checked(settings: Settings) -> Settings:
     for name in ("max_body_bytes", "max_decompressed_bytes", "samples_in_engine", "max_attempts"):
         if getattr(settings, name) < 1:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    for name in ("max_body_bytes", "max_decompressed_bytes"):
+        if getattr(settings, name) > settings.body_memory_bytes:
+            raise ConfigurationError(
+                f"body_memory_bytes is {settings.body_memory_bytes}; the largest body must fit: {name} is "
+                f"{getattr(settings, name)}"
+            )
     _check_what_clients_meet(settings)
     return settings
 

@@ -9,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
 from gateway.auth import owner_of
+from gateway.bodies import bodies_of, let_go, read_sent
 from gateway.errors import NotFound
 from gateway.openai.backend import Backend, ServedModel, backend_of
 from gateway.openai.errors import ErrorReply, OpenAIRoute
@@ -16,9 +17,9 @@ from gateway.openai.parse import parse
 from gateway.openai.plan import Plan, off_loop, plan_chat, plan_completion
 from gateway.openai.rendering import ChatRendering, CompletionRendering, Rendering
 from gateway.openai.replies import ChatReply, CompletionReply, Identity, ModelList, ModelReply
-from gateway.openai.requests import ChatRequest, CompletionRequest
+from gateway.openai.requests import MAX_BODY_BYTES, ChatRequest, CompletionRequest, R
 from gateway.openai.sampling import Usage, carry_out
-from gateway.openai.streams import EventStream, events, read_body
+from gateway.openai.streams import EventStream, events
 from gateway.openapi import schema_of
 from gateway.presence import while_connected
 
@@ -74,7 +75,7 @@ async def get_model(model: str, owner: Owner, backend: BackendOf) -> Response:
 @router.post("/completions", openapi_extra=_documented(CompletionReply, CompletionRequest, streams=True))
 async def create_completion(request: Request, owner: Owner, backend: BackendOf) -> Response:
     """Continue one or several texts or token sequences."""
-    asked = parse(await read_body(request), CompletionRequest)
+    asked = await _asked(request, CompletionRequest)
     target = await backend.resolve(owner, asked.model)
     plan = await plan_completion(target, asked)
     identity = Identity.new("cmpl", asked.model, target)
@@ -85,12 +86,21 @@ async def create_completion(request: Request, owner: Owner, backend: BackendOf) 
 @router.post("/chat/completions", openapi_extra=_documented(ChatReply, ChatRequest, streams=True))
 async def create_chat_completion(request: Request, owner: Owner, backend: BackendOf) -> Response:
     """Answer a conversation, in the form of the model's chat template."""
-    asked = parse(await read_body(request), ChatRequest)
+    asked = await _asked(request, ChatRequest)
     target = await backend.resolve(owner, asked.model)
     plan = await plan_chat(target, asked)
     identity = Identity.new("chatcmpl", asked.model, target)
     rendering = ChatRendering(plan, identity, include_usage=asked.include_usage)
     return await _answer(request, backend, plan, rendering, include_usage=asked.include_usage)
+
+
+async def _asked(request: Request, kind: type[R]) -> R:
+    """What the body asks for; its bytes are gone before the answer is made, which may take long."""
+    bodies = bodies_of(request)
+    limit = min(MAX_BODY_BYTES, bodies.largest)
+    asked = parse(await read_sent(request, limit, "; send fewer or shorter prompts in one request"), kind)
+    let_go(request, bodies.sent)
+    return asked
 
 
 async def _answer(

@@ -1,4 +1,4 @@
-"""Bodies that come, events that go, and answers that nobody waits for any more."""
+"""Events that go, and answers that nobody waits for any more."""
 
 from __future__ import annotations
 
@@ -8,33 +8,20 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from engines.interface import UserError
-from gateway.errors import PayloadTooLarge, TandemError
+from gateway.errors import TandemError
 from gateway.openai.continuation import Piece
 from gateway.openai.errors import error_reply
 from gateway.openai.plan import off_loop
 from gateway.openai.rendering import Rendering
-from gateway.openai.requests import MAX_BODY_BYTES
 from gateway.openai.sampling import Usage
 from gateway.presence import while_connected
 
 logger = logging.getLogger(__name__)
-
-
-async def read_body(request: Request) -> bytes:
-    """The whole body; raises PayloadTooLarge as soon as it is over MAX_BODY_BYTES."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise PayloadTooLarge(
-                f"The body is larger than {MAX_BODY_BYTES} bytes; send fewer or shorter prompts in one request."
-            )
-    return bytes(body)
 
 
 class EventStream(StreamingResponse):

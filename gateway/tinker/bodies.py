@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -11,6 +13,7 @@ import zstandard
 from gateway.errors import BadRequest, PayloadTooLarge, UnsupportedMediaType
 
 _WINDOW = 128 << 20
+_USUAL_RATIO = 16
 _PIECE = 512
 """Bytes fed at a time: zstd can make 128 KiB of four bytes, so a piece becomes at most some MiB."""
 _MOST_FRAMES = 1000
@@ -37,7 +40,7 @@ def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
     name = (encoding or "identity").strip().lower()
     match name:
         case "identity" | "":
-            return _bounded(iter((body,)), limit)
+            return body if len(body) <= limit else _bounded(iter((body,)), limit)
         case "zstd":
             return _bounded(_pieces(body, name, _zstd_frame), limit)
         case "gzip":
@@ -46,6 +49,16 @@ def decompress(body: bytes, encoding: str | None, limit: int) -> bytes:
             raise UnsupportedMediaType(
                 f"Content-Encoding is {other[:40]!r}; allowed are identity, gzip and zstd"
             )
+
+
+def guessed_size(body: bytes, encoding: str | None) -> int:
+    """What a body probably decompresses to: what its first zstd frame says, or several times what was sent."""
+    if (encoding or "").strip().lower() == "zstd":
+        with contextlib.suppress(zstandard.ZstdError):
+            said = zstandard.get_frame_parameters(body).content_size
+            if said != zstandard.CONTENTSIZE_UNKNOWN:
+                return said
+    return _USUAL_RATIO * len(body)
 
 
 def decompressed_beginning(body: bytes) -> bytes:
@@ -57,16 +70,14 @@ def decompressed_beginning(body: bytes) -> bytes:
 
 
 def _bounded(pieces: Iterator[bytes], limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+    plain = io.BytesIO()  # one buffer: parts that are joined at the end would be there twice
     for piece in pieces:
-        size += len(piece)
-        if size > limit:
+        if plain.tell() + len(piece) > limit:
             raise PayloadTooLarge(
                 f"the body decompresses to more than {limit} bytes (setting max_decompressed_bytes)"
             )
-        parts.append(piece)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        plain.write(piece)
+    return plain.getvalue()
 
 
 def _pieces(body: bytes, name: str, new_frame: Callable[[], _Frame]) -> Iterator[bytes]:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request, Response
 
+from gateway.bodies import SMALL, bodies_of, hold, let_go, read_sent
 from gateway.errors import BadRequest, PayloadTooLarge
 from gateway.openapi import schema_of
 from gateway.state import gateway_of
-from gateway.tinker.bodies import decompress
+from gateway.tinker.bodies import decompress, guessed_size
 from gateway.tinker.decoding import parse_json
 
 T = TypeVar("T")
 
-BEGINNING = 1024
-"""Bytes of a body that are enough to find out whose operation it was to be."""
-_DRAINED = 4
 _LONGEST_KEY = 300
 
 WORTH_A_THREAD = 64 * 1024
@@ -27,8 +26,13 @@ WORTH_A_THREAD = 64 * 1024
 
 
 async def read_body(request: Request) -> bytes:
-    """The decompressed body. Raises PayloadTooLarge, UnsupportedMediaType, BadRequest."""
-    return await decompressed(request, await read_sent(request))
+    """The decompressed body. Raises PayloadTooLarge, UnsupportedMediaType, BadRequest, NoRoom."""
+    return await decompressed(request, await sent_body(request))
+
+
+async def sent_body(request: Request) -> bytes:
+    """The body as it was sent. Raises BodyTooLarge and NoRoom."""
+    return await read_sent(request, bodies_of(request).largest)
 
 
 async def decompressed(request: Request, body: bytes) -> bytes:
@@ -36,40 +40,17 @@ async def decompressed(request: Request, body: bytes) -> bytes:
     encoding = request.headers.get("content-encoding")
     if encoding is None:
         return body
-    # always in a thread: a small body can decompress to a large one
-    return await asyncio.to_thread(
-        decompress, body, encoding, gateway_of(request).settings.max_decompressed_bytes
-    )
-
-
-class BodyTooLarge(PayloadTooLarge):
-    """Over the limit. `beginning` is what came first of it, for finding out whose operation this was to be."""
-
-    def __init__(self, limit: int, beginning: bytes) -> None:
-        super().__init__(
-            f"the body is larger than {limit} bytes (setting max_body_bytes); send it in smaller parts"
-        )
-        self.beginning = beginning
-
-
-async def read_sent(request: Request) -> bytes:
-    """The body as it was sent. Raises BodyTooLarge."""
-    limit = gateway_of(request).settings.max_body_bytes
-    chunks: list[bytes] = []
-    beginning = b""
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            chunks.append(chunk)
-            continue
-        beginning = beginning or b"".join(chunks)[:BEGINNING] or chunk[:BEGINNING]
-        chunks.clear()
-        if size > _DRAINED * limit:  # most clients read the answer only after they have sent everything
-            break
-    if size > limit:
-        raise BodyTooLarge(limit, beginning)
-    return b"".join(chunks)
+    room = bodies_of(request).plain
+    limit = gateway_of(request).settings.max_decompressed_bytes
+    guess = min(guessed_size(body, encoding), limit)
+    if guess < limit:
+        await hold(request, room, guess)
+        with contextlib.suppress(PayloadTooLarge):
+            # always in a thread: a small body can decompress to a large one
+            return await asyncio.to_thread(decompress, body, encoding, min(max(guess, SMALL), limit))
+        let_go(request, room)  # first, so that two of these do not wait for each other
+    await hold(request, room, limit)
+    return await asyncio.to_thread(decompress, body, encoding, limit)
 
 
 async def in_thread_if_large(body: bytes, convert: Callable[[], T]) -> T:

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 from fastapi import Request, Response
 
 from engines.interface import UserError
+from gateway.bodies import BEGINNING, BodyTooLarge
 from gateway.errors import BadRequest, NotFound, PayloadTooLarge, TandemError, Unprocessable
 from gateway.state import Gateway
 from gateway.store.records import Future, Run
@@ -20,14 +21,12 @@ from gateway.tinker import requests, schemas
 from gateway.tinker import wire_pb2 as wire
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import (
-    BEGINNING,
-    BodyTooLarge,
     decompressed,
     idempotency_key,
     in_thread_if_large,
     json_reply,
     read_body,
-    read_sent,
+    sent_body,
 )
 from gateway.turns import Turn
 
@@ -102,7 +101,7 @@ async def message_of_pass(
     encoding = request.headers.get("content-encoding")
     beginning = b""
     try:
-        sent = await read_sent(request)
+        sent = await sent_body(request)
         beginning = sent[:BEGINNING]
         body = await decompressed(request, sent)
         return body, await in_thread_if_large(body, lambda: requests.parse_forward_backward(body))

@@ -6,6 +6,7 @@ import gzip
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -100,6 +101,38 @@ def test_a_bomb_is_defused_and_its_number_consumed(
         assert "max_decompressed_bytes" in outcome(http, f"{run_id}:1")["error"]
         loss = outcome(http, send_pass(http, run_id, 2, TOKENS).json()["request_id"])["metrics"]["loss:sum"]
         assert loss > 0
+
+
+def test_many_bombs_at_once_take_turns(tmp_path: Path) -> None:
+    """Each is within the limits; all together would take 1 GB and what is made of them as much again."""
+    gateway = ServedGateway(tmp_path, body_memory_bytes=str(256 << 20))
+    gateway.start()
+    bomb = zstandard.compress(b"\x7a" + _varint(200 * MB) + bytes(200 * MB))  # a field that nobody knows
+    assert len(bomb) < 0.1 * MB
+    headers = {**PROTOBUF, "content-encoding": "zstd", "X-API-Key": KEY}
+    before = peak(gateway)
+
+    def send(_: int) -> int:
+        answer = httpx.post(
+            f"{gateway.url}/api/v1/forward_backward", content=bomb, headers=headers, timeout=60
+        )
+        return answer.status_code
+
+    try:
+        with ThreadPoolExecutor(5) as pool:
+            answers = pool.map(send, range(5))
+            slowest = 0.0
+            for _ in range(10):
+                began = time.monotonic()
+                assert (
+                    httpx.post(f"{gateway.url}/api/v1/create_session", json={}, timeout=60).status_code == 200
+                )
+                slowest = max(slowest, time.monotonic() - began)
+            assert list(answers) == [400] * 5  # it names no run
+        assert slowest < 10
+        assert peak(gateway) - before < 700 * MB
+    finally:
+        gateway.close()
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise"])

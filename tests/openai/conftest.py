@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from gateway.auth import owner_of, presented_key
+from gateway.bodies import Bodies
 from gateway.errors import Unauthorized
 from gateway.openai import router
 from tests.openai.doubles import ScriptedBackend
@@ -28,6 +29,7 @@ def application(backend: ScriptedBackend) -> FastAPI:
     app.include_router(router, prefix="/v1")
     app.include_router(router, prefix="/oai/api/v1")
     app.state.backend = backend
+    app.state.bodies = Bodies(64 << 20, 256 << 20)
     app.dependency_overrides[owner_of] = _owner
     return app
 
