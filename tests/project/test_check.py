@@ -47,21 +47,28 @@ def test_only_what_is_named_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
     assert "lint" not in capfd.readouterr().out
 
 
-def test_quick_leaves_out_slow_tests(
+def test_quick_leaves_out_the_matrix(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "CHECKS", {"tests": ["-c", "import sys; print('told', sys.argv[1:])"]})
-    check.main(["--quick"])
-    assert "told ['-m', 'not slow']" in capfd.readouterr().out
-    check.main([])
-    assert "told []" in capfd.readouterr().out
+    monkeypatch.setattr(check, "CHECKS", {"tests": PASSES, "matrix": FAILS})
+    assert check.main(["--quick"]) == 0
+    assert "matrix" not in capfd.readouterr().out
+    assert check.main([]) == 1
+
+
+def test_every_test_is_in_one_of_the_two() -> None:
+    chosen = [check.CHECKS[name][-2:] for name in ("tests", "matrix")]
+    assert chosen == [["-m", "not slow"], ["-m", "slow"]]
 
 
 def test_an_unknown_check_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refusal:
         check.main(["typos"])
     assert refusal.value.code == 2
-    assert "no such check: typos; there are lint, format, types, layers, tests" in capsys.readouterr().err
+    assert (
+        "no such check: typos; there are lint, format, types, layers, tests, matrix"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_failed_installation_is_a_sentence(
