@@ -10,6 +10,9 @@ from pathlib import Path
 from tests.chaos.comparison import compare
 from tests.served import ServedGateway
 
+_PATIENCE_S = 600.0
+"""The SDK waits up to 30 s after each loss of a poll in a row, and up to ten losses in a row happen."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -21,7 +24,7 @@ def main() -> None:
         gateway.start()
         started = time.monotonic()
         try:
-            happened = compare(gateway, arguments.steps, arguments.seed)
+            happened = compare(gateway, arguments.steps, arguments.seed, _PATIENCE_S)
         finally:
             gateway.close()
     print(

@@ -14,7 +14,7 @@ ANSWERS = {"/api/v1/client/config": CHUNK_FLAGS}
 UNDISTURBED = Trouble(0.0, 0.0, 0.0, 0.0)
 
 
-def compare(gateway: ServedGateway, steps: int, seed: int) -> Counter[str]:
+def compare(gateway: ServedGateway, steps: int, seed: int, patience_s: float = 60.0) -> Counter[str]:
     """What the proxy did. Raises AssertionError when the two ends differ in a byte, or anything was applied twice."""
     files = []
     runs = []
@@ -25,7 +25,7 @@ def compare(gateway: ServedGateway, steps: int, seed: int) -> Counter[str]:
         for proxy in (smooth, troubled):
             known = set(folders(gateway))
             with tinker.ServiceClient(base_url=proxy.url, api_key=KEY) as service:
-                runs.append(train(service, steps))
+                runs.append(train(service, steps, patience_s))
             files.append(new_files(gateway, known))
     happened = troubled.happened
     for kind, share in (("lost requests", 0.2), ("lost answers", 0.2), ("repeated", 0.1 * 0.8)):

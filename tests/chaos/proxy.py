@@ -89,8 +89,12 @@ class Proxy:
         started.set()
         await stopped.wait()
         server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        # what was accepted last has begun then, and closes its connection when it is cancelled
+        await asyncio.sleep(0.05)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
             task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Requests of one client's connection, one after the other, until one is mistreated or either side is done."""

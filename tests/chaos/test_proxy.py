@@ -18,6 +18,9 @@ from tests.chaos.workload import (
 )
 from tests.served import ServedGateway
 
+SESSIONS = 15
+"""So many that some creations are sure to lose their answer."""
+
 
 @pytest.fixture
 def troubled(gateway: ServedGateway) -> Iterator[Proxy]:
@@ -67,3 +70,15 @@ def test_runs_samplers_and_samples_are_made_once(gateway: ServedGateway, trouble
         calls = calls_of_run(gateway, run_id)
         kinds = ["create_run", "forward_backward", "optim_step"]
         assert calls == Counter({("save_weights", "done"): 2, **{(kind, "done"): 1 for kind in kinds}})
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("hurried_sdk")
+def test_sessions_are_made_once(gateway: ServedGateway, troubled: Proxy) -> None:
+    """A session has no number; a repeated request is known by its idempotency key."""
+    for _ in range(SESSIONS):
+        with tinker.ServiceClient(base_url=troubled.url, api_key=KEY, display_name="counted") as service:
+            service.create_sampling_client(base_model="fake/model").result(timeout=60)
+    with httpx.Client(base_url=gateway.url, headers={"X-API-Key": KEY}) as http:
+        sessions = http.get("/admin/v1/sessions", params={"limit": 1000}).raise_for_status().json()["items"]
+    assert len([item for item in sessions if item["display_name"] == "counted"]) == SESSIONS

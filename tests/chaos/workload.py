@@ -31,18 +31,18 @@ def example(number: int) -> tinker.Datum:
     )
 
 
-def train(service: tinker.ServiceClient, steps: int) -> str:
+def train(service: tinker.ServiceClient, steps: int, patience_s: float) -> str:
     """Pipelined steps, none awaited before the next is sent, each of three requests for gradients and one step; the
-    name of the run. The end is saved."""
-    client = service.create_lora_training_client("fake/model", rank=4, seed=5).result(timeout=120)
+    name of the run. The end is saved. Raises TimeoutError for a result that is `patience_s` seconds late."""
+    client = service.create_lora_training_client("fake/model", rank=4, seed=5).result(timeout=patience_s)
     promised: list[Any] = []
     for step in range(steps):
         data = [example(5 * step + index) for index in range(5)]
         promised.append(client.forward_backward(data, "cross_entropy"))
         promised.append(client.optim_step(tinker.AdamParams(learning_rate=1e-2 / (1 + step % 7))))
     for future in promised:
-        future.result(timeout=120)
-    path: str = client.save_state("end").result(timeout=120).path
+        future.result(timeout=patience_s)
+    path: str = client.save_state("end").result(timeout=patience_s).path
     return path.removeprefix("tinker://").split("/")[0]
 
 
