@@ -8,7 +8,7 @@ from typing import Any
 import tinker
 from tinker import types
 
-from tests.compat.registry import check
+from tests.compat.registry import BrokenInSdk, check
 from tests.compat.world import Call, prompt, resolved, train
 
 
@@ -21,10 +21,17 @@ def constructed(call: Call) -> None:
 @check("AdminClient.get_audit_log", "RestClient.get_audit_log")
 def audit_log(call: Call) -> None:
     path = call.world.new_checkpoint()
-    answer = call(event_type="checkpoints", day=datetime.now(UTC).date())
+    asked = {"event_type": "checkpoints", "day": datetime.now(UTC).date()}
+    try:
+        answer, broken = call(**asked), False
+    except AssertionError as error:
+        assert "incorrect event loop" in str(error), error
+        answer, broken = call.target.holder.run_coroutine_threadsafe(call.method(**asked)).result(), True
     entries = [entry for entry in answer.entries if path in (entry.tinker_path, *_details(entry))]
     assert entries, answer.entries[-5:]
     assert all(entry.timestamp.tzinfo is not None and "_" in entry.event for entry in entries)
+    if broken:
+        raise BrokenInSdk("it works on the SDK's own event loop only, and does not go there, as others do")
 
 
 def _details(entry: Any) -> list[object]:
