@@ -128,6 +128,8 @@ class SampleRequest(msgspec.Struct, frozen=True, tag="sample", omit_defaults=Tru
 
     `logit_bias`, the penalties and `min_p` decide which tokens are drawn, as `engines.shaping` defines them, and do not
     show in log-probs.
+
+    What was computed for a prompt may be used again for prompts of the same `session` that begin alike; "" has none.
     """
 
     prompt: Tensor
@@ -151,6 +153,7 @@ class SampleRequest(msgspec.Struct, frozen=True, tag="sample", omit_defaults=Tru
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    session: str = ""
     adapter: AdapterRef | None = None
 
 

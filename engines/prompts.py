@@ -53,6 +53,12 @@ def rows_wanted(request: SampleRequest) -> Ints:
     return np.union1d(own, rows[tokens >= 0])
 
 
+def first_token_needed(request: SampleRequest) -> int:
+    """Of the tokens before this one, a pass needs no states: their rows are not asked for, and nothing is drawn."""
+    rows = rows_wanted(request)
+    return int(rows[0]) if len(rows) else _rows(request)
+
+
 def score_prompt(request: SampleRequest, chunks: Iterable[tuple[int, Chunk]]) -> PromptScores:
     """The scores that a request asks for, from (number of rows, chunk) of all of `rows_wanted`."""
     scores = _Scores(request)

@@ -237,8 +237,8 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
     if not gateway.futures.knows(future.request_id):
         dispatcher.sampling.require_room(sampler.owner)
     folder = await _weights_of(gateway, sampler)
-    if folder is not None:
-        request = msgspec.structs.replace(request, adapter=AdapterRef(folder, folder))
+    adapter = None if folder is None else AdapterRef(folder, folder)
+    request = msgspec.structs.replace(request, adapter=adapter, session=sampler.sampler_id)
     await gateway.futures.submit(Submission(future, encode(request)))
     return future
 

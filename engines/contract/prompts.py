@@ -15,6 +15,7 @@ from engines.contract.material import (
     Reference,
     alternatives,
     batch,
+    drawn,
     log_softmax,
     prompt_scores,
     request,
@@ -168,6 +169,21 @@ class PromptContract:
         assert same([_drawn(fewer)[0]], [alone[:, :2]])
         assert not same([_drawn(other)[0]], [alone])
         assert _drawn(company)[0].shape == (8, 3)
+
+    def test_a_prompt_that_was_seen_before_gives_the_same_numbers(self, engine: Engine) -> None:
+        """Whatever an engine reuses within a session, and it tells how much; of another session it knows nothing."""
+        caller = Caller(engine)
+        prompt = text(caller.info, 40)
+        asked = request(prompt, num_samples=2, session="mine", prompt_logprobs=True, prompt_logprobs_last_n=3)
+        first = caller.sample(asked)[0]
+        again, other = caller.sample(asked, msgspec.structs.replace(asked, session="other"))
+        assert first.prompt_cache_hit_tokens == other.prompt_cache_hit_tokens == 0
+        assert 0 <= again.prompt_cache_hit_tokens < len(prompt) - 3
+        for result in (again, other):
+            assert drawn(result) == drawn(first)
+            self._assert_close(
+                prompt_scores(result.prompt_logprobs)[-3:], prompt_scores(first.prompt_logprobs)[-3:]
+            )
 
     def test_a_prompt_of_one_token_has_no_alternatives(self, engine: Engine) -> None:
         caller = Caller(engine)

@@ -62,11 +62,11 @@ class PackedLayout:
         self.groups = group_equal(lengths)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        parts = [_causal(group, query, key, value, scale) for group in self.groups]
+        parts = [causal(group, query, key, value, scale) for group in self.groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _causal(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def causal(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """The group's part of the result, [1, repeats * length, heads, dim]."""
     gqa = query.shape[1] != key.shape[1]
     q, k, v = (_unpack(tensor, group) for tensor in (query, key, value))

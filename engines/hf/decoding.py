@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from engines.hf.drawing import Drawn, draw
-from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout
+from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout, Prefix
 from engines.hf.line import Line
 from engines.hf.model import BaseModel, Pack
+from engines.hf.prompt_cache import Key, PromptCache
 from engines.hf.prompts import scores_of
 from engines.hf.samples import Row, Sample, segments_of
 from engines.interface import SampleEnd, SampleEvent, UserError
+from engines.prompts import first_token_needed
 
 GUEST_SLOTS = 16
 """Slots beyond the limit for parties that have no sequence under way, one for each: somebody's long samples in all
@@ -29,14 +31,23 @@ HELD_PREFILLS = 8
 
 
 class Decoder:
-    """The running batch of one model. With `one_by_one` each sequence makes passes of its own (deterministic)."""
+    """The running batch of one model. With `one_by_one` each sequence makes passes of its own (deterministic), and what
+    was computed for other requests is not used: it would not be the same to the last bit."""
 
-    def __init__(self, base: BaseModel, slots: int, prefill_tokens: int, one_by_one: bool) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        slots: int,
+        prefill_tokens: int,
+        one_by_one: bool,
+        prompt_cache_bytes: int = 0,
+    ) -> None:
         self.base = base
         self.prefill_tokens = prefill_tokens
         self.one_by_one = one_by_one
         self.slots = slots
         self.cache = KvCache(slots + GUEST_SLOTS, base.max_context)
+        self.prompts = PromptCache(0 if one_by_one else prompt_cache_bytes)
         self.queue = Line()
         self.rows: list[Row] = []
 
@@ -159,19 +170,36 @@ class Decoder:
         """Run each prompt through the model once and keep what its sequences need."""
         packs = [[sample] for sample in samples] if self.one_by_one else [samples] if samples else []
         for pack in packs:
-            lengths = [len(sample.prompt) for sample in pack]
-            layout = PrefillLayout(lengths)
+            pasts = [self._recall(sample) for sample in pack]
+            rests = [sample.prompt[sample.cached :] for sample in pack]
+            lengths = [len(rest) for rest in rests]
+            layout = PrefillLayout(lengths, pasts)
             segments = segments_of([sample.adapter for sample in pack], lengths)
-            hidden = self.base.hidden(self.base.pack([sample.prompt for sample in pack]), layout, segments)
+            tokens = self.base.pack(rests, [sample.cached for sample in pack])
+            hidden = self.base.hidden(tokens, layout, segments)
             start = 0
-            for sample in pack:
-                stop = start + len(sample.prompt)
-                sample.prefix = layout.prefix(start, stop)
-                sample.last = hidden[stop - 1 : stop]
-                sample.scores = scores_of(
-                    sample.request, self.base.unembedding, hidden[start:stop], sample.adapter
-                )
-                start = stop
+            for sample, length in zip(pack, lengths, strict=True):
+                own = slice(start, start + length)
+                self._take_prompt(sample, layout.prefix(own.start, own.stop), hidden[own])
+                start += length
+
+    def _recall(self, sample: Sample) -> Prefix | None:
+        """The beginning of a prompt that is known already, short of the first token whose state is needed."""
+        if not sample.request.session:
+            return None
+        needed = first_token_needed(sample.request)
+        sample.cached, past = self.prompts.find(_key(sample), sample.prompt, needed)
+        return past
+
+    def _take_prompt(self, sample: Sample, prefix: Prefix, hidden: Tensor) -> None:
+        """Give a sample its prompt's numbers, from the states [n, H] of those of its tokens that were computed."""
+        sample.prefix = prefix
+        sample.last = hidden[-1:]
+        sample.scores = scores_of(
+            sample.request, self.base.unembedding, hidden, sample.adapter, sample.cached
+        )
+        if sample.request.session:
+            self.prompts.keep(_key(sample), sample.prompt, prefix)
 
     # ------------------------------------------------------------------ take
 
@@ -220,6 +248,11 @@ class Decoder:
                 self.rows[slot] = last
         if not self.rows:
             self.cache.release()
+
+
+def _key(sample: Sample) -> Key:
+    adapter = sample.request.adapter
+    return sample.request.session, "" if adapter is None else adapter.folder
 
 
 def _by_adapter(rows: Sequence[Row]) -> list[int]:

@@ -53,7 +53,13 @@ class HfEngine(Engine):
         self._info = _describe(config, options, base)
         self.runs: dict[str, Run] = {}
         self.adapters = AdapterVersions(config.storage, base, options.cached_adapters)
-        self.decoder = Decoder(base, options.sample_slots, options.prefill_tokens, options.deterministic)
+        self.decoder = Decoder(
+            base,
+            options.sample_slots,
+            options.prefill_tokens,
+            options.deterministic,
+            options.prompt_cache_mib << 20,
+        )
 
     @classmethod
     def load(cls, config: EngineConfig) -> HfEngine:
@@ -163,6 +169,7 @@ class HfEngine(Engine):
             "resident_runs": len(self.runs),
             "resident_adapters": len(self.adapters),
             "active_samples": self.decoder.active,
+            "remembered_prompt_tokens": self.decoder.prompts.tokens,
         }
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.hf.attention import PackedLayout
+from engines.hf.attention import Group, PackedLayout, causal
 
 FIRST_SLOTS = 8
 FIRST_LENGTH = 128
@@ -86,22 +86,78 @@ def _enlarged(tensor: Tensor, slots: int, length: int) -> Tensor:
 
 
 class PrefillLayout(PackedLayout):
-    """Packed prompts whose keys and values are kept."""
+    """Packed prompts whose keys and values are kept. Of a prompt with a past, only what follows it is in the pack."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], pasts: Sequence[Prefix | None] = ()) -> None:
+        """`lengths` are the tokens in the pack; without `pasts` all prompts are whole."""
         super().__init__(lengths)
         self.kept: Prefix = {}
+        self.continued: dict[int, _Continued] = {}
+        if any(past is not None for past in pasts):
+            self.groups = []
+            self._lay_out(lengths, pasts)
+
+    def _lay_out(self, lengths: Sequence[int], pasts: Sequence[Prefix | None]) -> None:
+        start = 0
+        for length, past in zip(lengths, pasts, strict=True):
+            last = self.groups[-1] if self.groups else None
+            if past is not None:
+                self.continued[start] = _Continued(length, past)
+            if (
+                past is None
+                and last is not None
+                and last.length == length
+                and last.start not in self.continued
+            ):
+                self.groups[-1] = last._replace(repeats=last.repeats + 1)
+            else:
+                self.groups.append(Group(start, 1, length))
+            start += length
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         self.kept[layer] = (key, value)
-        return super().attend(layer, query, key, value, scale)
+        parts = [self._part(group, layer, query, key, value, scale) for group in self.groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _part(
+        self, group: Group, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> Tensor:
+        continued = self.continued.get(group.start)
+        if continued is None:
+            return causal(group, query, key, value, scale)
+        own = slice(group.start, group.stop)
+        return continued.attend(layer, query[:, :, own], key[:, :, own], value[:, :, own], scale)
 
     def prefix(self, start: int, stop: int) -> Prefix:
-        """The part of the pack's tokens [start, stop), as views."""
+        """Keys and values of the whole prompt at the pack's tokens [start, stop); views, but for one with a past."""
+        if start in self.continued:
+            return self.continued[start].whole
         return {
             layer: (key[:, :, start:stop], value[:, :, start:stop])
             for layer, (key, value) in self.kept.items()
         }
+
+
+class _Continued:
+    """`length` tokens that follow a past: each sees the past, those before it, and itself."""
+
+    def __init__(self, length: int, past: Prefix) -> None:
+        self.past = past
+        self.whole: Prefix = {}
+        keys, _ = next(iter(past.values()))
+        before = keys.shape[2]
+        self.mask = torch.ones((length, before + length), dtype=torch.bool, device=keys.device).tril_(before)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        keys, values = (
+            torch.cat([old, new], dim=2) for old, new in zip(self.past[layer], (key, value), strict=True)
+        )
+        self.whole[layer] = (keys, values)
+        gqa = query.shape[1] != keys.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=self.mask, scale=scale, enable_gqa=gqa
+        )
+        return out.transpose(1, 2)
 
 
 class DecodeLayout:

@@ -60,10 +60,15 @@ class BaseModel:
         states: Tensor = out.last_hidden_state
         return states.reshape(-1, states.shape[-1])
 
-    def pack(self, sequences: Sequence[Sequence[int] | NDArray[np.generic]]) -> Pack:
-        """Lay token sequences one after the other on the device."""
+    def pack(
+        self, sequences: Sequence[Sequence[int] | NDArray[np.generic]], firsts: Sequence[int] | None = None
+    ) -> Pack:
+        """Lay token sequences one after the other on the device; `firsts` are the positions that they begin at."""
         tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in sequences])
-        positions = np.concatenate([np.arange(len(tokens)) for tokens in sequences])
+        begins = firsts or [0] * len(sequences)
+        positions = np.concatenate(
+            [np.arange(first, first + len(tokens)) for first, tokens in zip(begins, sequences, strict=True)]
+        )
         both = torch.from_numpy(np.stack([tokens, positions])).to(self.device, non_blocking=True)
         return Pack(both[:1], both[1:])
 

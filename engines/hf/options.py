@@ -32,6 +32,8 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prompt tokens that are taken into the running batch in one step at most (one prompt always may)."""
     cached_adapters: int = 64
     """Adapter versions that are kept in memory for sampling; the least recently used one goes first."""
+    prompt_cache_mib: int = 256
+    """Memory for what later prompts of the same sampler may begin with; the least recently used prompt goes first."""
     deterministic: bool = False
     """Decode every sequence in a pass of its own and ask torch for deterministic kernels, so that numbers do not
     depend on what else is being sampled. Training never depends on other runs."""

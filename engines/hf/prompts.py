@@ -18,10 +18,13 @@ from engines.prompts import PromptScores, rows_wanted, score_prompt
 
 
 def scores_of(
-    request: SampleRequest, unembedding: Unembedding, hidden: Tensor, adapter: Adapter | None
+    request: SampleRequest, unembedding: Unembedding, hidden: Tensor, adapter: Adapter | None, first: int = 0
 ) -> PromptScores:
-    """What a request asks about its prompt, from the prompt's states [N, H]; only rows that it needs get logits."""
-    return score_prompt(request, _chunks(rows_wanted(request), unembedding, hidden, adapter))
+    """What a request asks about its prompt; only rows that it needs get logits.
+
+    `hidden` are the states [N - first, H] of the prompt's tokens from `first` on; no row before it may be needed.
+    """
+    return score_prompt(request, _chunks(rows_wanted(request) - first, unembedding, hidden, adapter))
 
 
 def _chunks(

@@ -37,6 +37,8 @@ class Sample:
     party: str
     """Whom it is for; parties share the slots equally."""
     admitted: int = 0
+    cached: int = 0
+    """Tokens of the prompt that an earlier request has run through the model."""
     prefix: Prefix | None = None
     """The prompt's keys and values, until all sequences are admitted."""
     last: Tensor | None = None
@@ -59,6 +61,7 @@ class Sample:
         """The result of a complete sample."""
         return SampleResult(
             sequences=[sequence for sequence in self.sequences if sequence is not None],
+            prompt_cache_hit_tokens=self.cached,
             **self.scores._asdict(),
         )
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.gateway.conftest import KEY, begin_run, datum, outcome, send_pass, send_step
-from tests.served import FAKE_ENGINE, ServedGateway
+from tests.served import FAKE_ENGINE, TINY_ENGINE, ServedGateway
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -192,6 +192,33 @@ def test_another_process_samples_the_same_weights(service: tinker.ServiceClient,
     assert all(clone >= 1 for clone, _, _ in found)
     for _, tokens, logprobs in found:
         assert (tokens, logprobs) == (here.tokens, here.logprobs)
+
+
+@pytest.mark.slow
+def test_what_was_reused_of_a_prompt_is_told(tmp_path: Path) -> None:
+    """With the Transformers engine: within one sampler, and nothing between two."""
+    gateway = ServedGateway(tmp_path, [TINY_ENGINE])
+    gateway.start(timeout_s=120)
+    try:
+        with tinker.ServiceClient(base_url=gateway.url, api_key=KEY) as service:
+            one, other = (service.create_sampling_client(base_model="tandem/tiny") for _ in range(2))
+            params = tinker.SamplingParams(max_tokens=1, seed=1)
+            first, longer = list(range(100, 160)), list(range(100, 175))
+
+            def told(sampler: tinker.SamplingClient, tokens: list[int], samples: int = 1) -> int:
+                prompt = tinker.ModelInput.from_ints(tokens)
+                return sampler.sample(prompt, samples, params).result().prompt_cache_hit_tokens
+
+            assert told(one, first, samples=4) == 0
+            assert told(one, longer, samples=4) == 60
+            assert told(other, longer) == 0
+            prompt = tinker.ModelInput.from_ints([*longer, 5, 6])
+            whole = one.compute_logprobs(prompt).result()
+            last = one.compute_logprobs(prompt, prompt_logprobs_last_n=2).result()
+            assert last[:-2] == [None] * 75
+            np.testing.assert_allclose(last[-2:], whole[-2:], atol=1e-4)  # type: ignore[arg-type]
+    finally:
+        gateway.close()
 
 
 # ---------------------------------------------------------------------------- inflight
