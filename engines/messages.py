@@ -14,7 +14,7 @@ import msgspec
 from engines.interface import EngineConfig, EngineInfo
 from engines.operations import OperationKind
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when a message changes its meaning; gateway and engine process must agree on it."""
 
 
@@ -136,10 +136,17 @@ class Performed(msgspec.Struct, frozen=True, tag="performed"):
 
 
 class Sampled(msgspec.Struct, frozen=True, tag="sampled"):
-    """Answer to `Sample`: the payload frame is its SampleResult, unless it failed."""
+    """Answer to `Sample`: the payload frame is its SampleResult, unless it failed.
+
+    What has been used, so that the gateway need not decode the result: tokens of the prompt, which counts once, those
+    of them that were not computed again, and tokens of all sequences.
+    """
 
     call_id: int
     failure: Failure | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    sampled_tokens: int = 0
 
 
 class SampleDelta(msgspec.Struct, frozen=True, tag="sample_delta"):

@@ -25,6 +25,7 @@ class SamplingCalls:
         self._info = info
         self._send = send
         self._streamed: dict[int, bool] = {}
+        self._prompts: dict[int, int] = {}
 
     def start(self, call: Sample, body: bytes) -> None:
         """Have the engine queue a sample; one that it refuses is answered at once."""
@@ -33,6 +34,7 @@ class SamplingCalls:
             check_sample(request, self._info)
             self._engine.start_sample(call.call_id, request, call.party)
             self._streamed[call.call_id] = call.stream
+            self._prompts[call.call_id] = request.prompt.shape[0]
         except msgspec.DecodeError as error:
             self._fail(call.call_id, Failure("user", f"the input is no sample request: {error}"))
         except UserError as error:
@@ -48,6 +50,7 @@ class SamplingCalls:
     def cancel(self, call_id: int) -> None:
         """Forget a sample; an unknown one is no error, it may have ended meanwhile."""
         self._streamed.pop(call_id, None)
+        self._prompts.pop(call_id, None)
         self._engine.cancel_sample(call_id)
 
     def advance(self) -> None:
@@ -75,10 +78,17 @@ class SamplingCalls:
                 self._end(event)
 
     def _end(self, event: SampleEnd) -> None:
+        prompt_tokens = self._prompts.pop(event.call_id)
         if isinstance(event.result, UserError):
             self._fail(event.call_id, Failure("user", str(event.result)))
-        else:
-            self._send(Sampled(event.call_id), encode(event.result))
+            return
+        answer = Sampled(
+            event.call_id,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=event.result.prompt_cache_hit_tokens,
+            sampled_tokens=sum(sequence.tokens.shape[0] for sequence in event.result.sequences),
+        )
+        self._send(answer, encode(event.result))
 
     def _fail(self, call_id: int, failure: Failure) -> None:
         answer: FromEngine = Sampled(call_id, failure)

@@ -12,6 +12,7 @@ import itertools
 import logging
 import tempfile
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A finished sample: its encoded SampleResult, and the tokens that it has used."""
+
+    body: bytes
+    prompt_tokens: int
+    cached_tokens: int
+    sampled_tokens: int
 
 
 class EngineStartFailed(Exception):
@@ -55,7 +66,7 @@ class EngineProcess:
         self._tasks: list[asyncio.Task[None]] = []
         self._ids = itertools.count(1)
         self._calls: dict[int, asyncio.Future[tuple[messages.Performed, list[bytes]]]] = {}
-        self._samples: dict[int, asyncio.Queue[SampleDelta | bytes | Exception]] = {}
+        self._samples: dict[int, asyncio.Queue[SampleDelta | Drawn | Exception]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -105,13 +116,13 @@ class EngineProcess:
 
     async def sample(
         self, body: bytes, party: str, *, stream: bool = False
-    ) -> AsyncGenerator[SampleDelta | bytes, None]:
-        """Deltas, if asked for, then the encoded SampleResult. Closing the iterator early cancels the sample.
+    ) -> AsyncGenerator[SampleDelta | Drawn, None]:
+        """Deltas, if asked for, then what has been drawn. Closing the iterator early cancels the sample.
 
         Raises UserError when the engine refuses the request, EngineFailed when it fails and EngineLost when it dies.
         """
         call_id = next(self._ids)
-        queue: asyncio.Queue[SampleDelta | bytes | Exception] = asyncio.Queue()
+        queue: asyncio.Queue[SampleDelta | Drawn | Exception] = asyncio.Queue()
         self._samples[call_id] = queue
         finished = False
         try:
@@ -232,7 +243,7 @@ class EngineProcess:
         )
         _fail(self._ready, EngineStartFailed(problem))
 
-    def _put(self, call_id: int, item: SampleDelta | bytes | Exception) -> None:
+    def _put(self, call_id: int, item: SampleDelta | Drawn | Exception) -> None:
         queue = self._samples.get(call_id)
         if queue is not None:
             queue.put_nowait(item)
@@ -262,9 +273,9 @@ def _fail(waiting: asyncio.Future[Any], error: Exception) -> None:
         waiting.exception()  # retrieved here too, so that asyncio does not warn when nobody waits
 
 
-def _sample_outcome(message: messages.Sampled, payloads: list[bytes]) -> bytes | Exception:
+def _sample_outcome(message: messages.Sampled, payloads: list[bytes]) -> Drawn | Exception:
     if message.failure is not None:
         if message.failure.category == "user":
             return UserError(message.failure.message)
         return EngineFailed(message.failure.message, error_id=message.failure.error_id)
-    return payloads[0]
+    return Drawn(payloads[0], message.prompt_tokens, message.cached_tokens, message.sampled_tokens)

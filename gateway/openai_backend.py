@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import cast
 
 from engines.messages import SampleDelta
 from engines.operations import AdapterRef, SampleRequest, SampleResult, decode_result, encode
 from gateway.checkpoints import SCHEME, loadable_checkpoint
 from gateway.dispatch import Dispatcher
+from gateway.engine_process import Drawn
 from gateway.errors import EngineUnavailable
 from gateway.openai import ServedModel, Target
 from gateway.state import Gateway
+from gateway.store.records import Usage
 from gateway.supervisor import EngineState
 
 
@@ -55,16 +58,35 @@ class FleetBackend:
     ) -> AsyncGenerator[SampleDelta | SampleResult, None]:
         """Straight to the engine, so many of an owner at a time; closing the generator cancels."""
         dispatcher = cast(Dispatcher, target.engine)
+        usage = Usage(target.owner, "", target.base_model)
         room = self._rooms.setdefault(
             target.owner, asyncio.Semaphore(self._gateway.settings.samples_in_engine)
         )
         async with room:
             process = dispatcher.supervisor.now()
-            async with aclosing(process.sample(encode(request), target.owner, stream=stream)) as events:
-                async for event in events:
-                    if isinstance(event, SampleDelta):
-                        yield event
-                    else:
-                        result = decode_result(event)
-                        assert isinstance(result, SampleResult)
-                        yield result
+            try:
+                async with aclosing(process.sample(encode(request), target.owner, stream=stream)) as events:
+                    async for event in events:
+                        usage = _used(usage, request, event)
+                        yield event if isinstance(event, SampleDelta) else _result(event)
+            finally:  # also of a stream that its client has left: what came until then
+                self._gateway.store.usage.add_behind(usage)
+
+
+def _used(usage: Usage, request: SampleRequest, event: SampleDelta | Drawn) -> Usage:
+    """What has been used when an event has come: the deltas so far, or the engine's own count at the end."""
+    if isinstance(event, SampleDelta):
+        sampled = usage.sampled_tokens + len(event.tokens)
+        return replace(usage, prefill_tokens=request.prompt.shape[0], sampled_tokens=sampled)
+    return replace(
+        usage,
+        prefill_tokens=event.prompt_tokens - event.cached_tokens,
+        cached_tokens=event.cached_tokens,
+        sampled_tokens=event.sampled_tokens,
+    )
+
+
+def _result(drawn: Drawn) -> SampleResult:
+    result = decode_result(drawn.body)
+    assert isinstance(result, SampleResult)
+    return result

@@ -20,6 +20,7 @@ from gateway.errors import InvalidToken
 
 ORGANIZATION = "tandem"
 """All owners of an installation are one organization."""
+URN = "tml:user:"
 PREFIX = "eyJ"
 """How every JWT begins, and no API key of ours: the SDK tells them apart by it too."""
 _ALGORITHM = "HS256"
@@ -85,4 +86,4 @@ class Tokens:
 
 def owner_urn(owner: str) -> str:
     """An owner as the wire names people."""
-    return f"tml:user:{quote(owner, safe='@')}"
+    return f"{URN}{quote(owner, safe='@')}"

@@ -9,10 +9,13 @@ from typing import Any
 
 from engines import messages
 from engines.operations import SaveWeightsResult, decode_result
-from gateway.store.records import Checkpoint, CheckpointKind, Future, Outcome, Sampler
+from gateway.store.records import Checkpoint, CheckpointKind, Future, Outcome, Sampler, Usage
+from gateway.store.usage import session_of_id
 
 
-def outcomes_of(batch: list[Future], performed: messages.Performed, payloads: list[bytes]) -> list[Outcome]:
+def outcomes_of(
+    batch: list[Future], base_model: str, performed: messages.Performed, payloads: list[bytes]
+) -> list[Outcome]:
     """One outcome for each future of a batch, in order; `payloads` has the results of those that succeeded."""
     results = iter(payloads)
     outcomes = []
@@ -22,7 +25,7 @@ def outcomes_of(batch: list[Future], performed: messages.Performed, payloads: li
                 failed(future, answer.failure.category, answer.failure.message, answer.failure.error_id)
             )
         else:
-            outcomes.append(succeeded(future, next(results), answer.summary))
+            outcomes.append(_succeeded(future, base_model, next(results), answer.summary))
     return outcomes
 
 
@@ -31,10 +34,13 @@ def failed(future: Future, category: str, message: str, error_id: str | None = N
     return Outcome(future, error=message, error_category=category, error_id=error_id)
 
 
-def succeeded(future: Future, result: bytes, summary: dict[str, float]) -> Outcome:
+def _succeeded(future: Future, base_model: str, result: bytes, summary: dict[str, float]) -> Outcome:
     """The outcome of an operation that took effect, with what it brings into being."""
     finite = {name: value for name, value in summary.items() if math.isfinite(value)}
-    outcome = Outcome(future, result=result, summary=finite)
+    tokens = int(finite.get("tokens", 0))
+    session_id = session_of_id(future.run_id or "")
+    usage = Usage(future.owner, session_id, base_model, training_tokens=tokens) if tokens else None
+    outcome = Outcome(future, result=result, summary=finite, usage=usage)
     if future.kind != "save_weights":
         return outcome
     saved = decode_result(result)

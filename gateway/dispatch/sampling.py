@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 
 from engines.interface import UserError
 from gateway.dispatch.inputs import RecentInputs
-from gateway.dispatch.outcomes import failed, succeeded
+from gateway.dispatch.outcomes import failed
 from gateway.dispatch.quarantine import Quarantine, suspected
 from gateway.dispatch.run_queue import Turns
 from gateway.dispatch.standing import Standing
 from gateway.dispatch.training import Interrupted, sent, worn_out
-from gateway.engine_process import EngineProcess
+from gateway.engine_process import Drawn, EngineProcess
 from gateway.errors import EngineFailed, EngineLost, TooManyRequests
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.futures import Claim
-from gateway.store.records import Future, Outcome, Settled
+from gateway.store.records import Future, Outcome, Settled, Usage
+from gateway.store.usage import session_of_id
 
 log = logging.getLogger(__name__)
 
@@ -189,8 +190,16 @@ class SamplingLane:
             return failed(future, "server", error.message, error.error_id)
         except EngineLost:
             return None  # still open in the database: it is read again and repeated
-        assert isinstance(result, bytes)
-        return succeeded(future, result, {})
+        assert isinstance(result, Drawn)
+        usage = Usage(
+            future.owner,
+            session_of_id(future.sampler_id or ""),
+            engine.config.base_model,
+            prefill_tokens=result.prompt_tokens - result.cached_tokens,
+            cached_tokens=result.cached_tokens,
+            sampled_tokens=result.sampled_tokens,
+        )
+        return Outcome(future, result=result.body, usage=usage)
 
     def _done(self, future: Future, task: asyncio.Task[None]) -> None:
         self._active.pop(future.request_id, None)

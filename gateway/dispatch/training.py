@@ -220,7 +220,7 @@ class TrainingLane:
             for future in futures:  # none of them is to blame for the others: each again, alone
                 self._queue.put_back(future, alone=True)
             return
-        outcomes = outcomes_of(futures, performed, payloads)
+        outcomes = outcomes_of(futures, engine.config.base_model, performed, payloads)
         if kind == "create_run":
             self.resident.update(outcome.future.run_id or "" for outcome in outcomes if not outcome.failed)
         self._settle(outcomes)

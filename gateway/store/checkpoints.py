@@ -10,9 +10,11 @@ from sqlalchemy import Connection, Row, Select, delete, exists, func, select, un
 
 from gateway.errors import NotFound
 from gateway.store import schema
+from gateway.store.audit import record
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, for_update, insert_or_ignore, now
-from gateway.store.records import Checkpoint, CheckpointKind, Reference
+from gateway.store.records import AuditTopic, Checkpoint, CheckpointKind, Reference
+from gateway.store.usage import begin_storing, end_storing, set_end_of_storing
 
 C = schema.checkpoints
 
@@ -123,6 +125,11 @@ def insert_checkpoint(
         return False, None
     connection.execute(delete(C).where(C.c.path == checkpoint.path))
     connection.execute(insert_or_ignore(connection, C), asdict(checkpoint))
+    if row is None or row.folder != checkpoint.folder:
+        event = "checkpoint_created" if row is None or expired else "checkpoint_overwritten"
+        end_storing(connection, [checkpoint.path])
+        begin_storing(connection, checkpoint)
+        _record(connection, checkpoint.owner, event, checkpoint.path, size_bytes=checkpoint.size_bytes)
     return True, row.folder if row is not None and row.folder != checkpoint.folder else None
 
 
@@ -192,19 +199,43 @@ def _delete_expired(connection: Connection, limits: list[int]) -> list[tuple[int
 def delete_checkpoints(connection: Connection, paths: list[str]) -> list[str | None]:
     folders: list[str | None] = []
     for path in paths:
-        statement = delete(C).where(C.c.path == path).returning(C.c.folder)
-        folder = connection.execute(statement).scalar()
-        folders.append(None if folder is None or folder_in_use(connection, folder) else folder)
+        statement = delete(C).where(C.c.path == path).returning(C.c.folder, C.c.owner, C.c.expires_at)
+        row = connection.execute(statement).first()
+        if row is None:
+            folders.append(None)
+            continue
+        expired = row.expires_at is not None and row.expires_at <= now()
+        end_storing(connection, [path])
+        _record(connection, row.owner, "checkpoint_expired" if expired else "checkpoint_deleted", path)
+        folders.append(None if folder_in_use(connection, row.folder) else row.folder)
     return folders
 
 
 def _set_expiries(connection: Connection, changes: list[tuple[str, float | None]]) -> list[None]:
     for path, expires_at in changes:
-        connection.execute(update(C).where(C.c.path == path).values(expires_at=expires_at))
+        change = update(C).where(C.c.path == path).values(expires_at=expires_at)
+        owner = connection.execute(change.returning(C.c.owner)).scalar()
+        if owner is not None:
+            set_end_of_storing(connection, path, expires_at)
+            _record(connection, owner, "checkpoint_ttl_set", path, expires_at=expires_at)
     return [None] * len(changes)
 
 
 def _set_public(connection: Connection, changes: list[tuple[str, bool]]) -> list[None]:
     for path, public in changes:
-        connection.execute(update(C).where(C.c.path == path).values(public=public))
+        change = update(C).where(C.c.path == path, C.c.public != public).values(public=public)
+        owner = connection.execute(change.returning(C.c.owner)).scalar()
+        if owner is not None:
+            _record(connection, owner, "checkpoint_published" if public else "checkpoint_unpublished", path)
     return [None] * len(changes)
+
+
+def record_read(connection: Connection, reader: str, reference: Reference, purpose: str) -> None:
+    """Write down that weights were taken; also for their owner, when that is somebody else."""
+    owner = connection.execute(select(C.c.owner).where(C.c.path == reference.path)).scalar_one()
+    for whose in sorted({reader, owner}):
+        _record(connection, whose, "checkpoint_read", reference.path, purpose=purpose, reader=reader)
+
+
+def _record(connection: Connection, owner: str, event: str, path: str, **details: Any) -> None:
+    record(connection, owner, AuditTopic.CHECKPOINTS, event, tinker_path=path, **details)

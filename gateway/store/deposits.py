@@ -11,7 +11,13 @@ from sqlalchemy import Connection, select
 
 from gateway.errors import BadRequest, NotFound
 from gateway.store import schema
-from gateway.store.checkpoints import checkpoint_of, folder_in_use, insert_checkpoint, require_checkpoints
+from gateway.store.checkpoints import (
+    checkpoint_of,
+    folder_in_use,
+    insert_checkpoint,
+    record_read,
+    require_checkpoints,
+)
 from gateway.store.database import Database
 from gateway.store.records import Checkpoint, Reference, Run, RunStatus, Session
 from gateway.store.runs import insert_runs, run_of
@@ -65,6 +71,7 @@ def _deposit(connection: Connection, deposit: Deposit) -> Deposited:
         return Deposited(_same_again(connection, deposit, earlier))
     if deposit.needs is not None:
         require_checkpoints(connection, [deposit.needs])
+        record_read(connection, deposit.checkpoint.owner, deposit.needs, "copy")
     inserted, replaced = insert_checkpoint(connection, deposit.checkpoint, overwrite=False)
     if not inserted:
         raise BadRequest(

@@ -11,10 +11,21 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, bindparam, case, func, select, update
 
 from gateway.store import schema
-from gateway.store.checkpoints import require_checkpoints
+from gateway.store.audit import record
+from gateway.store.checkpoints import record_read, require_checkpoints
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore, now
-from gateway.store.records import Future, FutureStatus, Outcome, Reference, Run, Sampler, Settled
+from gateway.store.records import (
+    AuditTopic,
+    Future,
+    FutureStatus,
+    Outcome,
+    Reference,
+    Run,
+    Sampler,
+    Session,
+    Settled,
+)
 from gateway.store.runs import insert_runs
 from gateway.store.settling import settle_futures
 
@@ -174,6 +185,21 @@ class FutureStore:
         )
         return (await self._all(query))[::-1]
 
+    async def of_session(self, session: Session, limit: int) -> list[Future]:
+        """The newest calls of a session's runs and samplers, oldest first."""
+        runs = select(schema.runs.c.run_id).where(schema.runs.c.session_id == session.session_id)
+        samplers = select(schema.samplers.c.sampler_id).where(
+            schema.samplers.c.session_id == session.session_id
+        )
+        query = (
+            select(F)
+            .where(F.c.owner == session.owner, F.c.created_at >= session.created_at)
+            .where(F.c.run_id.in_(runs) | F.c.sampler_id.in_(samplers))
+            .order_by(F.c.created_at.desc())
+            .limit(limit)
+        )
+        return (await self._all(query))[::-1]
+
     async def counts(self) -> dict[tuple[str, str], int]:
         """How many open futures there are by (engine, status)."""
         query = select(F.c.engine, F.c.status, func.count().label("open")).where(F.c.status.in_(OPEN))
@@ -199,6 +225,9 @@ def insert_submissions(connection: Connection, submissions: list[Submission]) ->
     statement = insert_new(connection.dialect.name, F, "request_id")
     new = set(connection.execute(statement, rows).scalars())
     require_checkpoints(connection, [s.needs for s in submissions if s.future.request_id in new and s.needs])
+    for submission in submissions:
+        if submission.future.request_id in new:
+            _record_in_audit(connection, submission)
     bodies = [
         {"request_id": submission.future.request_id, "body": submission.body}
         for submission in submissions
@@ -207,6 +236,15 @@ def insert_submissions(connection: Connection, submissions: list[Submission]) ->
     if bodies:
         connection.execute(insert_or_ignore(connection, schema.inputs), bodies)
     return [submission.future.request_id in new for submission in submissions]
+
+
+def _record_in_audit(connection: Connection, submission: Submission) -> None:
+    """What begins a run or takes weights; other operations are in the run's log."""
+    if submission.needs is not None:
+        record_read(connection, submission.future.owner, submission.needs, "training")
+    if (run := submission.run) is not None:
+        details = {"training_run_id": run.run_id, "session_id": run.session_id, "base_model": run.base_model}
+        record(connection, run.owner, AuditTopic.RUNS, "run_created", **details)
 
 
 def claim_futures(connection: Connection, claims: list[Claim]) -> list[dict[str, bytes]]:

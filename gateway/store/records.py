@@ -44,6 +44,11 @@ class ApiKey:
     label: str
     created_at: float
 
+    @property
+    def key_id(self) -> int:
+        """A number to name it by: the first 48 bits of its hash, which `python -m gateway.keys list` shows in hex."""
+        return int(self.key_hash[:12], 16)
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -183,6 +188,67 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a call has used. `prefill_tokens` are prompt tokens that were computed, `cached_tokens` those that were not,
+    because an earlier request had. `session_id` is empty where there is none."""
+
+    owner: str
+    session_id: str
+    base_model: str
+    training_tokens: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    sampled_tokens: int = 0
+    checkpoints: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What an owner has used in one hour, which began at `bucket`, in one session of one base model."""
+
+    bucket: int
+    owner: str
+    session_id: str
+    base_model: str
+    training_tokens: int
+    prefill_tokens: int
+    cached_tokens: int
+    sampled_tokens: int
+    checkpoints: int
+    project_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Bytes that were stored from one moment to another; `until` None: they are there, for good as far as is known."""
+
+    owner: str
+    base_model: str
+    project_id: str | None
+    size_bytes: int
+    since: float
+    until: float | None
+
+
+class AuditTopic(enum.StrEnum):
+    """What an entry of the audit log is about."""
+
+    CHECKPOINTS = "checkpoints"
+    PROJECTS = "projects"
+    ORGANIZATIONS = "organizations"  # keys, of which owners are made
+    RUNS = "runs"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    owner: str
+    topic: AuditTopic
+    event: str
+    details: dict[str, Any]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one future: its result's bytes, or its error; and what else the same transaction stores."""
 
@@ -192,6 +258,7 @@ class Outcome:
     error_category: str | None = None
     error_id: str | None = None
     summary: dict[str, float] = field(default_factory=dict)
+    usage: Usage | None = None
     checkpoint: Checkpoint | None = None
     overwrite: bool = False
     sampler: Sampler | None = None

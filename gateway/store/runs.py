@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import ColumnElement, Connection, Row, func, select, update
 
 from gateway.store import schema
+from gateway.store.audit import record
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
-from gateway.store.records import Run, RunStatus, Step
+from gateway.store.records import AuditTopic, Run, RunStatus, Step
+from gateway.store.session_search import NO_PROJECT
 
 R = schema.runs
 S = schema.steps
@@ -33,12 +35,15 @@ class RunStore:
         before: tuple[float, str] | None = None,
         offset: int = 0,
         where: Filters = NO_FILTERS,
+        project_id: str | None = None,
     ) -> list[Run]:
         """Newest first; `where` filters by column; `before` is (created_at, run_id) of the last row seen."""
         query = select(R).order_by(R.c.created_at.desc(), R.c.run_id.desc()).limit(limit).offset(offset)
         for column, value in where.items():
             if value is not None:
                 query = query.where(R.c[column] == value)
+        if project_id is not None:
+            query = query.where(_in_project(project_id))
         if before is not None:
             created_at, run_id = before
             query = query.where(
@@ -46,8 +51,13 @@ class RunStore:
             )
         return [run_of(row) for row in await self._database.rows(query)]
 
-    async def count(self, owner: str) -> int:
-        query = select(func.count()).select_from(R).where(R.c.owner == owner)
+    async def count(self, owner: str | None, project_id: str | None = None) -> int:
+        """How many runs an owner (None: everybody) has, in a project if one is named."""
+        query = select(func.count()).select_from(R)
+        if owner is not None:
+            query = query.where(R.c.owner == owner)
+        if project_id is not None:
+            query = query.where(_in_project(project_id))
         return int((await self._database.rows(query))[0][0])
 
     async def of_session(self, session_id: str) -> list[Run]:
@@ -64,6 +74,12 @@ class RunStore:
         return [Step(**row._mapping) for row in await self._database.rows(query)]
 
 
+def _in_project(project_id: str) -> ColumnElement[bool]:
+    sessions = schema.sessions
+    named = func.coalesce(sessions.c.project_id, NO_PROJECT) == project_id
+    return R.c.session_id.in_(select(sessions.c.session_id).where(named))
+
+
 def run_of(row: Row[Any]) -> Run:
     """The record of a row."""
     values = dict(row._mapping)
@@ -76,6 +92,8 @@ def insert_runs(connection: Connection, runs: list[Run]) -> None:
 
 
 def unload_runs(connection: Connection, run_ids: list[str]) -> list[None]:
-    statement = update(R).where(R.c.run_id.in_(run_ids))
-    connection.execute(statement.values(status=RunStatus.UNLOADED, last_request_at=now()))
+    loaded = update(R).where(R.c.run_id.in_(run_ids), R.c.status != RunStatus.UNLOADED)
+    change = loaded.values(status=RunStatus.UNLOADED, last_request_at=now())
+    for row in connection.execute(change.returning(R.c.run_id, R.c.owner)).all():
+        record(connection, row.owner, AuditTopic.RUNS, "run_unloaded", training_run_id=row.run_id)
     return [None] * len(run_ids)

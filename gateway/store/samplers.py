@@ -7,7 +7,7 @@ from dataclasses import asdict
 from sqlalchemy import Connection, select, update
 
 from gateway.store import schema
-from gateway.store.checkpoints import require_checkpoints
+from gateway.store.checkpoints import record_read, require_checkpoints
 from gateway.store.database import Database
 from gateway.store.dialect import insert_new, insert_or_ignore
 from gateway.store.records import Reference, Sampler
@@ -62,12 +62,12 @@ def _join(connection: Connection, sampler_ids: list[str]) -> list[int]:
 def _create(connection: Connection, samplers: list[Sampler]) -> list[None]:
     statement = insert_new(connection.dialect.name, S, "sampler_id")
     new = set(connection.execute(statement, [asdict(sampler) for sampler in samplers]).scalars())
-    require_checkpoints(
-        connection,
-        [
-            Reference(each.path, each.folder)
-            for each in samplers
-            if each.sampler_id in new and each.path is not None and each.folder is not None
-        ],
-    )
+    references = [
+        (each.owner, Reference(each.path, each.folder))
+        for each in samplers
+        if each.sampler_id in new and each.path is not None and each.folder is not None
+    ]
+    require_checkpoints(connection, [reference for _, reference in references])
+    for reader, reference in references:
+        record_read(connection, reader, reference, "sampling")
     return [None] * len(samplers)

@@ -32,6 +32,9 @@ metadata = MetaData(
     }
 )
 
+_Counted = BigInteger().with_variant(Integer(), "sqlite")
+"""The type of keys that the database counts up; SQLite does so for one type only."""
+
 api_keys = Table(
     "api_keys",
     metadata,
@@ -223,6 +226,48 @@ sampler_clients = Table(
     Column(
         "joined", Integer, nullable=False, comment="clients that have asked for a number; the first has none"
     ),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("bucket", BigInteger, primary_key=True, comment="the hour's first second"),
+    Column("owner", String, primary_key=True),
+    Column("session_id", String, primary_key=True, comment="empty: none"),
+    Column("base_model", String, primary_key=True),
+    Column("training_tokens", BigInteger, nullable=False),
+    Column("prefill_tokens", BigInteger, nullable=False, comment="of prompts, computed"),
+    Column("cached_tokens", BigInteger, nullable=False, comment="of prompts, found computed"),
+    Column("sampled_tokens", BigInteger, nullable=False),
+    Column("checkpoints", BigInteger, nullable=False, comment="saved"),
+)
+
+stored_bytes = Table(
+    "stored_bytes",
+    metadata,
+    Column("interval_id", _Counted, primary_key=True),
+    Column("path", String, nullable=False, comment="of the checkpoint; one that is replaced begins anew"),
+    Column("owner", String, nullable=False),
+    Column("session_id", String, nullable=False),
+    Column("base_model", String, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("stored_at", Double, nullable=False),
+    Column("removed_at", Double),
+    Column("expires_at", Double),
+    Index(None, "owner", "stored_at"),
+    Index(None, "path"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("entry_id", _Counted, primary_key=True),
+    Column("owner", String, nullable=False, comment="whose thing it is about"),
+    Column("topic", String, nullable=False, comment="checkpoints, projects, organizations, runs"),
+    Column("event", String, nullable=False),
+    Column("details", JSON, nullable=False),
+    Column("at", Double, nullable=False),
+    Index(None, "owner", "at"),
 )
 
 leases = Table(

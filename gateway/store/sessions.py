@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
 
 from gateway.store import schema
+from gateway.store.audit import record
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
-from gateway.store.records import Session
+from gateway.store.records import AuditTopic, Session
+from gateway.store.session_search import Found, SessionSearch, search_sessions
 
 S = schema.sessions
 
@@ -22,6 +25,14 @@ class Finish:
     session_id: str
     reason: str
     detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The project that a session is to belong to."""
+
+    session_id: str
+    project_id: str
 
 
 class SessionStore:
@@ -44,9 +55,22 @@ class SessionStore:
         row = await self._database.first(query)
         return session_of(row) if row is not None else None
 
+    async def metadata_of(self, session_ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """What the clients of some sessions have said about them."""
+        query = select(S.c.session_id, S.c.user_metadata).where(S.c.session_id.in_(session_ids))
+        return {row.session_id: row.user_metadata for row in await self._database.rows(query)}
+
     async def beat(self, session_id: str) -> None:
         """Its client is alive."""
         await self._database.write(touch_sessions, session_id)
+
+    async def search(self, search: SessionSearch, limit: int) -> list[Found]:
+        """Sessions by what is known of them, newest first."""
+        return await self._database.read(lambda connection: search_sessions(connection, search, limit))
+
+    async def assign_project(self, assignment: Assignment) -> None:
+        """From now on, and for what was used before, a session belongs to a project."""
+        await self._database.write(_assign_projects, assignment)
 
     async def finish(self, finish: Finish) -> None:
         """The first finish of a session counts."""
@@ -102,3 +126,13 @@ def finish_sessions(connection: Connection, finishes: list[Finish]) -> list[None
             .values(finished_at=now(), finish_reason=finish.reason, finish_detail=finish.detail)
         )
     return [None] * len(finishes)
+
+
+def _assign_projects(connection: Connection, assignments: list[Assignment]) -> list[None]:
+    for each in assignments:
+        change = update(S).where(S.c.session_id == each.session_id).values(project_id=each.project_id)
+        owner = connection.execute(change.returning(S.c.owner)).scalar()
+        if owner is not None:
+            details = {"session_id": each.session_id, "project_id": each.project_id}
+            record(connection, owner, AuditTopic.PROJECTS, "project_session_assigned", **details)
+    return [None] * len(assignments)

@@ -16,6 +16,7 @@ from gateway.store.checkpoints import folder_in_use, insert_checkpoint
 from gateway.store.dialect import insert_or_ignore, now
 from gateway.store.records import Future, FutureStatus, Outcome, RunStatus, Settled
 from gateway.store.samplers import insert_samplers
+from gateway.store.usage import count_outcomes
 
 F = schema.futures
 R = schema.runs
@@ -149,6 +150,7 @@ def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) 
     bodies = [{"request_id": o.future.request_id, "body": o.result} for o in outcomes if o.result is not None]
     if bodies:
         connection.execute(insert_or_ignore(connection, schema.results), bodies)
+    count_outcomes(connection, (outcome.usage for outcome in outcomes if not outcome.failed))
     samplers = [outcome.sampler for outcome in outcomes if outcome.sampler is not None and not outcome.failed]
     if samplers:
         insert_samplers(connection, samplers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway.store.audit import AuditStore
 from gateway.store.checkpoints import CheckpointStore
 from gateway.store.database import Database
 from gateway.store.deposits import DepositStore
@@ -12,6 +13,7 @@ from gateway.store.runs import RunStore
 from gateway.store.samplers import SamplerStore
 from gateway.store.secrets import SecretStore
 from gateway.store.sessions import SessionStore
+from gateway.store.usage import UsageStore
 
 
 class Store:
@@ -28,6 +30,8 @@ class Store:
         self.samplers = SamplerStore(database)
         self.leases = LeaseStore(database)
         self.secrets = SecretStore(database)
+        self.usage = UsageStore(database)
+        self.audit = AuditStore(database)
 
     def start(self) -> None:
         """Start accepting writes; call it in the running loop."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
@@ -77,6 +78,11 @@ async def json_body(request: Request, schema: type[T]) -> T:
 def json_reply(value: object) -> Response:
     """A value as a JSON answer, with its length, which the SDK needs to trust it."""
     return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def moment(seconds: float) -> str:
+    """A time as the wire writes it: ISO 8601 with its zone, without which the SDK breaks."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def takes(schema: type[Any], *raw: str) -> dict[str, Any]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request, Response
 
-from gateway.auth import Owner
+from gateway.auth import Owner, Who
 from gateway.checkpoints import checkpoint_path, delete_checkpoint, owned_checkpoint
 from gateway.errors import NotFound
 from gateway.state import Gateway, Running
 from gateway.store.records import Checkpoint, CheckpointKind, Run, RunStatus
 from gateway.tinker import schemas
-from gateway.tinker.edge import json_body, json_reply, takes
+from gateway.tinker.edge import json_body, json_reply, moment, takes
 from gateway.tinker.routing import topic
+from gateway.tinker.session_registry import Scope, whose
 
 router = topic()
 
@@ -47,21 +47,31 @@ Kinds = Annotated[Collection[CheckpointKind], Depends(listed_kinds)]
 
 @router.get("/training_runs")
 async def list_training_runs(
-    owner: Owner, gateway: Running, limit: Limit = 20, offset: Offset = 0
+    caller: Who,
+    gateway: Running,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    access_scope: Scope = "owned",
+    project_id: Annotated[str | None, Query(max_length=10_000)] = None,
 ) -> dict[str, Any]:
-    """The caller's runs, newest first."""
-    runs = await gateway.store.runs.page(limit=limit, offset=offset, where={"owner": owner})
-    total = await gateway.store.runs.count(owner)
+    """Runs, newest first."""
+    owner = whose(caller, access_scope)
+    runs = await gateway.store.runs.page(
+        limit=limit, offset=offset, where={"owner": owner}, project_id=project_id
+    )
+    total = await gateway.store.runs.count(owner, project_id)
     cursor = {"offset": offset, "limit": limit, "total_count": total}
     return {"training_runs": await _runs_json(gateway, runs), "cursor": cursor}
 
 
 @router.get("/training_runs/{run_id}")
-async def get_training_run(run_id: str, owner: Owner, gateway: Running) -> dict[str, Any]:
+async def get_training_run(
+    run_id: str, caller: Who, gateway: Running, access_scope: Scope = "owned"
+) -> dict[str, Any]:
     """One run."""
-    await gateway.run(owner, run_id)
-    run = await gateway.store.runs.get(run_id)
-    assert run is not None
+    run = await gateway.store.runs.get(run_id) if "\0" not in run_id else None
+    if run is None or whose(caller, access_scope) not in (None, run.owner):
+        raise NotFound(f"there is no run {run_id!r}", param="model_id")
     return (await _runs_json(gateway, [run]))[0]
 
 
@@ -144,7 +154,7 @@ def _run_json(run: Run, latest: dict[tuple[str, str], Checkpoint]) -> dict[str, 
         "is_lora": True,
         "lora_rank": run.lora["rank"],
         "corrupted": run.status is RunStatus.FAILED,
-        "last_request_time": _moment(run.last_request_at),
+        "last_request_time": moment(run.last_request_at),
         "user_metadata": {name: _as_text(value) for name, value in run.user_metadata.items()},
     }
     for field, kind in (
@@ -161,19 +171,15 @@ def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
     body: dict[str, Any] = {
         "checkpoint_id": checkpoint.checkpoint_id,
         "checkpoint_type": _WIRE_TYPE[checkpoint.kind],
-        "time": _moment(checkpoint.created_at),
+        "time": moment(checkpoint.created_at),
         "tinker_path": checkpoint.path,
         "size_bytes": checkpoint.size_bytes,
         "public": checkpoint.public,
         "user_metadata": checkpoint.user_metadata,
     }
     if checkpoint.expires_at is not None:
-        body["expires_at"] = _moment(checkpoint.expires_at)
+        body["expires_at"] = moment(checkpoint.expires_at)
     return body
-
-
-def _moment(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def _as_text(value: object) -> str:

@@ -7,6 +7,7 @@ nothing a newer SDK asks for is silently not done. Bodies that only open a conne
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -67,6 +68,45 @@ class FinishSession(Lenient):
 
     def __post_init__(self) -> None:
         require_storable("detail", self.detail)
+
+
+class AssignProject(Lenient):
+    project_id: Annotated[str, Meta(min_length=1, max_length=10_000)]
+
+    def __post_init__(self) -> None:
+        require_storable("project_id", self.project_id)
+
+
+class SearchOwner(Strict):
+    """`type` is own, accessible or user; the last with the owners' URNs."""
+
+    owner_urns: Annotated[list[Text], Meta(min_length=1, max_length=10)] | None = None
+
+
+class StatusQuery(Strict):
+    """`type` is active, client_finished, cancelled or failed."""
+
+    reasons: list[Literal["success", "errored", "interrupted"]] | None = None
+
+
+class SearchCursor(Strict):
+    last_created_at: Annotated[datetime, Meta(tz=True)]
+    last_session_id: Id
+
+
+class SearchSessions(Strict):
+    session_id: Id | None = None
+    project_ids: list[Text] | None = None
+    user_metadata: TextMetadata | None = None
+    display_name: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
+    owner: SearchOwner | None = None
+    statuses: Annotated[list[StatusQuery], Meta(min_length=1, max_length=20)] | None = None
+    limit: Annotated[int, Meta(ge=1, le=200)] | None = None
+    cursor: SearchCursor | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("session_id", "project_ids", "user_metadata", "display_name"):
+            require_storable(field, getattr(self, field))
 
 
 class Telemetry(Lenient):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Query, Request, Response
+from fastapi import Request, Response
 
-from gateway.auth import Owner, Who
+from gateway.auth import Owner
 from gateway.state import Running
 from gateway.store.records import Session
 from gateway.store.sessions import Finish
@@ -46,12 +46,6 @@ async def client_dynamic_config(request: Request, owner: Owner) -> Response:
             "sample_cancel_max_batch_size": _CANCELS_AT_A_TIME,
         }
     )
-
-
-@router.post("/auth/token")
-async def auth_token(caller: Who, gateway: Running) -> dict[str, str]:
-    """A token that counts as the caller's key for a while, as long as the key exists."""
-    return {"jwt": gateway.keys.token_for(caller)}
 
 
 @router.get("/get_server_capabilities")
@@ -118,29 +112,3 @@ async def telemetry(request: Request, owner: Owner) -> Response:
     """Accepted and thrown away: events can hold keys and prompts, and nothing here needs them."""
     await read_body(request)
     return json_reply({"status": "accepted"})
-
-
-@router.get("/sessions")
-async def list_sessions(
-    owner: Owner,
-    gateway: Running,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
-    offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
-) -> dict[str, list[str]]:
-    """Ids of the caller's sessions, newest first."""
-    page = await gateway.store.sessions.page(limit=limit, offset=offset, where={"owner": owner})
-    return {"sessions": [session.session_id for session in page]}
-
-
-@router.get("/sessions/{session_id}")
-async def get_session(session_id: str, owner: Owner, gateway: Running) -> dict[str, Any]:
-    """The runs and samplers of a session."""
-    session = await gateway.session(owner, session_id)
-    runs = await gateway.store.runs.of_session(session_id)
-    samplers = await gateway.store.samplers.of_session(session_id)
-    body: dict[str, Any] = {
-        "training_run_ids": [run.run_id for run in runs],
-        "sampler_ids": [sampler.sampler_id for sampler in samplers],
-        "user_metadata": {name: str(value) for name, value in session.user_metadata.items()},
-    }
-    return body if session.display_name is None else {**body, "display_name": session.display_name}

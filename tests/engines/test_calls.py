@@ -242,7 +242,7 @@ def test_a_step_that_breaks_fails_all_samples_and_the_next_ones_go_on(engine: Br
     engine.breaks_at_steps = False
     samples.start(Sample(3), encode(sample(max_tokens=3)))
     samples.advance()
-    assert sent.messages[2:] == [Sampled(3)]
+    assert sent.messages[2:] == [Sampled(3, prompt_tokens=5, sampled_tokens=3)]
 
 
 def test_an_engine_that_cannot_let_go_of_its_samples_is_given_up(engine: BrokenEngine) -> None:
@@ -263,7 +263,7 @@ def test_several_tokens_of_one_step_come_in_one_message(engine: BrokenEngine) ->
     assert [(delta.sequence, len(delta.tokens)) for delta in deltas] == [(0, 3), (1, 3), (0, 2), (1, 2)]
     assert [delta.stop_reason for delta in deltas] == [None, None, "length", "length"]
     assert all(delta.top_logprobs == [] for delta in deltas)
-    assert sent.messages[-1] == Sampled(1)
+    assert sent.messages[-1] == Sampled(1, prompt_tokens=5, sampled_tokens=2 * 5)
 
 
 def test_a_sample_that_cannot_be_carried_on_is_the_senders_business(engine: BrokenEngine) -> None:

@@ -244,7 +244,7 @@ def test_a_sample_is_what_the_engine_draws(owner: Owner) -> None:
     direct.start_sample(1, sample(num_samples=2))
     events = [event for _ in range(8) for event in direct.advance()]
     owner.send(Sample(4), encode(sample(num_samples=2)))
-    assert owner.receive(Sampled) == Sampled(4)
+    assert owner.receive(Sampled) == Sampled(4, prompt_tokens=5, sampled_tokens=2 * 8)
     assert result_of(owner) == events[-1].result  # type: ignore[union-attr]
 
 
@@ -253,7 +253,7 @@ def test_streamed_deltas_add_up_to_the_result(owner: Owner) -> None:
     deltas: list[SampleDelta] = []
     while isinstance(message := owner.next(), SampleDelta):
         deltas.append(message)
-    assert message == Sampled(4)
+    assert message == Sampled(4, prompt_tokens=5, sampled_tokens=2 * 8)
     for index, sequence in enumerate(result_of(owner).sequences):
         own = [delta for delta in deltas if delta.sequence == index]
         assert [len(delta.tokens) for delta in own] == [1] * 8

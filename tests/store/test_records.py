@@ -62,7 +62,7 @@ async def test_a_run_is_inserted_once_and_can_be_unloaded(store: Store) -> None:
 
 
 async def test_keys_come_and_go(store: Store) -> None:
-    key = ApiKey("h" * 64, "alice", False, "laptop", 1.0)
+    key = ApiKey("f" * 64, "alice", False, "laptop", 1.0)
     await store.keys.add(key)
     assert await store.keys.all() == [key]
     assert await store.keys.remove(key.key_hash)
