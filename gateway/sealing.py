@@ -54,11 +54,14 @@ def _recipient(text: str, place: int) -> Recipient:
 def seal_folder(storage_dir: Path, folder: str, recipients: Sequence[str]) -> int:
     """Encrypt every file of the plain folder into `folder`, then remove the plain one; gives the bytes written.
 
-    What is there afterwards is complete and synced. It may be repeated. Raises UserError, and OSError as storage does.
+    What is there afterwards is complete and synced. It may be repeated, also after it has ended.
+    Raises UserError, and OSError as storage does.
     """
     storage = FolderStorage(storage_dir)
-    plain = storage.open(plain_folder(folder))
     parsed = parse_recipients(recipients)
+    if storage.path(folder).is_dir() and not storage.path(plain_folder(folder)).is_dir():
+        return storage.size(storage.open(folder))
+    plain = storage.open(plain_folder(folder))
     with storage.write(folder) as sealed:
         for path in sorted(plain.iterdir()):
             # file to file, for the library holds Python's lock while it encrypts a whole one by itself

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ class Sealing:
     def __init__(self, settings: Settings) -> None:
         self._storage_dir = settings.storage_dir
         self._tasks: set[asyncio.Task[None]] = set()
+        self._threads: dict[str, asyncio.Task[int]] = {}
 
     def takes(self, outcome: Outcome) -> bool:
         """Whether an outcome is of a save whose files are to be encrypted."""
@@ -36,7 +38,7 @@ class Sealing:
         task.add_done_callback(self._tasks.discard)
 
     def cancel(self) -> None:
-        """Forget everything: it is done again from the database."""
+        """Forget everything: it is done again from the database. What a thread has begun it ends all the same."""
         for task in self._tasks:
             task.cancel()
 
@@ -48,7 +50,7 @@ class Sealing:
         assert checkpoint is not None
         recipients = future.context["checkpoint"]["recipients"]
         try:
-            size = await asyncio.to_thread(seal_folder, self._storage_dir, checkpoint.folder, recipients)
+            size = await self._seal(checkpoint.folder, recipients)
         except UserError as error:
             return failed(future, "user", str(error))
         except OSError as error:
@@ -59,5 +61,22 @@ class Sealing:
                 "server",
                 f"the weights were not saved: the server's storage cannot be written to ({cause})",
             )
+        except Exception:  # boundary: the sender gets it as a failed future, the log has it under the same id
+            error_id = secrets.token_hex(6)
+            log.exception("%s: its files could not be encrypted (%s)", future.request_id, error_id)
+            message = f"the weights were not saved: encrypting them failed; the server's log says why under {error_id}"
+            return failed(future, "server", message, error_id)
         result = encode(SaveWeightsResult(size_bytes=size))
         return replace(outcome, result=result, checkpoint=replace(checkpoint, size_bytes=size))
+
+    async def _seal(self, folder: str, recipients: list[str]) -> int:
+        """Encrypt in a thread, after one that has been forgotten over the same folder has ended."""
+        while (earlier := self._threads.get(folder)) is not None:
+            await asyncio.wait({earlier})
+        thread = asyncio.create_task(asyncio.to_thread(seal_folder, self._storage_dir, folder, recipients))
+        self._threads[folder] = thread
+        thread.add_done_callback(lambda _: self._threads.pop(folder))
+        await asyncio.wait(
+            {thread}
+        )  # a thread cannot be cancelled: when this is, it stays known until it has ended
+        return thread.result()
