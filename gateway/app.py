@@ -12,12 +12,14 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from sqlalchemy.engine import make_url
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -120,7 +122,7 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     _configure_log(settings.log_level)
     _check_file_limit()
     settings.storage_dir.mkdir(parents=True, exist_ok=True)
-    lock = _lock_data_dir(settings) if settings.embedded else None
+    lock = _lock_database(settings) if settings.embedded else None
     database = Database(settings.url, sqlite_synchronous=settings.sqlite_synchronous)
     store = Store(database)
     try:
@@ -208,20 +210,35 @@ def answering_waiters_on_signals(*answers: Callable[[], None]) -> Iterator[None]
             signal.signal(number, handler)
 
 
-def _lock_data_dir(settings: Settings) -> IO[str]:
-    """SQLite has one writer: a second gateway process on the same data is refused, not discovered later."""
-    lock = (settings.data_dir / "gateway.lock").open("w")
+def _lock_database(settings: Settings) -> IO[str]:
+    """SQLite has one writer: a second gateway process on the same file is refused, not discovered later.
+
+    The lock lies beside the file, for two data folders may name one database.
+    """
+    place = _database_file(settings).resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = place.with_name(f"{place.name}.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
         raise ConfigurationError(
-            f"another gateway process uses {settings.data_dir}. The embedded database serves one process: stop the "
-            "other one, start without --workers, set TANDEM_DATA_DIR to another folder, or use Postgres"
+            f"another gateway process uses {place}. The embedded database serves one process: stop the "
+            "other one, start without --workers, set TANDEM_DATA_DIR or TANDEM_DATABASE_URL to another place, or "
+            "use Postgres"
         ) from error
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _database_file(settings: Settings) -> Path:
+    name = make_url(settings.url).database
+    if not name or name == ":memory:" or name.startswith("file:"):
+        raise ConfigurationError(
+            f"database_url is {settings.url!r}; a SQLite database here is a file: sqlite:///path/to/file"
+        )
+    return Path(name)
 
 
 def _check_file_limit() -> None:

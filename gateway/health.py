@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from gateway.state import gateway_of
+from gateway.errors import Forbidden, Unauthorized
+from gateway.state import Gateway, gateway_of
 from gateway.supervisor import EngineState
 
 router = APIRouter(tags=["health"])
@@ -20,15 +21,28 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """200 when the database answers and every engine has loaded its model, else 503 with the state of each."""
+    """200 when the database answers and every engine has loaded its model, else 503 with the state of each.
+
+    What is wrong with an engine names paths and hosts: it is told to callers who may use the gateway.
+    """
     gateway = gateway_of(request)
-    await gateway.store.keys.all()
+    await gateway.store.answers()
+    known = await _is_known(gateway, request)
     supervisors = [dispatcher.supervisor for dispatcher in gateway.fleet.dispatchers.values()]
     engines = {
-        supervisor.engine.name: _describe(supervisor.state, supervisor.problem) for supervisor in supervisors
+        supervisor.engine.name: _describe(supervisor.state, supervisor.problem if known else None)
+        for supervisor in supervisors
     }
     ready = all(supervisor.state is EngineState.READY for supervisor in supervisors)
     return JSONResponse({"ready": ready, "engines": engines}, 200 if ready else 503)
+
+
+async def _is_known(gateway: Gateway, request: Request) -> bool:
+    try:
+        await gateway.keys.caller(request)
+    except (Unauthorized, Forbidden):
+        return False
+    return True
 
 
 def _describe(state: EngineState, problem: str | None) -> str:

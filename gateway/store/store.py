@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 from gateway.store.audit import AuditStore
 from gateway.store.checkpoints import CheckpointStore
 from gateway.store.database import Database
@@ -9,11 +12,14 @@ from gateway.store.deposits import DepositStore
 from gateway.store.futures import FutureStore
 from gateway.store.keys import KeyStore
 from gateway.store.leases import LeaseStore
+from gateway.store.records import ApiKey
 from gateway.store.runs import RunStore
 from gateway.store.samplers import SamplerStore
 from gateway.store.secrets import SecretStore
 from gateway.store.sessions import SessionStore
 from gateway.store.usage import UsageStore
+
+_ASKED_EVERY_S = 1.0
 
 
 class Store:
@@ -32,6 +38,16 @@ class Store:
         self.secrets = SecretStore(database)
         self.usage = UsageStore(database)
         self.audit = AuditStore(database)
+        self._asked: asyncio.Task[list[ApiKey]] | None = None
+        self._asked_at = float("-inf")
+
+    async def answers(self) -> None:
+        """Raises StoreUnavailable when the database does not answer; it is asked once a second at most."""
+        now = time.monotonic()
+        if self._asked is None or now - self._asked_at > _ASKED_EVERY_S:
+            self._asked_at = now
+            self._asked = asyncio.create_task(self.keys.all())
+        await asyncio.shield(self._asked)
 
     def start(self) -> None:
         """Start accepting writes; call it in the running loop."""

@@ -13,6 +13,9 @@ from fastapi import FastAPI
 
 from gateway.app import create_app
 from gateway.settings import EngineSettings, Settings
+from gateway.store.keys import KeyStore
+from gateway.store.records import ApiKey
+from gateway.supervisor import EngineState
 from tests.admin.conftest import keys_command
 from tests.served import ServedGateway
 
@@ -50,6 +53,31 @@ async def test_readiness_waits_for_the_engines(app: FastAPI) -> None:
             break
         await asyncio.sleep(0.02)
     assert set(seen) == {(503, False), (200, True)}
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_is_wrong_with_an_engine_is_no_business_of_strangers(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [dispatcher] = app.state.gateway.fleet.dispatchers.values()
+    monkeypatch.setattr(dispatcher.supervisor, "state", EngineState.DOWN)
+    monkeypatch.setattr(dispatcher.supervisor, "problem", "/srv/models is empty")
+    reads = 0
+    all_keys = KeyStore.all
+
+    async def counted(self: KeyStore) -> list[ApiKey]:
+        nonlocal reads
+        reads += 1
+        return await all_keys(self)
+
+    monkeypatch.setattr(KeyStore, "all", counted)
+    [told] = (await get(app, "/readyz")).json()["engines"].values()
+    assert told == "down: /srv/models is empty"
+    for _ in range(50):
+        answer = await get(app, "/readyz", "203.0.113.9")
+        assert answer.status_code == 503
+        assert list(answer.json()["engines"].values()) == ["down"]
+    assert reads <= 6  # once a second, and the keys every other second
 
 
 @pytest.mark.asyncio(loop_scope="module")
