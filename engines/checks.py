@@ -24,8 +24,10 @@ from engines.fields import (
     first_true,
     values_of,
 )
+from engines.graphs import CustomLoss, GraphInput
 from engines.interface import EngineInfo, UserError
-from engines.losses import HIGH, LOSSES, LOW, UNKNOWN_FORMULA, LossSpec
+from engines.losses import CUSTOM, HIGH, LOSSES, LOW, UNKNOWN_FORMULA, LossSpec
+from engines.losses.graph import check_graph
 from engines.operations import (
     CreateRun,
     Datum,
@@ -99,6 +101,9 @@ def _check_optim_step(step: OptimStep) -> None:
 
 
 def _check_pass(operation: Forward | ForwardBackward, info: EngineInfo) -> None:
+    if operation.loss == CUSTOM and CUSTOM in info.losses:
+        _check_custom_pass(operation, info)
+        return
     spec = LOSSES.get(operation.loss)
     if spec is None or operation.loss not in info.losses:
         raise UserError(_no_such_loss(operation.loss, info))
@@ -110,6 +115,54 @@ def _check_pass(operation: Forward | ForwardBackward, info: EngineInfo) -> None:
         _check_tokenwise(f"data[{index}].loss_fn_inputs", datum, spec, settings)
 
 
+def _check_custom_pass(operation: Forward | ForwardBackward, info: EngineInfo) -> None:
+    if operation.custom is None:
+        raise UserError(
+            "loss_fn is 'custom', and loss_fn_config['loss_id'] names no loss that has been created"
+        )
+    check_graph(operation.custom)
+    if not operation.data:
+        raise UserError("data is empty; at least one datum is needed")
+    for index, datum in enumerate(operation.data):
+        _check_custom_datum(f"data[{index}]", datum, operation.custom, info)
+
+
+def _check_custom_datum(where: str, datum: Datum, loss: CustomLoss, info: EngineInfo) -> None:
+    """Other loss inputs than those that the loss reads are let be: a client sends its data as they are."""
+    length = check_tokens(f"{where}.model_input", datum.tokens, info)
+    targets = datum.loss_inputs.get("target_tokens")
+    if targets is None:
+        raise UserError(f"{where}.loss_fn_inputs has no 'target_tokens', whose log-probs the loss takes")
+    field = f"{where}.loss_fn_inputs['target_tokens']"
+    rank = loss.inputs[0].rank
+    if len(targets.shape) != rank or targets.shape[0] != length or min(targets.shape) < 1:
+        allowed = f"[{length}]" if rank == 1 else f"[{length}, K] with K at least 1"
+        raise UserError(
+            f"{field} has shape {list(targets.shape)}; the model_input has {length} tokens, and loss "
+            f"{loss.name[:_LONGEST_ECHO]!r} declares logprobs with rank {rank}: it takes {allowed}"
+        )
+    check_vocabulary(field, values_of(field, targets, "int64"), info)
+    for entry in loss.inputs[1:]:
+        _check_custom_input(where, datum, loss, entry)
+
+
+def _check_custom_input(where: str, datum: Datum, loss: CustomLoss, entry: GraphInput) -> None:
+    name = loss.name[:_LONGEST_ECHO]
+    tensor = datum.loss_inputs.get(entry.name)
+    if tensor is None:
+        raise UserError(f"{where}.loss_fn_inputs has no {entry.name!r}, which loss {name!r} takes")
+    field = f"{where}.loss_fn_inputs[{entry.name!r}]"
+    if tensor.dtype not in ("float32", "int64"):
+        raise UserError(f"{field} has dtype {tensor.dtype}; it must be float32 or int64")
+    values_of(field, tensor, tensor.dtype)
+    # a tensor without dimensions comes as one with one number: protobuf cannot tell them apart
+    scalar = entry.rank == 0 and tensor.shape in ((), (1,))
+    if len(tensor.shape) != entry.rank and not scalar:
+        raise UserError(
+            f"{field} has shape {list(tensor.shape)}, but loss {name!r} declares it with rank {entry.rank}"
+        )
+
+
 def _no_such_loss(loss: str, info: EngineInfo) -> str:
     if loss in UNKNOWN_FORMULA:
         others = [name for name in info.losses if name in LOSSES and "advantages" in LOSSES[name].inputs]
@@ -117,7 +170,10 @@ def _no_such_loss(loss: str, info: EngineInfo) -> str:
             f"loss_fn is {loss!r}, whose formula is not public, so it is not served here; pass "
             f"loss_fn={' or '.join(others)} instead"
         )
-    return f"loss_fn is {loss[:_LONGEST_ECHO]!r}; this engine has {', '.join(info.losses)}"
+    hint = (
+        "; a loss in Python, given to forward_backward_custom, runs on the client" if loss == CUSTOM else ""
+    )
+    return f"loss_fn is {loss[:_LONGEST_ECHO]!r}; this engine has {', '.join(info.losses)}{hint}"
 
 
 def _checked_settings(spec: LossSpec, config: LossConfig) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from engines.graphs import CustomLoss
 from engines.tensors import Matrix, Tensor
 
 LossConfig = dict[str, float | str]
@@ -54,6 +55,8 @@ class _Pass(msgspec.Struct, frozen=True):
     data: list[Datum]
     loss: str
     loss_config: LossConfig = {}
+    custom: CustomLoss | None = None
+    """What to compute where `loss` is `custom`: whole, so that the log needs nothing else."""
 
 
 class ForwardBackward(_Pass, frozen=True, tag="forward_backward"):

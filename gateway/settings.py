@@ -77,6 +77,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     completion_queue: bool = True
     """Whether the official SDK is told to learn of finished samples in one waiting request for all of a sampler's,
     instead of one for each."""
+    custom_loss_server_side: bool = True
+    """Whether the official SDK is told to upload losses that it has traced, where every engine that trains computes
+    them, instead of computing them itself between two passes."""
     hold_s: float = 30.0
     """Seconds that retrieve_future waits for a result before it answers `try_again`; at most 40."""
     gap_timeout_s: float = 600.0

@@ -20,10 +20,13 @@ from gateway.futures import Futures
 from gateway.settings import Settings
 from gateway.signed_urls import SignedUrls
 from gateway.store import Store
-from gateway.store.records import Run, RunStatus, Sampler, Session
+from gateway.store.records import Run, RunStatus, Sampler, Session, StoredLoss
 from gateway.turns import Turns
 
 T = TypeVar("T")
+
+_LOSSES_IN_MEMORY = 100
+"""Each takes up to 1 MiB."""
 
 
 class Remembered(Generic[T]):
@@ -69,12 +72,15 @@ class Gateway:
     known_sessions: Remembered[Session] = field(init=False)
     known_runs: Remembered[Run] = field(init=False)
     known_samplers: Remembered[Sampler] = field(init=False)
+    known_losses: Remembered[StoredLoss] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", Turns(self.store))
         object.__setattr__(self, "known_sessions", Remembered(self.store.sessions.get))
         object.__setattr__(self, "known_runs", Remembered(self.store.runs.get))
         object.__setattr__(self, "known_samplers", Remembered(self.store.samplers.get))
+        losses = Remembered(self.store.custom_losses.get, _LOSSES_IN_MEMORY)
+        object.__setattr__(self, "known_losses", losses)
 
     async def session(self, owner: str, session_id: str) -> Session:
         """An owner's session. Raises NotFound."""

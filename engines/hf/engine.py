@@ -16,6 +16,7 @@ from engines.hf.options import HfOptions, read_options
 from engines.hf.samples import new_sample
 from engines.hf.training import Run, forward, forward_backward, optim_step
 from engines.interface import Engine, EngineConfig, EngineInfo, RunOperation, SampleEvent, UserError
+from engines.losses import CUSTOM
 from engines.losses.formulas import FORMULAS
 from engines.operations import (
     CreateRun,
@@ -181,7 +182,7 @@ def _describe(config: EngineConfig, options: HfOptions, base: BaseModel) -> Engi
         roles=config.roles,
         vocab_size=vocabulary,
         max_context=base.max_context,
-        losses=tuple(FORMULAS),
+        losses=(*FORMULAS, CUSTOM),
         max_rank=options.max_rank,
         eos_tokens=base.eos_tokens,
         max_top_logprobs=min(MAX_TOP_LOGPROBS, vocabulary),

@@ -174,14 +174,15 @@ class _Logprobs(torch.autograd.Function):
         for span in spans:
             rows = slice(span.start, span.stop)
             logits = _span_logits(span, hidden[rows], weight, bias, factors)
-            out[rows] = logits.gather(1, targets[rows])
+            own = logits.gather(1, targets[rows])
             peak, total = exponentials_(logits)
             norm[rows] = total.log() + peak
+            out[rows] = own.sub_(peak).sub_(total.log())  # as without gradient, to the last bit
             if keep:
                 ctx.kept.append((logits, total))
         ctx.spans = spans
         ctx.save_for_backward(hidden, targets, norm, weight, bias, *factors)
-        return out.sub_(norm)
+        return out
 
     @staticmethod
     @once_differentiable

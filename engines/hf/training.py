@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engines.hf.attention import PackedLayout
 from engines.hf.lora import Adapter, Segment
-from engines.hf.losses import Judged, judge
+from engines.hf.losses import Shares, judge_of
 from engines.hf.model import BaseModel, Pack
 from engines.hf.optimizer import AdamW
 from engines.interface import UserError
@@ -33,16 +33,13 @@ class Run:
 
 
 class Batch(NamedTuple):
-    """The data of one pass, one after the other. `targets` int64 and `inputs` float32 are [T, K] on the device,
-    K the largest of the data; what pads a datum to K has weight 0. `members` are positions in the operation, `rows` the
-    rows of each."""
+    """The data of one pass, one after the other. `targets` int64 and the inputs are [T, K] on the device, K the largest
+    of the data; what pads a datum to K has weight 0."""
 
     pack: Pack
     layout: PackedLayout
     targets: Tensor
-    inputs: dict[str, Tensor]
-    members: list[int]
-    rows: list[slice]
+    shares: Shares
 
 
 class Passed(NamedTuple):
@@ -55,30 +52,32 @@ class Passed(NamedTuple):
 
 def forward(base: BaseModel, run: Run, operation: Forward, pass_tokens: int) -> ForwardResult:
     """Losses and log-probs; the run does not change. UserError when the loss is not finite."""
+    judge = judge_of(operation)
     passes = []
     with torch.no_grad():
         for batch in collate(base, operation, pass_tokens):
             logprobs = _logprobs(base, run.adapter, batch)
-            judged = _judge(operation, batch, logprobs, with_slope=False)
+            judged = judge.judge(logprobs, batch.shares, with_slope=False)
             passes.append(Passed(batch, logprobs, judged.loss))
-    return _split(operation, passes, None)
+    return _split(operation, passes, None, judge.metrics())
 
 
 def forward_backward(
     base: BaseModel, run: Run, operation: ForwardBackward, pass_tokens: int
 ) -> ForwardResult:
     """The same, and the gradient is added to the run's. UserError, without effect, when anything is not finite."""
+    judge = judge_of(operation)
     leaves = run.adapter.leaves()
     gradient = None
     passes = []
     for batch in collate(base, operation, pass_tokens):
         logprobs = _logprobs(base, run.adapter, batch)
-        judged = _judge(operation, batch, logprobs.detach(), with_slope=True)
+        judged = judge.judge(logprobs.detach(), batch.shares, with_slope=True)
         grads = torch.autograd.grad(logprobs, leaves, judged.slope)
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         gradient = flat if gradient is None else gradient.add_(flat)
         passes.append(Passed(batch, logprobs.detach(), judged.loss))
-    result = _split(operation, passes, gradient)
+    result = _split(operation, passes, gradient, judge.metrics())
     run.pending = gradient if run.pending is None or gradient is None else run.pending.add_(gradient)
     return result
 
@@ -103,19 +102,6 @@ def _logprobs(base: BaseModel, adapter: Adapter, batch: Batch) -> Tensor:
     return base.unembedding.logprobs(hidden, batch.targets, segments)
 
 
-def _judge(
-    operation: Forward | ForwardBackward, batch: Batch, logprobs: Tensor, *, with_slope: bool
-) -> Judged:
-    return judge(
-        operation.loss,
-        operation.loss_config,
-        logprobs,
-        batch.inputs,
-        batch.rows,
-        with_slope=with_slope,
-    )
-
-
 # ---------------------------------------------------------------------------- collate
 
 
@@ -131,16 +117,21 @@ def collate(base: BaseModel, operation: Forward | ForwardBackward, pass_tokens: 
             base.pack([datum.tokens.array() for datum in data]),
             PackedLayout(lengths),
             targets.to(base.device, non_blocking=True),
-            _inputs(base, operation, data, width),
-            members,
-            [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)],
+            Shares(
+                members,
+                [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)],
+                _inputs(base, operation, data, width),
+            ),
         )
 
 
 def _inputs(
     base: BaseModel, operation: Forward | ForwardBackward, data: Sequence[Datum], width: int
 ) -> dict[str, Tensor]:
-    """The loss inputs besides the targets; of the settings per token those that any of the data brings."""
+    """The loss inputs besides the targets; of the settings per token those that any of the data brings. A traced loss
+    takes its own from the data."""
+    if operation.custom is not None:
+        return {}
     spec = LOSSES[operation.loss]
     settings = spec.with_defaults(operation.loss_config)
     names = [name for name in spec.inputs if name != "target_tokens"]
@@ -189,7 +180,10 @@ def _rows(
 
 
 def _split(
-    operation: Forward | ForwardBackward, passes: Sequence[Passed], gradient: Tensor | None
+    operation: Forward | ForwardBackward,
+    passes: Sequence[Passed],
+    gradient: Tensor | None,
+    metrics: dict[str, float],
 ) -> ForwardResult:
     """Read everything from the device at once and give each datum its own part."""
     loss = torch.stack([done.loss for done in passes]).sum()
@@ -205,10 +199,10 @@ def _split(
     for done in passes:
         rows = done.logprobs.cpu().numpy()
         start = 0
-        for i in done.batch.members:
+        for i in done.batch.shares.members:
             datum = operation.data[i]
             stop = start + datum.tokens.shape[0]
             shape = datum.loss_inputs["target_tokens"].shape
             outputs[i] = {"logprobs": Bytes.of(rows[start:stop, : _width(datum)].reshape(shape))}
             start = stop
-    return ForwardResult(outputs=outputs, metrics={"loss:sum": total})
+    return ForwardResult(outputs=outputs, metrics={**metrics, "loss:sum": total})

@@ -77,6 +77,10 @@ LOSSES: dict[str, LossSpec] = {
     spec.name: spec for spec in (CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO, CISPO, DRO, GSPO)
 }
 
+CUSTOM = "custom"
+"""A loss that a client has traced and the operation brings with it: `engines.graphs`. Where it is among an engine's
+losses, the engine computes such."""
+
 UNKNOWN_FORMULA = {"stable_reinforce"}
 """Losses of the Tinker API whose formula is not public, so that no engine can have them."""
 

@@ -249,6 +249,19 @@ class AuditEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredLoss:
+    """A loss that a client has traced; `body` is empty when it was refused with `error`."""
+
+    loss_id: str
+    owner: str
+    session_id: str
+    name: str
+    body: bytes
+    error: str | None
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one future: its result's bytes, or its error; and what else the same transaction stores."""
 

@@ -270,6 +270,19 @@ audit = Table(
     Index(None, "owner", "at"),
 )
 
+custom_losses = Table(
+    "custom_losses",
+    metadata,
+    Column("loss_id", String, primary_key=True, comment="a function of session and number"),
+    Column("owner", String, nullable=False),
+    Column("session_id", String, ForeignKey("sessions.session_id"), nullable=False),
+    Column("name", String, nullable=False),
+    Column("body", LargeBinary, nullable=False, comment="engines.graphs.CustomLoss; empty when refused"),
+    Column("error", String, comment="why it was refused"),
+    Column("created_at", Double, nullable=False),
+    Index(None, "session_id"),
+)
+
 leases = Table(
     "leases",
     metadata,

@@ -7,6 +7,7 @@ import time
 
 from gateway.store.audit import AuditStore
 from gateway.store.checkpoints import CheckpointStore
+from gateway.store.custom_losses import CustomLossStore
 from gateway.store.database import Database
 from gateway.store.deposits import DepositStore
 from gateway.store.futures import FutureStore
@@ -34,6 +35,7 @@ class Store:
         self.checkpoints = CheckpointStore(database)
         self.deposits = DepositStore(database)
         self.samplers = SamplerStore(database)
+        self.custom_losses = CustomLossStore(database)
         self.leases = LeaseStore(database)
         self.secrets = SecretStore(database)
         self.usage = UsageStore(database)

@@ -2,6 +2,7 @@
 
 from gateway.tinker.accounts import router as accounts
 from gateway.tinker.copies import router as copies
+from gateway.tinker.custom_losses import router as custom_losses
 from gateway.tinker.exports import router as exports
 from gateway.tinker.futures import router as futures
 from gateway.tinker.registry import router as registry
@@ -27,6 +28,7 @@ routes = [
         accounts,
         exports,
         copies,
+        custom_losses,
     )
     for route in topic.routes
 ]

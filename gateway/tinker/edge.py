@@ -26,9 +26,13 @@ WORTH_A_THREAD = 64 * 1024
 """Bytes from which a conversion is done in a worker thread; below it the hop costs more than the work."""
 
 
-async def read_body(request: Request) -> bytes:
-    """The decompressed body. Raises PayloadTooLarge, UnsupportedMediaType, BadRequest, NoRoom."""
-    return await decompressed(request, await sent_body(request))
+async def read_body(request: Request, *, most: int | None = None) -> bytes:
+    """The decompressed body, of `most` bytes if that is less than what is allowed to all. Raises PayloadTooLarge,
+    UnsupportedMediaType, BadRequest, NoRoom."""
+    sent = await sent_body(request)
+    if most is not None and len(sent) > most:
+        raise PayloadTooLarge(f"the body has {len(sent)} bytes; at most {most} are taken here")
+    return await decompressed(request, sent, most)
 
 
 async def sent_body(request: Request) -> bytes:
@@ -36,13 +40,14 @@ async def sent_body(request: Request) -> bytes:
     return await read_sent(request, bodies_of(request).largest)
 
 
-async def decompressed(request: Request, body: bytes) -> bytes:
-    """What was sent, decompressed as its header says."""
+async def decompressed(request: Request, body: bytes, most: int | None = None) -> bytes:
+    """What was sent, decompressed as its header says; `most` is less than what is allowed to all."""
     encoding = request.headers.get("content-encoding")
     if encoding is None:
         return body
     room = bodies_of(request).plain
     limit = gateway_of(request).settings.max_decompressed_bytes
+    limit = limit if most is None else min(limit, most)
     guess = min(guessed_size(body, encoding), limit)
     if guess < limit:
         await hold(request, room, guess)

@@ -14,6 +14,7 @@ from gateway.presence import while_connected
 from gateway.state import Gateway, Running
 from gateway.store.records import FutureStatus
 from gateway.tinker import results, schemas
+from gateway.tinker.custom_losses import outcome_of_loss
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
 from gateway.tinker.routing import topic
 
@@ -30,6 +31,9 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
     if unloaded_run != body.request_id:
         run = await gateway.run(owner, unloaded_run)
         return _json({"model_id": run.run_id, "type": "unload_model"})
+    made_at_once = await outcome_of_loss(gateway, owner, body.request_id)
+    if made_at_once is not None:
+        return _json(made_at_once)
     try:
         settled = await gateway.futures.outcome(
             body.request_id, owner, gateway.settings.hold_s, request.is_disconnected

@@ -221,6 +221,37 @@ class ForwardBackwardBody(Strict):
     forward_input: PassInput | None = None
 
 
+class CustomLossInput(Strict):
+    name: str
+    rank: int
+
+
+class CustomLossNode(Strict):
+    """What is allowed in it is decided with the whole graph, by `engines.losses.graph`."""
+
+    op: str
+    name: str
+    target: str
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+
+
+class CustomLossGraph(Strict):
+    nodes: list[CustomLossNode]
+    format: Literal[1] = 1
+
+
+class CreateCustomLoss(Strict):
+    session_id: Id
+    custom_loss_seq_id: SeqId
+    name: Id
+    inputs: list[CustomLossInput]
+    graph: CustomLossGraph
+
+    def __post_init__(self) -> None:
+        require_storable("name", self.name)
+
+
 # ---------------------------------------------------------------------------- weights
 
 

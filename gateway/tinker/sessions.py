@@ -13,6 +13,7 @@ from gateway.state import Running
 from gateway.store.records import Session
 from gateway.store.sessions import Finish
 from gateway.tinker import schemas
+from gateway.tinker.custom_losses import uploads_losses
 from gateway.tinker.edge import idempotency_key, json_body, json_reply, read_body, takes
 from gateway.tinker.routing import topic
 
@@ -25,9 +26,10 @@ _CANCELS_AT_A_TIME = 64
 @router.post("/client/config", openapi_extra=takes(schemas.ClientConfig))
 async def client_config(request: Request, owner: Owner, gateway: Running) -> Response:
     """Flags of the client's transport; what is not named is the default of its SDK version, which fits this server."""
-    await json_body(request, schemas.ClientConfig)
+    body = await json_body(request, schemas.ClientConfig)
     return json_reply(
         {
+            "custom_loss_server_side": uploads_losses(gateway, body.sdk_version),
             "pjwt_auth_enabled": gateway.settings.token_exchange,
             "sample_use_retrieve_futures": gateway.settings.completion_queue,
             "sample_join_sampling_session": True,

@@ -11,6 +11,7 @@ from gateway.state import Gateway, Running
 from gateway.store.records import Future, Run
 from gateway.submit import NewRun, draw_seed, submit_operation, submit_run
 from gateway.tinker import requests, schemas
+from gateway.tinker.custom_losses import with_custom_loss
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
 from gateway.tinker.operations import accept_json, accept_or_reject, message_of_pass, promise
 from gateway.tinker.results import PROTOBUF
@@ -67,6 +68,7 @@ async def forward_backward(request: Request, owner: Owner, gateway: Running) -> 
 
     async def submit() -> Future:
         operation = await in_thread_if_large(body, lambda: requests.pass_of(message))
+        operation = await with_custom_loss(gateway, run, operation)
         return await submit_operation(gateway, run, envelope.seq_id, operation)
 
     return await accept_or_reject(gateway, run, envelope.seq_id, kind, submit)
@@ -81,6 +83,7 @@ async def forward(request: Request, owner: Owner, gateway: Running) -> Response:
 async def _json_pass(request: Request, owner: str, gateway: Gateway, kind: str) -> Response:
     async def submit(run: Run, turn: Turn, body: schemas.ForwardBackwardBody) -> Future:
         operation = await asyncio.to_thread(requests.pass_of_json, body)
+        operation = await with_custom_loss(gateway, run, operation)
         return await submit_operation(gateway, run, turn, operation)
 
     return await accept_json(request, gateway, owner, schemas.ForwardBackwardBody, kind, submit)

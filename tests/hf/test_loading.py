@@ -52,7 +52,7 @@ def test_info_tells_what_was_loaded(make_engine: MakeEngine) -> None:
     info = make_engine(max_context=100, max_rank=16).info()
     assert (info.base_model, info.architecture) == ("test/tied", "Qwen3ForCausalLM")
     assert (info.vocab_size, info.max_context, info.max_rank, info.eos_tokens) == (288, 100, 16, (257,))
-    assert info.losses == ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro")
+    assert info.losses == ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "custom")
     assert (info.device, info.dtype) == ("cpu", "float32")
     assert info.versions["torch"] == torch.__version__
 
