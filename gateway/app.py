@@ -38,6 +38,7 @@ from gateway.migrate import prepare
 from gateway.models import router as models
 from gateway.openai_backend import FleetBackend
 from gateway.openapi import with_refusals
+from gateway.pages import add_pages
 from gateway.settings import Settings, load_settings
 from gateway.signed_urls import SignedUrls
 from gateway.state import Gateway
@@ -73,7 +74,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Speaks the Tinker API, the OpenAI API, and an admin API of its own.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
+    add_pages(app)
     app.router.routes.extend(tinker.routes)
     app.include_router(health)
     app.include_router(models)
