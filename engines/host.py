@@ -179,7 +179,7 @@ def _load(socket: Socket, config: EngineConfig) -> Engine | None:
         socket.send_multipart(pack(Ready(engine.info(), list(files)), *files.values()))
     except LoadError as error:
         log.error("%s cannot be loaded: %s", config.base_model, error)
-        socket.send_multipart(pack(LoadFailed(str(error))))
+        socket.send_multipart(pack(LoadFailed(str(error), final=True)))
         return None
     except Exception as error:  # the process boundary: a plugin may raise anything while it loads
         failure = failure_of_engine(error, "loading the model", f"loading {config.base_model}")

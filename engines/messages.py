@@ -121,9 +121,11 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
-    """The base model cannot be loaded; `message` says what to change. The process exits."""
+    """The base model cannot be loaded; the process exits. When it is `final`, `message` says what to change, and a
+    further try is of no use before that."""
 
     message: str
+    final: bool = False
 
 
 class Performed(msgspec.Struct, frozen=True, tag="performed"):

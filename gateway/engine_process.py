@@ -47,6 +47,10 @@ class EngineStartFailed(Exception):
     """The process could not be started or could not load its model; the message says why."""
 
 
+class ModelRefused(EngineStartFailed):
+    """It will not load before somebody changes something: the settings, the model's folder, what is installed."""
+
+
 class EngineProcess:
     """A running engine. Made by `start`."""
 
@@ -77,7 +81,7 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, config: EngineConfig, python: str, timeout_s: float) -> EngineProcess:
-        """Start a process and wait until its model is loaded. Raises EngineStartFailed."""
+        """Start a process and wait until its model is loaded. Raises EngineStartFailed, of which ModelRefused."""
         engine = cls(config, python)
         try:
             await engine._spawn()
@@ -85,6 +89,9 @@ class EngineProcess:
         except TimeoutError as error:
             await engine.kill()
             raise EngineStartFailed(f"the model was not loaded within {timeout_s:.0f} s") from error
+        except (FileNotFoundError, PermissionError) as error:
+            await engine.kill()
+            raise ModelRefused(f"its interpreter {python!r} cannot be run: {error.strerror}") from error
         except (OSError, zmq.ZMQError, EngineLost) as error:
             await engine.kill()
             raise EngineStartFailed(str(error)) from error
@@ -231,7 +238,8 @@ class EngineProcess:
                 self.tokenizer_files = dict(zip(message.tokenizer_files, payloads, strict=True))
                 _resolve(self._ready, None)
             case messages.LoadFailed():
-                _fail(self._ready, EngineStartFailed(message.message))
+                failure = ModelRefused if message.final else EngineStartFailed
+                _fail(self._ready, failure(message.message))
 
     async def _greet(self, hello: messages.Hello) -> None:
         if hello.protocol == messages.PROTOCOL:
@@ -241,7 +249,7 @@ class EngineProcess:
             f"{self._python} has engine protocol {hello.protocol}, this gateway {messages.PROTOCOL}; "
             "install the same version of Tandem in both environments"
         )
-        _fail(self._ready, EngineStartFailed(problem))
+        _fail(self._ready, ModelRefused(problem))
 
     def _put(self, call_id: int, item: SampleDelta | Drawn | Exception) -> None:
         queue = self._samples.get(call_id)

@@ -115,10 +115,17 @@ class NoRoom(Passing):
 
 
 class EngineUnavailable(Passing):
-    """The engine for this model is starting, restarting or has failed to load; trying again later may help."""
+    """The engine for this model is starting or restarting; trying again later helps."""
 
     status = 503
     code = "engine_unavailable"
+
+
+class ModelNotLoadable(TandemError):
+    """The engine of this model cannot load it; the message says what the operator has to change."""
+
+    status = 400
+    code = "model_not_loadable"
 
 
 class EngineLost(Passing):

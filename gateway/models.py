@@ -47,6 +47,6 @@ def _files(gateway: Gateway, model: str) -> dict[str, bytes]:
         served = ", ".join(gateway.fleet.base_models())
         raise NotFound(f"base model {model!r} is not served here; available: {served}", param="model")
     for supervisor in serving:
-        if supervisor.info is not None and supervisor.process is not None:
-            return supervisor.process.tokenizer_files
-    raise EngineUnavailable(f"the engine of {model} is {serving[0].state}; try again in a moment")
+        if supervisor.tokenizer_files is not None:
+            return supervisor.tokenizer_files
+    raise EngineUnavailable(f"the engine of {model} is {serving[0].described}")

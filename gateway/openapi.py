@@ -16,6 +16,7 @@ from gateway.errors import (
     EngineUnavailable,
     Forbidden,
     Gone,
+    ModelNotLoadable,
     NotFound,
     PayloadTooLarge,
     StoreUnavailable,
@@ -32,9 +33,9 @@ _METHODS = ("get", "post", "put", "patch", "delete")
 _ALWAYS = (BadRequest, Unauthorized, Forbidden, NotFound, Unprocessable, TandemError, StoreUnavailable)
 _WITH_BODY = (PayloadTooLarge, UnsupportedMediaType)
 _OF_DIALECT: dict[str, tuple[type[TandemError], ...]] = {
-    "/api/": (Gone, TooManyRequests, EngineUnavailable),
-    "/v1/": (EngineUnavailable, EngineLost, EngineFailed),
-    "/oai/": (EngineUnavailable, EngineLost, EngineFailed),
+    "/api/": (Gone, TooManyRequests, EngineUnavailable, ModelNotLoadable),
+    "/v1/": (EngineUnavailable, EngineLost, EngineFailed, ModelNotLoadable),
+    "/oai/": (EngineUnavailable, EngineLost, EngineFailed, ModelNotLoadable),
 }
 _OPENAI = ("/v1/", "/oai/")
 

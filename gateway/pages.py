@@ -26,7 +26,7 @@ def add_pages(app: FastAPI) -> None:
 
 async def _front(request: object) -> Response:
     """Whoever opens the gateway's address in a browser."""
-    return RedirectResponse(DOCS.lstrip("/"), 307)
+    return RedirectResponse(DOCS.lstrip("/"), 302)
 
 
 async def _docs(request: object) -> HTMLResponse:

@@ -142,9 +142,11 @@ def storage_run(session: Session, base_model: str, engine: str, lora: dict[str, 
 async def submit_run(gateway: Gateway, new: NewRun) -> Future:
     """Begin a run; its creation is slot 0 of its log.
 
-    Raises NotFound when its base model is not trained here, or the checkpoint it begins at has gone meanwhile.
+    Raises NotFound when its base model is not trained here, or the checkpoint it begins at has gone meanwhile, and
+    ModelNotLoadable.
     """
-    engine = gateway.fleet.for_base_model(new.base_model, "train").supervisor.engine
+    supervisor = gateway.fleet.for_base_model(new.base_model, "train").supervisor
+    engine = supervisor.engine
     origin_folder = new.origin.folder if new.origin is not None else None
     now = time.time()
     run = Run(
@@ -165,6 +167,7 @@ async def submit_run(gateway: Gateway, new: NewRun) -> Future:
     operation = CreateRun(new.lora, folder=origin_folder, optimizer_state=new.with_optimizer)
     future = _future(run, 0, "create_run", {"path": run.origin_path}, None)
     if not gateway.futures.knows(future.request_id):
+        supervisor.require_loadable()
         gateway.dispatcher_of(run).training.require_room(future)
     needs = new.origin.reference if new.origin is not None else None
     await gateway.futures.submit(Submission(future, encode(operation), run, needs))
@@ -229,12 +232,13 @@ async def submit_rejection(gateway: Gateway, run: Run, turn: Turn, kind: str, me
 async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request: SampleRequest) -> Future:
     """Accept a sample, with the weights that it will be drawn from, also when it has to be drawn again after a crash.
 
-    Raises TooManyRequests when too many of its owner's wait already.
+    Raises TooManyRequests when too many of its owner's wait already, and ModelNotLoadable.
     """
     dispatcher = gateway.fleet.for_base_model(sampler.base_model, "sample")
     _refuse_foreign(gateway, dispatcher.name)
     future = _sample_future(sampler, dispatcher.name, turn)
     if not gateway.futures.knows(future.request_id):
+        dispatcher.supervisor.require_loadable()
         dispatcher.sampling.require_room(sampler.owner)
     folder = await _weights_of(gateway, sampler)
     adapter = None if folder is None else AdapterRef(folder, folder)

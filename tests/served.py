@@ -50,6 +50,11 @@ class ServedGateway:
 
     def start(self, timeout_s: float = 60.0) -> None:
         """Returns when every engine has loaded its model."""
+        self.launch()
+        self.wait_until_ready(timeout_s)
+
+    def launch(self) -> None:
+        """Start its process."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,
@@ -66,7 +71,6 @@ class ServedGateway:
             self._process = subprocess.Popen(
                 command, env=self._environment, cwd=self.data_dir, stdout=log, stderr=log
             )
-        self.wait_until_ready(timeout_s)
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s

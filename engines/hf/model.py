@@ -109,7 +109,9 @@ def versions(options: HfOptions) -> dict[str, str]:
 
 
 def read_tokenizer_files(model: str) -> dict[str, bytes]:
-    """The tokenizer's files of a folder or hub model; raises LoadError when there is no tokenizer.json."""
+    """The tokenizer's files of a folder or hub model; raises LoadError when it lacks one, or is not there."""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise LoadError(f"the model {model!r} cannot be found: there is no such folder")
     files = {}
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         try:

@@ -56,7 +56,7 @@ class Dispatcher:
         """Where an open future of this engine stands."""
         supervisor = self.supervisor
         if supervisor.state is not EngineState.READY:
-            return Standing(True, f"the engine of {supervisor.engine.base_model} is {supervisor.state}")
+            return Standing(True, f"the engine of {supervisor.engine.base_model} is {supervisor.described}")
         lane = self.sampling if future.run_id is None else self.training
         return lane.standing(future)
 
@@ -85,7 +85,7 @@ class Dispatcher:
                 await self._reload()
                 await self._feed(engine)
             except* (EngineLost, StoreUnavailable, Interrupted) as group:
-                causes = "; ".join(str(error) for error in group.exceptions)
+                causes = "; ".join(dict.fromkeys(str(error) for error in group.exceptions))
                 log.warning("engine %s: starting over from the database: %s", self.name, causes)
             except* (
                 Exception

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
+from typing import Any
 
 from fastapi import Request, Response
 
@@ -13,6 +15,7 @@ from gateway.errors import NotFound, StoreUnavailable
 from gateway.presence import while_connected
 from gateway.state import Gateway, Running
 from gateway.store.records import FutureStatus
+from gateway.supervisor import EngineState
 from gateway.tinker import results, schemas
 from gateway.tinker.custom_losses import outcome_of_loss
 from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
@@ -21,6 +24,7 @@ from gateway.tinker.routing import topic
 router = topic()
 
 _OUTAGE_PAUSE_S = 2.0
+_BEGINNINGS = ("create_run", "sample")
 
 
 @router.post("/retrieve_future", openapi_extra=takes(schemas.RetrieveFuture))
@@ -44,7 +48,7 @@ async def retrieve_future(request: Request, owner: Owner, gateway: Running) -> R
         )  # the SDK would repeat a 503 at once, a storm for a database that recovers
         return _json(results.pending(body.request_id, "paused_capacity", error.message))
     if settled is None:
-        return _json(results.pending(body.request_id, *await _queue_state(gateway, body.request_id)))
+        return _json(await _while_open(gateway, body.request_id))
     if settled.future.status is FutureStatus.FAILED or settled.result is None:
         return _json(results.failure(settled.future))
     future, result = settled.future, settled.result
@@ -90,14 +94,22 @@ async def cancel_future(request: Request, owner: Owner, gateway: Running) -> Res
     return json_reply({"cancelled": cancelled})
 
 
-async def _queue_state(gateway: Gateway, request_id: str) -> tuple[str, str | None]:
-    """Why it takes long: the state of this future's own engine, and its place there."""
+async def _while_open(gateway: Gateway, request_id: str) -> dict[str, Any]:
+    """Why it takes long: the state of this future's own engine, and its place there.
+
+    What would begin on an engine that cannot load its model is told so: its sender need not wait for an operator. What
+    belongs to a run that is under way waits.
+    """
     future = await gateway.futures.find(request_id)
     dispatcher = gateway.fleet.dispatchers.get(future.engine) if future is not None else None
     if future is None or dispatcher is None:
-        return "paused_capacity", "its engine is not in this gateway's settings"
+        return results.pending(request_id, "paused_capacity", "its engine is not in this gateway's settings")
+    supervisor = dispatcher.supervisor
+    if supervisor.state is EngineState.FAILED and future.kind in _BEGINNINGS:
+        error = f"the engine of {supervisor.engine.base_model} cannot load it: {supervisor.problem}"
+        return results.failure(replace(future, error=error, error_category="user"))
     standing = dispatcher.standing(future)
-    return "paused_capacity" if standing.paused else "active", standing.reason
+    return results.pending(request_id, "paused_capacity" if standing.paused else "active", standing.reason)
 
 
 def _json(value: dict[str, object]) -> Response:

@@ -71,8 +71,11 @@ async def weights_to_sample(
 
 
 async def store_sampler(gateway: Gateway, session: Session, sampler_id: str, weights: Weights) -> None:
-    """Make a sampler; it never changes. Raises NotFound when its model is not served or its checkpoint has gone."""
-    engine = gateway.fleet.for_base_model(weights.base_model, "sample").supervisor.engine
+    """Make a sampler; it never changes. Raises NotFound when its model is not served or its checkpoint has gone,
+    and ModelNotLoadable."""
+    supervisor = gateway.fleet.for_base_model(weights.base_model, "sample").supervisor
+    supervisor.require_loadable()
+    engine = supervisor.engine
     sampler = Sampler(
         sampler_id=sampler_id,
         owner=session.owner,

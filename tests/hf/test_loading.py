@@ -82,7 +82,7 @@ def test_options_are_refused_by_name(make_engine: MakeEngine, options: dict[str,
 
 
 def test_a_missing_model_is_refused(make_engine: MakeEngine, tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="nowhere"):
+    with pytest.raises(LoadError, match="nowhere' cannot be found: there is no such folder"):
         make_engine(str(tmp_path / "nowhere"))
 
 
