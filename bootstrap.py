@@ -35,6 +35,10 @@ STATUS_EVERY_S = 20.0
 """Seconds between signs of life where the output is not a terminal."""
 
 
+class Unheard(Exception):
+    """Nobody reads what is printed."""
+
+
 class InstallError(Exception):
     """Something could not be installed; the message says what, why, and what to do."""
 
@@ -50,7 +54,7 @@ def install(extras: frozenset[str]) -> Path:
         return PYTHON
     # What an earlier call installed for another purpose stays installed and up to date.
     wanted = extras | set(before["extras"])
-    say("Installing what Tandem needs into .venv (nothing outside this folder is changed):")
+    say("Installing what Tandem needs into .venv:")
     started = time.monotonic()
     STAMP.unlink(missing_ok=True)
     _make_venv()
@@ -73,8 +77,16 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(text, flush=True)
+    """Print a line at once, also into a pipe.
+
+    Raises Unheard when there is nobody to read it any more: a closed terminal, `… | head`. What is said after that goes
+    nowhere.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Unheard from error
 
 
 def has_nvidia_gpu() -> bool:

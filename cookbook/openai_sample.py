@@ -11,6 +11,9 @@ import sys
 
 import openai
 
+from sdk.environment import client_environment
+from sdk.scripts import at_least_one, told
+
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -19,19 +22,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("question", nargs="?", default="What is 3 + 4?")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where the gateway answers")
     parser.add_argument(
-        "--api-key", default="tml-local", help="any, for a gateway without keys on this machine"
+        "--api-key",
+        default=None,
+        help="else TANDEM_API_KEY or TINKER_API_KEY; a gateway without keys needs none",
     )
     parser.add_argument(
         "--model", default=None, help="base model or tinker:// path; the first one served if left out"
     )
-    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--max-tokens", type=at_least_one, default=48)
     parser.add_argument("--temperature", type=float, default=0.0)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> str:
     args = arguments(argv)
-    client = openai.OpenAI(base_url=f"{args.base_url}/v1", api_key=args.api_key)
+    key = args.api_key or client_environment().key or "tml-local"
+    client = openai.OpenAI(base_url=f"{args.base_url}/v1", api_key=key)
     model = args.model or client.models.list().data[0].id
     print(f"{model}\n> {args.question}")
     answer = ""
@@ -54,4 +60,4 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

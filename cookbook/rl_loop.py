@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import plotext
 import tinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sdk import connect
+from sdk.plots import curve
+from sdk.scripts import at_least_one, told
 
+EXAMPLES = ("What is 3 + 4?", "What is 8 + 5?", "What is 0 + 9?")
 console = Console(highlight=False)
 
 
@@ -49,14 +53,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where the gateway answers")
     parser.add_argument(
-        "--api-key", default=None, help="not needed for a gateway without keys on this machine"
+        "--api-key",
+        default=None,
+        help="else TANDEM_API_KEY or TINKER_API_KEY; a gateway without keys needs none",
     )
     parser.add_argument("--base-model", default="tandem/tiny")
-    parser.add_argument("--rank", type=int, default=32, help="of the LoRA adapter")
+    parser.add_argument("--rank", type=at_least_one, default=32, help="of the LoRA adapter")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--questions", type=int, default=8, help="sums a step")
-    parser.add_argument("--group-size", type=int, default=16, help="replies to each")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--questions", type=at_least_one, default=8, help="sums a step")
+    parser.add_argument("--group-size", type=at_least_one, default=16, help="replies to each")
+    parser.add_argument("--steps", type=at_least_one, default=30)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -65,14 +71,28 @@ def reward_of(text: str, total: int) -> float:
     return 1.0 if text.strip() == str(total) else 0.0
 
 
+def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
+    """The chat so far, up to where the assistant begins to speak."""
+    messages = [{"role": "user", "content": question}]
+    tokens: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return tokens
+
+
+def answers(sampler: tinker.SamplingClient, tokenizer: Any) -> list[str]:
+    """The most likely reply to each example."""
+    params = tinker.SamplingParams(max_tokens=24, temperature=0.0)
+    prompts = [tinker.ModelInput.from_ints(prompt_tokens(tokenizer, question)) for question in EXAMPLES]
+    futures = [sampler.sample(prompt, num_samples=1, sampling_params=params) for prompt in prompts]
+    return [
+        tokenizer.decode(f.result().sequences[0].tokens, skip_special_tokens=True).strip() for f in futures
+    ]
+
+
 def sample_groups(
     sampler: tinker.SamplingClient, tokenizer: Any, sums: list[tuple[int, int]], size: int, seed: int
 ) -> list[tuple[list[int], list[Reply]]]:
     """For each sum its prompt and a group of replies; all groups are sampled at once."""
-    prompts = []
-    for a, b in sums:
-        messages = [{"role": "user", "content": f"What is {a} + {b}?"}]
-        prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    prompts = [prompt_tokens(tokenizer, f"What is {a} + {b}?") for a, b in sums]
     futures = []
     for index, prompt in enumerate(prompts):
         params = tinker.SamplingParams(max_tokens=16, temperature=1.0, seed=seed + index)
@@ -145,18 +165,6 @@ def train(client: tinker.TrainingClient, tokenizer: Any, args: argparse.Namespac
     return rewards
 
 
-def plot(rewards: list[float]) -> None:
-    figure = plotext.figure
-    figure.clear.all()
-    figure.theme("colorless")
-    figure.plot_size(min(console.width, 78), 14)
-    figure.draw(figure.signal(range(1, len(rewards) + 1), rewards, marker="braille").lines())
-    figure.ruler("y").lim(0, 1)
-    figure.title("mean reward")
-    figure.label("step", "x")
-    console.print(figure.build().string(colorless=True).rstrip(), markup=False)
-
-
 def main(argv: list[str] | None = None) -> Report:
     args = arguments(argv)
     started = time.perf_counter()
@@ -167,18 +175,29 @@ def main(argv: list[str] | None = None) -> Report:
         f"\nTeaching [bold]{args.base_model}[/] to answer sums with the bare number, by reward alone."
     )
 
+    before = answers(client.save_weights_and_get_sampling_client().result(), tokenizer)
     rewards = train(client, tokenizer, args)
+    after = answers(client.save_weights_and_get_sampling_client().result(), tokenizer)
+    saved = client.save_weights_for_sampler("sums").result().path
 
-    plot(rewards)
+    console.print(
+        curve(list(enumerate(rewards, 1)), "mean reward", min(console.width, 78), (0.0, 1.0)) or "",
+        markup=False,
+    )
+    for question, was, now in zip(EXAMPLES, before, after, strict=True):
+        console.print(f"\n  {question}")
+        console.print(f"    before  {was}", markup=False, style="dim")
+        console.print(f"    after   {now}", markup=False, style="bold")
     last = rewards[-5:]
     report = Report(rewards[0], sum(last) / len(last), time.perf_counter() - started)
     console.print(
         f"\nMean reward {report.reward_first:.2f} → {report.reward_last:.2f} (mean of the last {len(last)} steps); "
-        f"{report.seconds:.0f} s.\n",
-        soft_wrap=True,
+        f"{report.seconds:.0f} s."
     )
+    command = [sys.executable, "cookbook/openai_sample.py", "--base-url", args.base_url, "--model", saved]
+    print(f"The weights are saved; sample them with\n\n  {shlex.join([*command, EXAMPLES[0]])}\n")
     return report
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plotext
 import tinker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sdk import connect
+from sdk.plots import curve
+from sdk.scripts import at_least_one, told
 
 PROVERBS = Path(__file__).with_name("proverbs.tsv")
 SHOWN = 5
@@ -45,13 +47,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where the gateway answers")
     parser.add_argument(
-        "--api-key", default=None, help="not needed for a gateway without keys on this machine"
+        "--api-key",
+        default=None,
+        help="else TANDEM_API_KEY or TINKER_API_KEY; a gateway without keys needs none",
     )
     parser.add_argument("--base-model", default="tandem/tiny")
-    parser.add_argument("--rank", type=int, default=32, help="of the LoRA adapter")
+    parser.add_argument("--rank", type=at_least_one, default=32, help="of the LoRA adapter")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--batch-size", type=int, default=16, help="proverbs a step")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=at_least_one, default=16, help="proverbs a step")
+    parser.add_argument("--steps", type=at_least_one, default=40)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -122,17 +126,6 @@ def train(client: tinker.TrainingClient, data: list[tinker.Datum], args: argpars
     return losses
 
 
-def plot(losses: list[float]) -> None:
-    figure = plotext.figure
-    figure.clear.all()
-    figure.theme("colorless")
-    figure.plot_size(min(console.width, 78), 14)
-    figure.draw(figure.signal(range(1, len(losses) + 1), losses, marker="braille").lines())
-    figure.title("loss per answer token")
-    figure.label("step", "x")
-    console.print(figure.build().string(colorless=True).rstrip(), markup=False)
-
-
 def main(argv: list[str] | None = None) -> Report:
     args = arguments(argv)
     pairs = [tuple(line.split("\t")) for line in PROVERBS.read_text().splitlines()]
@@ -152,7 +145,9 @@ def main(argv: list[str] | None = None) -> Report:
     after = complete(client.save_weights_and_get_sampling_client().result(), tokenizer, questions)
     saved = client.save_weights_for_sampler("proverbs").result().path
 
-    plot(losses)
+    console.print(
+        curve(list(enumerate(losses, 1)), "loss per answer token", min(console.width, 78)) or "", markup=False
+    )
     for question, was, now in list(zip(questions, before, after, strict=True))[:SHOWN]:
         console.print(f"\n  {question} …")
         console.print(f"    before  {was}", markup=False, style="dim")
@@ -162,15 +157,12 @@ def main(argv: list[str] | None = None) -> Report:
     report = Report(losses[0], losses[-1], known_before, known_after, time.perf_counter() - started)
     console.print(
         f"\nLoss per token {report.loss_first:.3f} → {report.loss_last:.3f}; proverbs completed word for word "
-        f"{known_before} → {known_after} of {len(pairs)}; {report.seconds:.0f} s.",
-        soft_wrap=True,
+        f"{known_before} → {known_after} of {len(pairs)}; {report.seconds:.0f} s."
     )
-    print(
-        "The weights are saved; sample them with\n"
-        f"  {sys.executable} cookbook/openai_sample.py --base-url {args.base_url} --model '{saved}'\n"
-    )
+    command = [sys.executable, "cookbook/openai_sample.py", "--base-url", args.base_url, "--model", saved]
+    print(f"The weights are saved; sample them with\n\n  {shlex.join([*command, questions[0]])}\n")
     return report
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(told(main))

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 import resource
 import secrets
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from sqlalchemy.engine import make_url
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engines.interface import UserError
 from gateway import admin, openai, tinker
@@ -30,7 +26,8 @@ from gateway.auth import Keys
 from gateway.bodies import Bodies, ReleasedBodies
 from gateway.checkpoints import Expiry, FolderRemovals
 from gateway.completions import Completions
-from gateway.errors import ConfigurationError, TandemError
+from gateway.data_folder import lock, make_private
+from gateway.errors import ConfigurationError, StoreUnavailable, TandemError
 from gateway.fleet import Fleet
 from gateway.futures import Futures
 from gateway.health import router as health
@@ -60,13 +57,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        chosen = settings if settings is not None else load_settings()
-        async with running_gateway(chosen) as gateway:
-            app.state.gateway = gateway
-            app.state.keys = gateway.keys
-            app.state.bodies = Bodies(chosen.max_body_bytes, chosen.body_memory_bytes)
-            app.state.backend = FleetBackend(gateway)
-            yield
+        try:
+            chosen = settings if settings is not None else load_settings()
+            async with running_gateway(chosen) as gateway:
+                app.state.gateway = gateway
+                app.state.keys = gateway.keys
+                app.state.bodies = Bodies(chosen.max_body_bytes, chosen.body_memory_bytes)
+                app.state.backend = FleetBackend(gateway)
+                yield
+        except (ConfigurationError, StoreUnavailable) as error:
+            app.state.problem = str(error)
+            raise
 
     app = _Application(
         title="Tandem",
@@ -97,7 +98,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 class _Application(FastAPI):
-    """FastAPI, whose description of this application says how requests are refused here."""
+    """FastAPI, whose description of this application says how requests are refused here, and which tells in a sentence
+    why it cannot start."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def plainly(message: Message) -> None:
+            problem: str | None = getattr(self.state, "problem", None)
+            if message["type"] == "lifespan.startup.failed" and problem is not None:
+                message = {**message, "message": problem}  # in place of a traceback, for the server's log
+            await send(message)
+
+        await super().__call__(scope, receive, plainly if scope["type"] == "lifespan" else send)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -125,8 +136,8 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """Everything behind the routes, started in order and stopped in reverse."""
     _configure_log(settings.log_level)
     _check_file_limit()
-    settings.storage_dir.mkdir(parents=True, exist_ok=True)
-    lock = _lock_database(settings) if settings.embedded else None
+    make_private(settings)
+    locked = lock(settings) if settings.embedded else None
     database = Database(settings.url, sqlite_synchronous=settings.sqlite_synchronous)
     store = Store(database)
     try:
@@ -147,8 +158,8 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
             await gateway.removals.close()
     finally:
         await store.close()
-        if lock is not None:
-            lock.close()
+        if locked is not None:
+            locked.close()
 
 
 def _assemble(settings: Settings, store: Store, secret: bytes) -> Gateway:
@@ -212,37 +223,6 @@ def answering_waiters_on_signals(*answers: Callable[[], None]) -> Iterator[None]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _lock_database(settings: Settings) -> IO[str]:
-    """SQLite has one writer: a second gateway process on the same file is refused, not discovered later.
-
-    The lock lies beside the file, for two data folders may name one database.
-    """
-    place = _database_file(settings).resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = place.with_name(f"{place.name}.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise ConfigurationError(
-            f"another gateway process uses {place}. The embedded database serves one process: stop the "
-            "other one, start without --workers, set TANDEM_DATA_DIR or TANDEM_DATABASE_URL to another place, or "
-            "use Postgres"
-        ) from error
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
-
-
-def _database_file(settings: Settings) -> Path:
-    name = make_url(settings.url).database
-    if not name or name == ":memory:" or name.startswith("file:"):
-        raise ConfigurationError(
-            f"database_url is {settings.url!r}; a SQLite database here is a file: sqlite:///path/to/file"
-        )
-    return Path(name)
 
 
 def _check_file_limit() -> None:

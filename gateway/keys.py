@@ -6,16 +6,26 @@ import argparse
 import asyncio
 import sys
 import time
+from pathlib import Path
 
-from gateway.auth import hash_key, new_key
+from sqlalchemy import make_url
+
+from gateway.auth import LOCAL_OWNER, hash_key, new_key
+from gateway.data_folder import make_private
 from gateway.errors import ConfigurationError, StoreUnavailable
 from gateway.migrate import prepare
-from gateway.settings import load_settings
+from gateway.settings import Settings, load_settings
 from gateway.store import Store
 from gateway.store.database import Database
 from gateway.store.records import ApiKey
 
 _LONGEST_NAME = 200
+_ELSEWHERE = (
+    "start where the gateway was started, or say with TANDEM_DATA_DIR or TANDEM_CONFIG where its data are"
+)
+_FIRST = f"""
+This is the first key: from now on every request needs one. What was made without keys belongs to the owner
+{LOCAL_OWNER!r} and is not seen with this one; `tandem keys add {LOCAL_OWNER}` makes a key for it."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -33,20 +43,37 @@ def _arguments() -> argparse.Namespace:
 
 async def _run(arguments: argparse.Namespace) -> str:
     settings = load_settings()
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    where = _where(settings)
+    _make_or_find(settings, where, make=arguments.command == "add")
     store = Store(Database(settings.url, sqlite_synchronous=settings.sqlite_synchronous))
     try:
         await prepare(store.database, settings)
         store.start()
         match arguments.command:
             case "add":
-                return await _add(store, arguments)
+                said = await _add(store, arguments)
             case "list":
-                return await _list(store)
+                said = await _list(store)
             case _:
-                return await _remove(store, arguments.hash)
+                said = await _remove(store, arguments.hash)
+        return f"{said}\n(database: {where})"
     finally:
         await store.close()
+
+
+def _make_or_find(settings: Settings, where: str, *, make: bool) -> None:
+    """Only a first key may make a database: a list of another one's keys would be a wrong answer."""
+    if make:
+        make_private(settings)
+    elif settings.embedded and not Path(where).exists():
+        raise ConfigurationError(f"there is no database at {where}; {_ELSEWHERE}")
+
+
+def _where(settings: Settings) -> str:
+    """Which database is meant: a path, or an address without its password."""
+    if settings.embedded:
+        return str(Path(make_url(settings.url).database or "").absolute())
+    return make_url(settings.url).render_as_string(hide_password=True)
 
 
 async def _add(store: Store, arguments: argparse.Namespace) -> str:
@@ -56,10 +83,12 @@ async def _add(store: Store, arguments: argparse.Namespace) -> str:
                 f"{name} is {value[:_LONGEST_NAME]!r}; it must have {least} to {_LONGEST_NAME} printable characters"
             )
     key = new_key()
+    first = not await store.keys.all()
     await store.keys.add(
         ApiKey(hash_key(key), arguments.owner, arguments.admin, arguments.label, time.time())
     )
-    return f"{key}\n(key of {arguments.owner}; keep it now, it is not stored)"
+    said = f"{key}\n(key of {arguments.owner}; keep it now, it is not stored)"
+    return f"{said}\n{_FIRST}" if first and arguments.owner != LOCAL_OWNER else said
 
 
 async def _list(store: Store) -> str:

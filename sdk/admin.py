@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import IO, Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -12,11 +14,13 @@ import msgspec
 from sdk.admin_records import Checkpoint, Engine, Future, Metrics, Page, Run, Session, Step
 from sdk.answers import refusal, silence
 from sdk.environment import DEFAULT_URL, takes_proxies
+from sdk.exports import Exported, require_new, unpack
 
 T = TypeVar("T")
 
 _SCHEME = "tinker://"
 _PAGE = 100
+_CHUNK = 1 << 20
 _STEPS_IN_A_PAGE = 1000
 
 
@@ -43,6 +47,7 @@ class AdminClient:
             base = httpx.URL(f"{self.url}/admin/v1/")
         except httpx.InvalidURL as error:
             raise AdminError(silence(url, error)) from error
+        self.host = base.host
         self._http = httpx.Client(
             base_url=base,
             headers={"X-API-Key": key} if key else {},
@@ -108,6 +113,37 @@ class AdminClient:
         """Delete a checkpoint for good. Runs that began at it and samplers made from it are not affected."""
         self._answer("DELETE", checkpoint_route(path))
 
+    def export_checkpoint(self, path: str, folder: Path, *, base_model: str | None = None) -> Exported:
+        """Write the adapter of a checkpoint into a new folder, in PEFT's layout: `adapter_config.json` and
+        `adapter_model.safetensors`.
+
+        Its configuration names the base model as it is served here, unless `base_model` says what the reader is to
+        load. Raises ExportFailed, besides AdminError, when the folder is not new or cannot be written.
+        """
+        run_id, kind, name = checkpoint_segments(path)
+        route = f"{self.url}/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}/archive"
+        require_new(folder)
+        location = self._answer("GET", route).headers["location"]
+        with tempfile.TemporaryFile() as archive:
+            self._download(location, archive)
+            archive.seek(0)
+            return unpack(archive, folder, base_model)
+
+    def _download(self, address: str, file: IO[bytes]) -> None:
+        """From an address that needs no key, and therefore gets none."""
+        host = httpx.URL(address).host
+        try:
+            with httpx.stream(
+                "GET", address, timeout=self._http.timeout, trust_env=takes_proxies(host)
+            ) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise AdminError(refusal(self.url, answer), answer.status_code)
+                for chunk in answer.iter_bytes(_CHUNK):
+                    file.write(chunk)
+        except httpx.RequestError as error:
+            raise AdminError(silence(self.url, error)) from error
+
     def sessions(self, *, owner: str | None = None, page: int = _PAGE) -> Iterator[Session]:
         """Sessions."""
         return self._walk("sessions", {"owner": owner}, page, Page[Session])
@@ -168,7 +204,7 @@ class AdminClient:
             response = self._http.request(method, route, params=where)
         except httpx.RequestError as error:
             raise AdminError(silence(self.url, error)) from error
-        if not response.is_success:
+        if response.is_error:
             raise AdminError(refusal(self.url, response), response.status_code)
         return response
 
@@ -180,10 +216,15 @@ def _segment(text: str) -> str:
 
 def checkpoint_route(path: str) -> str:
     """Where a checkpoint is found. Raises AdminError for what is no checkpoint's path."""
+    return "checkpoints/" + "/".join(checkpoint_segments(path))
+
+
+def checkpoint_segments(path: str) -> list[str]:
+    """Run, kind and name of a checkpoint, as they stand in routes. Raises AdminError."""
     segments = path.removeprefix(_SCHEME).split("/")
     if not path.startswith(_SCHEME) or len(segments) != 3 or not all(segments):
         raise AdminError(
             f"{path!r} is no checkpoint's path; one looks like {_SCHEME}RUN/weights/NAME "
             f"or {_SCHEME}RUN/sampler_weights/NAME"
         )
-    return "checkpoints/" + "/".join(_segment(segment) for segment in segments)
+    return [_segment(segment) for segment in segments]

@@ -156,6 +156,8 @@ class Engine:
 class Metrics:
     """Counters of the gateway process; `open_futures` by engine and status."""
 
+    pid: int
+    data_dir: str
     uptime_s: float
     resident_bytes: int
     open_futures: dict[str, dict[str, int]]

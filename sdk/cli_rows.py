@@ -9,6 +9,7 @@ from rich.console import Console
 
 from sdk.admin_records import Checkpoint, Engine, Future, Run, Session, Step
 from sdk.cli_layout import Column, Row, ago, number, show_facts, show_rows, size, span
+from sdk.plots import curve
 
 LOCAL_OWNER = "local"
 """The owner of everything while a gateway has no keys: not worth a column."""
@@ -215,21 +216,4 @@ def plot_text(steps: Sequence[Step], width: int) -> str | None:
         for step in steps
         if step.loss_per_token is not None and math.isfinite(step.loss_per_token)
     ]
-    if len(points) < 2:
-        return None
-    try:
-        import plotext
-    except ImportError:
-        return None  # an extra of the client; the table above the plot has the same numbers
-    steps_shown = [step for step, _ in points]
-    count = min(6, len(points) - 1)
-    ticks = sorted({steps_shown[index * (len(points) - 1) // count] for index in range(count + 1)})
-    figure = plotext.figure
-    figure.clear.all()
-    figure.theme("colorless")
-    figure.plot_size(min(width, 100), 15)
-    figure.draw(figure.signal(*zip(*points, strict=True), marker="braille").lines())
-    figure.title("loss per token")
-    figure.label("step", "x")
-    figure.ruler("x").ticks(ticks, [str(tick) for tick in ticks])
-    return str(figure.build().string(colorless=True)).rstrip()
+    return curve(points, "loss per token", min(width, 100))

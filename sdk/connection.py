@@ -9,13 +9,14 @@ import msgspec
 import tinker
 
 from sdk.answers import refusal, silence
-from sdk.environment import DEFAULT_URL, go_without_proxies, takes_proxies
+from sdk.environment import DEFAULT_URL, client_environment, go_without_proxies, takes_proxies
 from sdk.tokenizers import serve_tokenizer
 
 LOCAL_KEY = "tml-local"
 """The SDK insists on a key that begins with `tml-`; a gateway without configured keys takes any."""
 
 _TIMEOUT_S = 60.0
+_UNAUTHORIZED = 401
 
 
 class ConnectionFailed(Exception):
@@ -35,24 +36,33 @@ class _Capabilities(msgspec.Struct):
 def connect(url: str = DEFAULT_URL, key: str | None = None, **arguments: Any) -> tinker.ServiceClient:
     """A `ServiceClient` of the official SDK, for the gateway at `url`.
 
-    `key` may be left out for a gateway on this machine that has no keys configured. Other arguments go to
+    Without `key`, TANDEM_API_KEY or TINKER_API_KEY is taken; a gateway on this machine that has no keys configured
+    needs none. Other arguments go to
     `ServiceClient`. The tokenizers of the models that the gateway serves are fetched, so that `get_tokenizer()` works
     for them. A gateway on this machine is reached without the environment's proxies; as the official SDK can be told so
     by NO_PROXY only, its address is added to that variable of this process. Raises ConnectionFailed.
     """
-    key = key or LOCAL_KEY
+    given = key or client_environment().key
+    key = given or LOCAL_KEY
     try:
         host = httpx.URL(url).host
         if not takes_proxies(host):
             go_without_proxies(host)
         _fetch_tokenizers(url, key)
     except httpx.HTTPStatusError as error:
+        if given is None and error.response.status_code == _UNAUTHORIZED:
+            raise ConnectionFailed(
+                f"{url} asks for an API key: connect(url, key), or set TANDEM_API_KEY"
+            ) from error
         raise ConnectionFailed(refusal(url, error.response)) from error
     except (httpx.RequestError, httpx.InvalidURL) as error:
         raise ConnectionFailed(silence(url, error)) from error
     except (ValueError, msgspec.DecodeError) as error:
         raise ConnectionFailed(f"{url} answers as no gateway of this version does: {error}") from error
-    return tinker.ServiceClient(base_url=url, api_key=key, **arguments)
+    try:
+        return tinker.ServiceClient(base_url=url, api_key=key, **arguments)
+    except tinker.TinkerError as error:  # it looks at the key's form before it sends anything
+        raise ConnectionFailed(str(error)) from error
 
 
 def _fetch_tokenizers(url: str, key: str) -> None:

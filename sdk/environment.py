@@ -13,7 +13,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Which gateway the command line talks to: TANDEM_URL and TANDEM_API_KEY."""
+    """Which gateway is meant, and the key for it: TANDEM_URL; TANDEM_API_KEY, else TINKER_API_KEY."""
 
     url: str
     key: str | None
@@ -21,7 +21,8 @@ class Environment:
 
 def client_environment() -> Environment:
     """What the shell says; an empty variable counts as none."""
-    return Environment(os.environ.get("TANDEM_URL") or DEFAULT_URL, os.environ.get("TANDEM_API_KEY") or None)
+    key = os.environ.get("TANDEM_API_KEY") or os.environ.get("TINKER_API_KEY") or None
+    return Environment(os.environ.get("TANDEM_URL") or DEFAULT_URL, key)
 
 
 def gateway_environment(config: Path | None = None, data: Path | None = None) -> dict[str, str]:

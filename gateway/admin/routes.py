@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from pathlib import Path
@@ -208,6 +209,8 @@ async def get_metrics(caller: Who, gateway: Running) -> views.MetricsView:
             "starts": float(dispatcher.supervisor.starts),
         }
     return views.MetricsView(
+        pid=os.getpid(),
+        data_dir=str(gateway.settings.data_dir.absolute()),
         uptime_s=time.time() - gateway.started_at,
         resident_bytes=_resident_bytes(),
         open_futures=open_futures,

@@ -136,8 +136,10 @@ class EngineView(BaseModel):
 
 
 class MetricsView(BaseModel):
-    """Counters of this gateway process."""
+    """Counters of this gateway process, and where it is."""
 
+    pid: int
+    data_dir: Annotated[str, Field(description="its data folder, on its machine")]
     uptime_s: float
     resident_bytes: Annotated[int, Field(description="memory of the gateway process")]
     open_futures: Annotated[dict[str, dict[str, int]], Field(description="by engine and status")]

@@ -15,16 +15,24 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        """Be ready at once; with FAKE_GATEWAY=fails, end soon after; with =loads, be ready the second time."""
+        """Be ready at once; with FAKE_GATEWAY=fails or =stopped, end soon after; with =loads, be ready the second time.
+        With =tandem, answer as a real one when asked what it is."""
         behaviour = os.environ.get("FAKE_GATEWAY")
-        ready = behaviour != "broken" and (behaviour != "loads" or bool(asked))
+        if behaviour == "tandem" and self.path != "/readyz":
+            self._say({"status": "ok", "pid": 7, "data_dir": "/srv/data"})
+            return
+        ready = behaviour not in ("broken", "failed") and (behaviour != "loads" or bool(asked))
         asked.append(self.path)
-        state = "down: the model cannot be found" if behaviour == "broken" else "starting"
-        self.send_response(200 if ready else 503)
+        states = {"broken": "down: the model cannot be found", "failed": "failed: there is no such folder"}
+        state = states.get(behaviour or "", "starting")
+        self._say({"ready": ready, "engines": {"tiny": state}}, 200 if ready else 503)
+        if behaviour in ("fails", "stopped"):
+            threading.Timer(0.3, os._exit, [5 if behaviour == "fails" else 0]).start()
+
+    def _say(self, body: dict[str, object], status: int = 200) -> None:
+        self.send_response(status)
         self.end_headers()
-        self.wfile.write(json.dumps({"ready": ready, "engines": {"tiny": state}}).encode())
-        if behaviour == "fails":
-            threading.Timer(0.3, os._exit, [5]).start()
+        self.wfile.write(json.dumps(body).encode())
 
 
 asked: list[str] = []

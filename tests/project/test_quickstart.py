@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import signal
@@ -95,7 +96,7 @@ def test_it_trains_then_stops_when_asked_to(start: Start, port: int, tmp_path: P
     assert is_free(port)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_stays_until_it_is_interrupted(start: Start, port: int, ending: signal.Signals) -> None:
     process = start("--no-train")
     read_until(process, f"keeps running at http://127.0.0.1:{port}; stop it with Ctrl-C")
@@ -104,7 +105,7 @@ def test_it_stays_until_it_is_interrupted(start: Start, port: int, ending: signa
     process.send_signal(ending)
     printed, _ = process.communicate()
     assert process.returncode == 0
-    assert printed.endswith("Stopped. What was trained is kept in the data folder.\n")
+    assert "Stopped. What was trained is kept in the data folder;\n" in printed
     assert is_free(port)
 
 
@@ -156,6 +157,63 @@ def test_a_gateway_that_ends_by_itself_is_an_error(start: Start) -> None:
     printed, _ = process.communicate()
     assert process.returncode == 1
     assert "The gateway ended (exit code 5)." in printed
+
+
+def test_the_log_of_an_earlier_gateway_is_not_quoted(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "gateway.log").write_text("an old trouble\n")
+    printed, _ = start("--exit", FAKE_GATEWAY="refuses").communicate()
+    assert "    the settings name no engine" in printed
+    assert "an old trouble" not in printed
+
+
+def test_an_engine_that_cannot_load_ends_it_at_once(start: Start, port: int) -> None:
+    process = start("--exit", FAKE_GATEWAY="failed")
+    printed, _ = process.communicate()
+    assert process.returncode == 1
+    assert "An engine cannot load its model.\n  engine tiny: failed: there is no such folder\n" in printed
+    assert is_free(port)
+
+
+def test_nothing_keeps_running_when_nobody_reads_any_more(start: Start, port: int) -> None:
+    """`python3 quickstart.py | head -1`."""
+    process = start()
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert is_free(port)
+
+
+def test_a_gateway_that_somebody_stops_is_no_error(start: Start) -> None:
+    process = start("--no-train", FAKE_GATEWAY="stopped")
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+
+
+def test_a_tandem_that_runs_there_already_is_recognised(start: Start, port: int) -> None:
+    first = start("--no-train", FAKE_GATEWAY="tandem")
+    read_until(first, "/docs")
+    second = start("--exit")
+    printed, _ = second.communicate()
+    assert second.returncode == 1
+    assert f"A Tandem runs already at http://127.0.0.1:{port}\n(process 7, data in /srv/data).\n" in printed
+    assert f".venv/bin/tandem stop --url http://127.0.0.1:{port}\n" in printed
+    assert f"quickstart.py --port {port + 1} --data data-{port + 1}" in printed
+    assert "Starting" not in printed
+
+
+def test_a_data_folder_in_use_is_named_before_anything_is_started(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data" / "tandem.db.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        process = start("--exit")
+        printed, _ = process.communicate()
+    assert process.returncode == 1
+    assert f"A gateway (process 4711) uses the data folder {tmp_path / 'data'}\n" in printed
+    assert not (tmp_path / "data" / "gateway.log").exists()
 
 
 def test_a_port_in_use_is_named_before_anything_is_installed(start: Start, port: int) -> None:

@@ -13,6 +13,7 @@ import click
 import httpx
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
 
 from sdk import AdminClient
 from sdk.cli import main
@@ -296,3 +297,84 @@ def test_the_documentation_and_the_readme_name_no_command_that_is_none() -> None
     options = set(re.findall(r"`(--[a-z]+)`", (ROOT / "docs" / "cli.md").read_text()))
     known = {flag for command in commands().values() for option in command.params for flag in option.opts}
     assert options <= known
+
+
+# ---------------------------------------------------------------------------- taking weights out
+
+
+def test_an_adapter_is_exported_as_peft_reads_it(place: Place, tmp_path: Path) -> None:
+    """The same tensors as the gateway keeps, and a configuration that names the base model."""
+    folder = tmp_path / "my adapter"
+    printed = lines_of(tandem(place, "checkpoints", "export", place.paths[-1], str(folder)))
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert printed[-1] == "base model: fake/model"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["peft_type"]) == ("fake/model", 8, "LORA")
+    exported = load_file(folder / "adapter_model.safetensors")
+    kept = [
+        load_file(path)
+        for path in (place.gateway.data_dir / "storage").rglob("adapter_model.safetensors")
+        if path.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+    ]
+    assert kept
+    assert exported.keys() == kept[0].keys()
+
+
+def test_the_base_model_of_an_export_may_be_named_for_its_reader(place: Place, tmp_path: Path) -> None:
+    """And of weights that are trained on, no optimizer state is given."""
+    folder = tmp_path / "a"
+    arguments = ("export", place.paths[0], str(folder), "--base-model", "/models/mine", "--json")
+    told = json.loads(tandem(place, "checkpoints", *arguments).stdout)
+    assert told["base_model"] == "/models/mine"
+    assert told["files"] == {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert set(told["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "/models/mine"
+
+
+def test_an_export_overwrites_nothing_and_names_what_is_missing(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    for target in (tmp_path, tmp_path / "kept"):
+        refused = tandem(place, "checkpoints", "export", place.paths[0], str(target))
+        assert refused.exit_code in (1, 2)
+        assert "is not empty" in refused.stderr or "is a file" in refused.stderr
+    assert (tmp_path / "kept").read_text() == "mine"
+    missing = f"tinker://{place.trained}/weights/nothing"
+    refused = tandem(place, "checkpoints", "export", missing, str(tmp_path / "new"))
+    assert refused.exit_code == 1
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------- a gateway on this machine
+
+
+def test_stop_ends_the_gateway_and_waits_for_it(tmp_path: Path) -> None:
+    gateway = ServedGateway(tmp_path)
+    gateway.start()
+    try:
+        done = CliRunner().invoke(main, ["stop", "--url", gateway.url], env={"TANDEM_API_KEY": None})
+        assert done.exit_code == 0, done.output
+        assert f"(process {gateway.pid})" in done.stderr
+        assert gateway.stop() == 0  # it has ended by itself
+        assert tandem(None, "stop", "--url", gateway.url).exit_code == 3
+    finally:
+        gateway.close()
+
+
+def test_stop_is_for_this_machine() -> None:
+    refused = tandem(None, "stop", "--url", "http://192.0.2.1:8000")
+    assert refused.exit_code == 1
+    assert "another machine" in refused.stderr
+
+
+def test_keys_are_made_listed_and_removed(tmp_path: Path) -> None:
+    def keys(*arguments: str) -> str:
+        command = [sys.executable, "-m", "sdk.cli", "keys", *arguments, "--data", str(tmp_path / "data")]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+
+    assert keys("add", "alice", "--label", "laptop", "--admin").startswith("tml-")
+    [line] = [line for line in keys("list").splitlines() if "alice" in line]
+    assert line.split()[1:] == ["alice", "(admin)", "laptop"]
+    assert "The key of alice is removed." in keys("remove", line.split()[0])

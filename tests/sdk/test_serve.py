@@ -86,19 +86,44 @@ def test_listening_for_others_is_said(tmp_path: Path, config: Path) -> None:
         warned = serving.log.read_text().splitlines()[0]
         assert "0.0.0.0" in warned
         assert "403" in warned
-        assert "python -m gateway.keys add" in warned
+        assert "tandem keys add" in warned
         assert (tmp_path / "data" / "tandem.db").exists()
     finally:
         serving.process.terminate()
         serving.process.wait(30)
 
 
-def test_settings_that_are_wrong_end_it(tmp_path: Path) -> None:
-    (tmp_path / "wrong.toml").write_text("no_such_setting = 1\n")
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("no_such_setting = 1\n", "settings: Object contains unknown field `no_such_setting`"),
+        ("[[", "is not TOML"),
+        ('data_dir = "wrong.toml/inside"\n', "data_dir is wrong.toml/inside, which cannot be used"),
+    ],
+)
+def test_settings_that_are_wrong_end_it_with_a_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "wrong.toml").write_text(content)
     serving = Serving(tmp_path, "--config", "wrong.toml")
     try:
         assert serving.process.wait(60) != 0
-        assert "no_such_setting" in serving.log.read_text()
+        log = serving.log.read_text()
+        assert sentence in log
+        assert "Traceback" not in log
     finally:
         serving.process.kill()
         serving.process.wait()
+
+
+def test_a_folder_in_use_is_refused_with_the_process_that_uses_it(tmp_path: Path, config: Path) -> None:
+    first = Serving(tmp_path, "--config", config.name)
+    try:
+        first.wait_until_ready()
+        (tmp_path / "second").mkdir()
+        second = Serving(tmp_path / "second", "--config", str(config), "--data", str(tmp_path / "data"))
+        assert second.process.wait(60) != 0
+        log = second.log.read_text()
+        assert f"another gateway process ({first.process.pid}) uses" in log
+        assert "Traceback" not in log
+    finally:
+        first.process.terminate()
+        first.process.wait(30)
