@@ -19,7 +19,7 @@ from tests.gateway.conftest import KEY, begin_run, datum, outcome, send_pass, se
 from tests.served import ServedGateway
 
 SLOW = {"name": "slow", "plugin": "fake", "base_model": "fake/model", "options": {"delay_s": 0.05}}
-DOWN = {"name": "down", "plugin": "fake", "base_model": "down/model", "options": {"delay_s": -1.0}}
+DOWN = {"name": "down", "plugin": "fake", "base_model": "down/model", "python": "/bin/false"}
 SETTINGS: dict[str, Any] = {
     "hold_s": "1",
     "gap_timeout_s": "60",
@@ -78,7 +78,8 @@ def test_each_future_is_told_of_its_own_engine(http: httpx.Client) -> None:
     assert told["queue_state_reason"] == "operation 1 of its run has not arrived"
     told = peek(http, there)
     assert told["queue_state"] == "paused_capacity"
-    assert told["queue_state_reason"] == "the engine of down/model is down"
+    assert told["queue_state_reason"].startswith("the engine of down/model is down (")
+    assert "exit status 1" in told["queue_state_reason"]
 
 
 def test_a_sample_that_waits_for_room_is_told_its_place(http: httpx.Client) -> None:
