@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> Report:
     known_after = sum(now == answer for now, answer in zip(after, answers, strict=True))
     report = Report(losses[0], losses[-1], known_before, known_after, time.perf_counter() - started)
     console.print(
-        f"\nLoss per token {report.loss_first:.3f} → {report.loss_last:.3f}; proverbs completed word for word "
-        f"{known_before} → {known_after} of {len(pairs)}; {report.seconds:.0f} s."
+        f"\nLoss per token {report.loss_first:.3f} → {report.loss_last:.3f}; {report.seconds:.0f} s.\n"
+        f"Proverbs completed word for word: {known_before} → {known_after} of {len(pairs)}."
     )
     command = [sys.executable, "cookbook/openai_sample.py", "--base-url", args.base_url, "--model", saved]
     print(f"The weights are saved; sample them with\n\n  {shlex.join([*command, questions[0]])}\n")
