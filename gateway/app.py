@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 _FILES_NEEDED = 4096
 _ECHO = 200
+_NOT_FOUND = 404
 """Characters of an address that an error repeats."""
 _OPENAI_PATHS = ("/v1/", "/oai/")
 
@@ -270,6 +271,10 @@ def _answer_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: an unknown path, a method that a path does not have."""
     assert isinstance(error, HTTPException)
     if request.url.path.startswith(_OPENAI_PATHS):
+        if error.status_code == _NOT_FOUND:
+            served = "GET /models, GET /models/{model}, POST /completions, POST /chat/completions"
+            asked = f"{request.method} {request.url.path[:_ECHO]}"
+            error = HTTPException(_NOT_FOUND, f"{asked} is not served here; of this API there are {served}")
         return openai.render_error(error)
     detail = f"{error.detail}: {request.method} {request.url.path[:_ECHO]}"
     return JSONResponse({"detail": detail}, error.status_code, error.headers)

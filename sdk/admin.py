@@ -123,7 +123,7 @@ class AdminClient:
         run_id, kind, name = checkpoint_segments(path)
         route = f"{self.url}/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}/archive"
         require_new(folder)
-        location = self._answer("GET", route).headers["location"]
+        location = self._answer("GET", route, moved=True).headers["location"]
         with tempfile.TemporaryFile() as archive:
             self._download(location, archive)
             archive.seek(0)
@@ -199,12 +199,15 @@ class AdminClient:
         except msgspec.DecodeError as error:
             raise AdminError(f"{self.url} answers as no gateway of this version does: {error}") from error
 
-    def _answer(self, method: str, route: str, where: dict[str, Any] | None = None) -> httpx.Response:
+    def _answer(
+        self, method: str, route: str, where: dict[str, Any] | None = None, *, moved: bool = False
+    ) -> httpx.Response:
+        """An answer that is a success, or with `moved` one that names another address."""
         try:
             response = self._http.request(method, route, params=where)
         except httpx.RequestError as error:
             raise AdminError(silence(self.url, error)) from error
-        if response.is_error:
+        if not (response.has_redirect_location if moved else response.is_success):
             raise AdminError(refusal(self.url, response), response.status_code)
         return response
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+
 import httpx
 
 from sdk.environment import DEFAULT_URL
+
+_REFUSED = f"[Errno {errno.ECONNREFUSED}]"
 
 
 def refusal(url: str, response: httpx.Response) -> str:
@@ -23,7 +27,9 @@ def silence(url: str, error: httpx.RequestError | httpx.InvalidURL) -> str:
     if isinstance(error, httpx.UnsupportedProtocol):
         return f"{url!r} is no URL; one looks like {DEFAULT_URL}"
     if isinstance(error, httpx.ConnectError):
-        return f"nothing answers at {url}; start it with `tandem serve`"
+        if _REFUSED in str(error):
+            return f"nothing answers at {url}; start it with `tandem serve`"
+        return f"{url} cannot be reached: {str(error) or type(error).__name__}"  # no such host, a bad certificate
     if isinstance(error, httpx.TimeoutException):
         return f"{url} did not answer in time"
     return f"the connection to {url} broke: {str(error) or type(error).__name__}"

@@ -6,8 +6,12 @@ answers.
 
 from __future__ import annotations
 
+import itertools
+
 import click
 
+from sdk.admin import AdminError
+from sdk.admin_records import Run
 from sdk.cli_checkpoints import checkpoints
 from sdk.cli_gateway import keys, serve, stop
 from sdk.cli_layout import console_of
@@ -29,6 +33,8 @@ from sdk.cli_rows import (
 from sdk.cli_view import View, asks_gateway, lists, refuse_given
 
 _SAVED_SHOWN = 5
+_SEARCHED = 1000
+_NOT_FOUND = 404
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,7 +69,7 @@ def runs(
     owner: str | None,
     limit: int | None,
 ) -> None:
-    """Who trains what; with ID one run, its metrics by step and its loss as a plot."""
+    """Who trains what; with ID, or the beginning of one, a run: its metrics by step and its loss as a plot."""
     if run_id is not None:
         refuse_given("status", "model", "owner", "limit", "everything", beside="an ID")
         _show_one_run(view, run_id, steps)
@@ -72,8 +78,23 @@ def runs(
     view.listed(found, RUNS, run_row, limit, "There are no such runs.")
 
 
+def _found_run(view: View, named: str) -> Run:
+    """The run of an id, or of the beginning of one, if it is no other's among the newest."""
+    try:
+        return view.client.run(named)
+    except AdminError as error:
+        if error.status != _NOT_FOUND:
+            raise
+        newest = itertools.islice(view.client.runs(), _SEARCHED)
+        found = [run for run in newest if run.run_id.startswith(named)]
+        if len(found) != 1:
+            raise
+        return found[0]
+
+
 def _show_one_run(view: View, run_id: str, last: int) -> None:
-    run = view.client.run(run_id)
+    run = _found_run(view, run_id)
+    run_id = run.run_id
     steps = list(view.client.steps(run_id))
     saved = list(view.client.checkpoints(run_id=run_id))
     if view.as_json:

@@ -20,7 +20,7 @@ _COLOURS = {
     **dict.fromkeys(("active", "done", "open", "ready"), "green"),
     **dict.fromkeys(("creating", "queued", "running", "starting", "waiting"), "yellow"),
     **dict.fromkeys(("down", "failed"), "red"),
-    **dict.fromkeys(("finished", "stopped", "unloaded"), "dim"),
+    **dict.fromkeys(("finished", "silent", "stopped", "unloaded"), "dim"),
 }
 
 

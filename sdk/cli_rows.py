@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from rich.console import Console
 
@@ -12,7 +13,8 @@ from sdk.cli_layout import Column, Row, ago, number, show_facts, show_rows, size
 from sdk.plots import curve
 
 LOCAL_OWNER = "local"
-"""The owner of everything while a gateway has no keys: not worth a column."""
+"""The owner of everything while a gateway has no keys: not worth a column where nobody else is."""
+_SILENT_S = 120.0
 
 RUNS = (
     Column("run"),
@@ -77,8 +79,12 @@ STEPS = (
 
 
 def show_list(console: Console, columns: Sequence[Column], rows: Sequence[Row]) -> None:
-    """A list without the columns that are empty in every row."""
-    kept = [index for index in range(len(columns)) if index == 0 or any(row.cells[index] for row in rows)]
+    """A list without the columns that tell nothing: empty in every row, or the one owner of a gateway without keys."""
+    kept = [0]
+    for index, column in enumerate(columns[1:], 1):
+        told = {row.cells[index] for row in rows} - {"", LOCAL_OWNER if column.title == "owner" else ""}
+        if told:
+            kept.append(index)
     shown = [Row(tuple(row.cells[index] for index in kept), row.note) for row in rows]
     show_rows(console, [columns[index] for index in kept], shown)
 
@@ -92,7 +98,7 @@ def run_row(run: Run) -> Row:
             run.base_model,
             str(run.lora.rank),
             str(run.step),
-            owner_cell(run.owner),
+            run.owner,
             ago(run.last_request_at),
         )
     )
@@ -106,7 +112,7 @@ def checkpoint_row(checkpoint: Checkpoint) -> Row:
             checkpoint.base_model,
             str(checkpoint.lora.rank),
             size(checkpoint.size_bytes),
-            owner_cell(checkpoint.owner),
+            checkpoint.owner,
             ago(checkpoint.created_at),
             "public" if checkpoint.public else "",
             "" if checkpoint.expires_at is None else ago(checkpoint.expires_at),
@@ -119,14 +125,22 @@ def session_row(session: Session) -> Row:
     return Row(
         (
             session.session_id,
-            "open" if session.finished_at is None else "finished",
+            state_of(session),
             session.sdk_version,
             session.display_name or ", ".join(session.tags),
-            owner_cell(session.owner),
+            session.owner,
             ago(session.created_at),
             ago(session.finished_at or session.heartbeat_at),
         )
     )
+
+
+def state_of(session: Session, now: datetime | None = None) -> str:
+    """A client that has ended without a word stops sending heartbeats, which every SDK does several times a minute."""
+    if session.finished_at is not None:
+        return "finished"
+    silent_s = ((now or datetime.now(UTC)) - session.heartbeat_at).total_seconds()
+    return "silent" if silent_s > _SILENT_S else "open"
 
 
 def future_row(future: Future) -> Row:
@@ -137,7 +151,7 @@ def future_row(future: Future) -> Row:
             future.kind,
             future.status,
             future.engine,
-            owner_cell(future.owner),
+            future.owner,
             span(future.waited_s),
             span(future.ran_s),
             ago(future.created_at),
@@ -179,11 +193,6 @@ def step_row(step: Step) -> Row:
             ago(step.finished_at),
         )
     )
-
-
-def owner_cell(owner: str) -> str:
-    """An owner where there are several."""
-    return "" if owner == LOCAL_OWNER else owner
 
 
 def show_run(console: Console, run: Run, checkpoints: Sequence[Checkpoint]) -> None:

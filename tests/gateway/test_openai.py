@@ -287,3 +287,19 @@ def test_wrong_addresses_and_methods(http: httpx.Client) -> None:
         answer = http.request(method, path)
         assert answer.status_code == status
         assert answer.json()["error"]["message"]
+
+
+def test_an_unknown_route_names_those_there_are(http: httpx.Client) -> None:
+    answer = http.post("/v1/embeddings", json={})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (404, "unknown_url")
+    assert error["message"].startswith("POST /v1/embeddings is not served here")
+    served = [
+        f"{method.upper()} {path.removeprefix('/v1')}"
+        for path, methods in http.get("/openapi.json").json()["paths"].items()
+        if path.startswith("/v1/")
+        for method in methods
+    ]
+    assert served
+    for route in served:
+        assert route in error["message"]

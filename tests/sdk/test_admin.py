@@ -125,7 +125,7 @@ def test_a_refusal_is_the_gateways_sentence(
         (NOBODY, "nothing answers at http://127.0.0.1:9; start it with `tandem serve`"),
         ("localhost:8000", "is no URL"),
         ("http://localhost:many", "is no URL"),
-        ("http://no-such-host.invalid", "nothing answers"),
+        ("http://no-such-host.invalid", "http://no-such-host.invalid cannot be reached: [Errno -"),
     ],
 )
 def test_where_nothing_answers_the_message_says_so(url: str, words: str) -> None:

@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from rich.console import Console
 
-from sdk.admin_records import Checkpoint, Future, Lora
-from sdk.cli_layout import Row, ago, number, show_facts, size, span
-from sdk.cli_rows import CHECKPOINTS, FUTURES, checkpoint_row, future_row, show_list
+from sdk.admin_records import Checkpoint, Future, Lora, Session
+from sdk.cli_layout import Column, Row, ago, console_of, number, show_facts, size, span
+from sdk.cli_rows import CHECKPOINTS, FUTURES, checkpoint_row, future_row, show_list, state_of
 
 NOW = datetime(2030, 5, 6, 7, 8, 9, tzinfo=UTC)
 RUN = "623fa444-de6e-48ef-a82e-f2ddd7371559:train:0"
@@ -146,3 +146,25 @@ def test_numbers() -> None:
         "1e-05",
         "1.235e+05",
     ]
+
+
+@pytest.mark.parametrize(
+    ("finished", "seen_s_ago", "state"),
+    [(False, 20, "open"), (False, 600, "silent"), (True, 600, "finished")],
+)
+def test_a_client_that_is_not_heard_any_more_is_not_shown_as_open(
+    finished: bool, seen_s_ago: float, state: str
+) -> None:
+    now = datetime.now(UTC)
+    seen = now - timedelta(seconds=seen_s_ago)
+    session = Session("s", "local", "0.38", None, None, [], {}, seen, seen, seen if finished else None, None)
+    assert state_of(session, now) == state
+
+
+@pytest.mark.parametrize(("others", "shown"), [([], False), (["alice"], True)])
+def test_the_owner_without_keys_is_shown_where_there_are_others(others: list[str], shown: bool) -> None:
+    console = console_of(200)
+    rows = [Row((str(number), owner)) for number, owner in enumerate(["local", *others])]
+    with console.capture() as captured:
+        show_list(console, [Column("thing"), Column("owner")], rows)
+    assert ("local" in captured.get()) == shown
