@@ -16,6 +16,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
+from gateway.data_folder import make_private
 from gateway.errors import ConfigurationError, StoreUnavailable
 from gateway.settings import Settings, load_settings
 from gateway.store.database import Database
@@ -65,7 +66,7 @@ async def prepare(database: Database, settings: Settings) -> None:
 
 async def _main() -> None:
     settings = load_settings()
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    make_private(settings)
     database = Database(settings.url)
     try:
         await upgrade(database)
