@@ -141,7 +141,7 @@ class Supervisor:
         return EngineState.DOWN
 
     def _delay(self, failures: int) -> float:
-        return min(self._settings.engine_restart_delay_s * 2 ** (failures - 1), _LONGEST_DELAY_S)
+        return min(self._settings.engine_restart_delay_s * 2.0 ** (failures - 1), _LONGEST_DELAY_S)
 
     async def _live(self) -> None:
         """From lease to death."""
