@@ -56,7 +56,7 @@ def stop(view: View, within: int) -> None:
         raise Refused(f"{view.client.url} is another machine's; stop the gateway there")
     pid = view.client.metrics().pid
     try:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
     except (ProcessLookupError, PermissionError) as error:
         raise Refused(f"process {pid} of {view.client.url} cannot be stopped: {error.strerror}") from error
     deadline = time.monotonic() + within

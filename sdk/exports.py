@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO
 
 CONFIG = "adapter_config.json"
+_COMPLETE = "checkpoint_complete"
+"""An entry of archives that tells older clients that nothing is missing."""
 _BASE_MODEL = "base_model_name_or_path"
 
 
@@ -46,7 +48,8 @@ def unpack(archive: IO[bytes], folder: Path, base_model: str | None) -> Exported
             for member in tar:
                 if not member.isfile() or Path(member.name).name != member.name:
                     raise ExportFailed(f"the archive holds {member.name!r}, which is no plain file")
-                _write(tar, member, folder / member.name)
+                if member.name != _COMPLETE:
+                    _write(tar, member, folder / member.name)
         named = _name_base_model(folder / CONFIG, base_model)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     except (OSError, tarfile.TarError) as error:
