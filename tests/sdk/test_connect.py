@@ -203,7 +203,10 @@ DESCRIBED = (200, '{"revision": "0123456789abcdef", "files": {"tokenizer.json": 
     [
         ([(200, "<html>hello</html>")], "answers as no gateway of this version does"),
         ([(200, '{"models": []}')], "supported_models"),
-        ([(401, '{"detail": "an API key is needed"}')], "an API key is needed"),
+        (
+            [(401, '{"detail": "an API key is needed"}')],
+            "asks for an API key: connect(url, key), or set TANDEM_API_KEY",
+        ),
         ([(404, "no such page")], "answers 404: no such page"),
         ([SERVED, (500, '{"detail": "the disk is full"}')], "the disk is full"),
         ([SERVED, (200, '{"files": 3}')], "answers as no gateway of this version does"),
