@@ -105,7 +105,7 @@ class Gateway:
                 if state not in shown:
                     say(f"  {state}")
             shown = engines or shown
-            failed = next((state for state in engines if ": failed: " in state), None)
+            failed = next((state for state in engines if ": failed" in state), None)
             if failed is not None:
                 raise QuickstartError(f"An engine cannot load its model.\n  {failed}")
             # An engine is its name, its state, and a problem if there was one.

@@ -33,6 +33,6 @@ def test_what_is_made_in_the_data_folder_is_its_owners_alone(tmp_path: Path) -> 
         modes = {path.name: path.stat().st_mode & 0o077 for path in made if path != gateway.log}
     finally:
         gateway.stop()
-    assert {"data", "storage", "tandem.db", "gateway.lock"} <= modes.keys()
+    assert {"data", "storage", "tandem.db", "tandem.db.lock"} <= modes.keys()
     modes.pop("data")  # the test made it, for its log
     assert set(modes.values()) == {0}, modes
