@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from sqlalchemy import Connection, select, update
 
+from gateway.errors import Unprocessable
 from gateway.store import schema
 from gateway.store.checkpoints import record_read, require_checkpoints
 from gateway.store.database import Database
@@ -23,7 +24,8 @@ class SamplerStore:
         self._database = database
 
     async def create(self, sampler: Sampler) -> None:
-        """Store a sampler; repeating it changes nothing. Raises NotFound when its checkpoint has gone meanwhile."""
+        """Store a sampler; repeating it changes nothing. Raises NotFound when its checkpoint has gone meanwhile, and
+        Unprocessable when its number has been used for other weights."""
         await self._database.write(_create, sampler)
 
     async def get(self, sampler_id: str) -> Sampler | None:
@@ -45,8 +47,42 @@ class SamplerStore:
         return [Sampler(**row._mapping) for row in await self._database.rows(query)]
 
 
-def insert_samplers(connection: Connection, samplers: list[Sampler]) -> None:
-    connection.execute(insert_or_ignore(connection, S), [asdict(sampler) for sampler in samplers])
+def insert_sampler(connection: Connection, sampler: Sampler) -> Sampler | None:
+    """Insert a sampler unless its number is taken by other weights; the one that has taken it, if so."""
+    statement = insert_new(connection.dialect.name, S, "sampler_id")
+    if connection.execute(statement, [asdict(sampler)]).scalars().all():
+        return None
+    stored = _stored(connection, sampler.sampler_id)
+    return None if _weights(stored) == _weights(sampler) else stored
+
+
+def require_same_weights(stored: Sampler, base_model: str | None, path: str | None) -> None:
+    """Whether a sampler is what is asked for again under its number. A checkpoint counts by its path: what is stored
+    there may have changed since. Raises Unprocessable."""
+    number = stored.sampler_id.rpartition(":")[2]
+    taken = f"but sampler {number} of this session samples {described(stored)}; give another sampling_session_seq_id"
+    if path != stored.path or (path is None and stored.folder is not None):
+        asked = "not given" if path is None else repr(path)
+        raise Unprocessable(f"model_path is {asked}, {taken}", param="model_path")
+    if base_model != stored.base_model and (base_model is not None or path is None):
+        raise Unprocessable(f"base_model is {base_model!r}, {taken}", param="base_model")
+
+
+def described(sampler: Sampler) -> str:
+    """Its weights, for a person."""
+    if sampler.path is not None:
+        return sampler.path
+    if sampler.folder is not None:
+        return f"unnamed weights of run {sampler.run_id}"
+    return f"base model {sampler.base_model!r}"
+
+
+def _stored(connection: Connection, sampler_id: str) -> Sampler:
+    return Sampler(**connection.execute(select(S).where(S.c.sampler_id == sampler_id)).one()._mapping)
+
+
+def _weights(sampler: Sampler) -> tuple[object, ...]:
+    return sampler.run_id, sampler.path, sampler.folder, sampler.inflight_seq, sampler.base_model
 
 
 def _join(connection: Connection, sampler_ids: list[str]) -> list[int]:
@@ -62,6 +98,9 @@ def _join(connection: Connection, sampler_ids: list[str]) -> list[int]:
 def _create(connection: Connection, samplers: list[Sampler]) -> list[None]:
     statement = insert_new(connection.dialect.name, S, "sampler_id")
     new = set(connection.execute(statement, [asdict(sampler) for sampler in samplers]).scalars())
+    for each in samplers:
+        stored = _stored(connection, each.sampler_id) if len(new) < len(samplers) else each
+        require_same_weights(stored, each.base_model, each.path)
     references = [
         (each.owner, Reference(each.path, each.folder))
         for each in samplers

@@ -14,8 +14,8 @@ from sqlalchemy import Connection, bindparam, case, insert, literal, select, upd
 from gateway.store import schema
 from gateway.store.checkpoints import folder_in_use, insert_checkpoint
 from gateway.store.dialect import insert_or_ignore, now
-from gateway.store.records import Future, FutureStatus, Outcome, RunStatus, Settled
-from gateway.store.samplers import insert_samplers
+from gateway.store.records import Checkpoint, Future, FutureStatus, Outcome, RunStatus, Sampler, Settled
+from gateway.store.samplers import described, insert_sampler
 from gateway.store.usage import count_outcomes
 
 F = schema.futures
@@ -82,7 +82,7 @@ def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Sett
             answers.append(None)
             continue
         settleable.discard(outcome.future.request_id)
-        final, orphan = _store_checkpoint(connection, outcome)
+        final, orphan = _store_saved(connection, outcome)
         stored.append(final)
         answers.append(Settled(_finished(final, at), final.result, orphan))
     if stored:
@@ -113,11 +113,35 @@ def _settleable(connection: Connection, outcomes: list[Outcome]) -> set[str]:
     }
 
 
-def _store_checkpoint(connection: Connection, outcome: Outcome) -> tuple[Outcome, str | None]:
-    """Register what a save has written. A name that is taken makes the operation fail, as its owner was promised."""
-    checkpoint = outcome.checkpoint
-    if checkpoint is None or outcome.failed:
+def _store_saved(connection: Connection, outcome: Outcome) -> tuple[Outcome, str | None]:
+    """Register what a save has written, and the folder that nothing refers to any more, if there is one.
+
+    A name or number that is taken makes the operation fail, as its owner was promised.
+    """
+    if outcome.failed:
         return outcome, None
+    if outcome.checkpoint is not None:
+        return _store_checkpoint(connection, outcome, outcome.checkpoint)
+    if outcome.sampler is not None:
+        return _store_sampler(connection, outcome, outcome.sampler)
+    return outcome, None
+
+
+def _store_sampler(connection: Connection, outcome: Outcome, sampler: Sampler) -> tuple[Outcome, str | None]:
+    taken_by = insert_sampler(connection, sampler)
+    if taken_by is None:
+        return outcome, None
+    number = sampler.sampler_id.rpartition(":")[2]
+    message = (
+        f"sampling_session_seq_id is {number}, under which this session has a sampler of {described(taken_by)} "
+        "already; give another number"
+    )
+    return _refused(outcome, message), sampler.folder
+
+
+def _store_checkpoint(
+    connection: Connection, outcome: Outcome, checkpoint: Checkpoint
+) -> tuple[Outcome, str | None]:
     inserted, replaced = insert_checkpoint(connection, checkpoint, overwrite=outcome.overwrite)
     if not inserted:
         message = (
@@ -125,13 +149,14 @@ def _store_checkpoint(connection: Connection, outcome: Outcome) -> tuple[Outcome
             "choose another name or delete it first"
             + (", or pass overwrite=True" if checkpoint.has_optimizer else "")
         )
-        failed = replace(
-            outcome, result=None, error=message, error_category="user", sampler=None, checkpoint=None
-        )
-        return failed, checkpoint.folder
+        return _refused(outcome, message), checkpoint.folder
     if replaced is not None and not folder_in_use(connection, replaced):
         return outcome, replaced
     return outcome, None
+
+
+def _refused(outcome: Outcome, message: str) -> Outcome:
+    return replace(outcome, result=None, error=message, error_category="user", sampler=None, checkpoint=None)
 
 
 def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) -> None:
@@ -151,9 +176,6 @@ def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) 
     if bodies:
         connection.execute(insert_or_ignore(connection, schema.results), bodies)
     count_outcomes(connection, (outcome.usage for outcome in outcomes if not outcome.failed))
-    samplers = [outcome.sampler for outcome in outcomes if outcome.sampler is not None and not outcome.failed]
-    if samplers:
-        insert_samplers(connection, samplers)
 
 
 def _advance_runs(connection: Connection, outcomes: list[Outcome], at: float) -> None:

@@ -11,6 +11,7 @@ from gateway.auth import Owner
 from gateway.errors import BadRequest, Unprocessable
 from gateway.state import Gateway, Running
 from gateway.store.records import Future, Sampler
+from gateway.store.samplers import require_same_weights
 from gateway.submit import draw_seed, sampler_id_of, submit_rejected_sample, submit_sample
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
@@ -28,8 +29,10 @@ async def create_sampling_session(request: Request, owner: Owner, gateway: Runni
     body = await json_body(request, schemas.CreateSamplingSession)
     session = await gateway.live_session(owner, body.session_id)
     sampler_id = sampler_id_of(session.session_id, body.sampling_session_seq_id)
-    # sent again; its checkpoint may have gone meanwhile
-    if await gateway.known_samplers.get(sampler_id) is None:
+    known = await gateway.known_samplers.get(sampler_id)
+    if known is not None:  # sent again; its checkpoint may have gone meanwhile
+        require_same_weights(known, body.base_model, body.model_path)
+    else:
         weights = await weights_to_sample(gateway, owner, body.base_model, body.model_path)
         await store_sampler(gateway, session, sampler_id, weights)
     return json_reply({"sampling_session_id": sampler_id, "type": "create_sampling_session"})

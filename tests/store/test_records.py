@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
+import pytest
+
+from gateway.errors import Unprocessable
 from gateway.store import Store
 from gateway.store.futures import Submission
 from gateway.store.leases import LeaseRequest
-from gateway.store.records import ApiKey, RunStatus, Sampler
+from gateway.store.records import ApiKey, Outcome, RunStatus, Sampler
 from gateway.store.sessions import Finish
 from tests.store.conftest import a_run, a_session, an_operation
 
@@ -71,12 +75,54 @@ async def test_keys_come_and_go(store: Store) -> None:
 
 
 async def test_a_sampler_never_changes(store: Store) -> None:
+    """Sent again it is the first one; other weights under its number are refused, alone or in one commit."""
     session = await store.sessions.create(a_session())
-    sampler = Sampler("p:sample:0", "alice", session.session_id, "e", "m", None, None, "checkpoints/1", 1.0)
-    await store.samplers.create(sampler)
-    await store.samplers.create(replace(sampler, folder="checkpoints/2"))
+    sampler = Sampler("p:sample:0", "alice", session.session_id, "e", "m", None, None, None, 1.0)
+    path = "tinker://p:train:0/sampler_weights/x"
+    others = [
+        (replace(sampler, base_model="other"), "base_model"),
+        (replace(sampler, run_id="p:train:0", path=path, folder="checkpoints/2"), "model_path"),
+    ]
+    calls = [store.samplers.create(each) for each in (sampler, replace(sampler, created_at=2.0))]
+    calls += [store.samplers.create(other) for other, _ in others]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert answers[:2] == [None, None]
+    for (other, field), refusal in zip(others, answers[2:], strict=True):
+        assert isinstance(refusal, Unprocessable) and refusal.param == field
+        with pytest.raises(Unprocessable, match=f"{field}.*sampler 0 .* base model 'm'"):
+            await store.samplers.create(other)
     assert await store.samplers.get("p:sample:0") == sampler
     assert await store.samplers.of_session(session.session_id) == [sampler]
+
+
+async def test_a_save_under_the_number_of_another_sampler_fails_and_frees_its_folder(store: Store) -> None:
+    session = await store.sessions.create(a_session())
+    run = a_run(session)
+    await store.futures.submit(Submission(an_operation(run, 0, "create_run"), b"x", run))
+    saves = [an_operation(run, n, "save_weights", folder=f"checkpoints/u{n}") for n in (1, 2, 3)]
+    for save in saves:
+        await store.futures.submit(Submission(save, b"x"))
+    base = Sampler("p:sample:0", "alice", session.session_id, "e", "m", None, None, None, 1.0)
+    await store.samplers.create(base)
+    ids = ["p:sample:0", "p:sample:1", "p:sample:1"]
+    outcomes = [
+        Outcome(save, b"", sampler=replace(base, sampler_id=name, run_id=run.run_id, folder=save.folder))
+        for name, save in zip(ids, saves, strict=True)
+    ]
+    settled = await asyncio.gather(*(store.futures.settle(outcome) for outcome in outcomes))
+    found = []
+    for each in settled:
+        assert each is not None
+        found.append((each.future.status, each.future.error_category, each.result, each.orphaned_folder))
+    assert found == [
+        ("failed", "user", None, "checkpoints/u1"),
+        ("done", None, b"", None),
+        ("failed", "user", None, "checkpoints/u3"),
+    ]
+    stored = [await store.futures.get(save.request_id) for save in saves]
+    assert [future is not None and future.status for future in stored] == ["failed", "done", "failed"]
+    assert stored[2] is not None and "sampling_session_seq_id is 1" in (stored[2].error or "")
+    assert await store.samplers.of_session(session.session_id) == [base, outcomes[1].sampler]
 
 
 async def test_a_lease_has_one_holder_and_each_start_a_higher_epoch(store: Store) -> None:
