@@ -81,6 +81,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Versions of the libraries that the numbers depend on, for the log."""
     train_unembed: bool = True
     """Whether adapters on the unembedding can be trained and sampled."""
+    layers: dict[str, tuple[int, int]] = {}
+    """The linear layers that adapters attach to, by their Hugging Face names: in_features and out_features. Adapters
+    from outside are checked against them; an engine that leaves them out takes none."""
 
 
 T = TypeVar("T")

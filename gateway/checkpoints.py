@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 SCHEME = "tinker://"
 _SWEPT_AT_A_TIME = 100
+_NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._=+@-]{1,200}")
+_ECHO = 80
 
 
 def checkpoint_path(run_id: str, kind: CheckpointKind, name: str) -> str:
@@ -52,6 +55,16 @@ async def readable_checkpoint(
     if checkpoint is None or not (checkpoint.owner in (owner, also_of) or checkpoint.public):
         raise NotFound(f"there is no checkpoint {path}", param=param)
     return checkpoint
+
+
+def require_name(field: str, name: str) -> None:
+    """See that a name fits into a tinker:// path. Raises ValueError with a sentence, which in a struct's
+    `__post_init__` becomes part of the decoder's error."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{field} is {name[:_ECHO]!r}; the name of a checkpoint is 1 to 200 letters, digits or characters of "
+            "._=+@- and neither . nor .."
+        )
 
 
 async def loadable_checkpoint(

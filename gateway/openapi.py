@@ -33,6 +33,7 @@ _METHODS = ("get", "post", "put", "patch", "delete")
 _ALWAYS = (BadRequest, Unauthorized, Forbidden, NotFound, Unprocessable, TandemError, StoreUnavailable)
 _WITH_BODY = (PayloadTooLarge, UnsupportedMediaType)
 _OF_DIALECT: dict[str, tuple[type[TandemError], ...]] = {
+    "/admin/": (EngineUnavailable, ModelNotLoadable),
     "/api/": (Gone, TooManyRequests, EngineUnavailable, ModelNotLoadable),
     "/v1/": (EngineUnavailable, EngineLost, EngineFailed, ModelNotLoadable),
     "/oai/": (EngineUnavailable, EngineLost, EngineFailed, ModelNotLoadable),

@@ -90,6 +90,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Largest request body after decompression."""
     body_memory_bytes: int = 256 * MiB
     """Bytes of the bodies of all requests that are in memory at a time, as sent, and as many decompressed."""
+    max_import_bytes: int = 1024 * MiB
+    """Largest adapter that can be imported, as a tar."""
     max_queued_per_run: int = 20_000
     """Operations of one run that may wait."""
     max_queued_per_owner: int = 50_000
@@ -212,7 +214,13 @@ def _checked(settings: Settings) -> Settings:
     for name in ("gap_timeout_s", "lease_s", "engine_start_timeout_s", "engine_owner_timeout_s"):
         if getattr(settings, name) <= 0:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be above 0 seconds")
-    for name in ("max_body_bytes", "max_decompressed_bytes", "samples_in_engine", "max_attempts"):
+    for name in (
+        "max_body_bytes",
+        "max_decompressed_bytes",
+        "max_import_bytes",
+        "samples_in_engine",
+        "max_attempts",
+    ):
         if getattr(settings, name) < 1:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1")
     for name in ("max_body_bytes", "max_decompressed_bytes"):

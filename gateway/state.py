@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 _LOSSES_IN_MEMORY = 100
 """Each takes up to 1 MiB."""
+_IMPORTS_AT_A_TIME = 2
 
 
 class Remembered(Generic[T]):
@@ -67,6 +69,7 @@ class Gateway:
     keys: Keys
     removals: FolderRemovals
     signed_urls: SignedUrls
+    importing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_IMPORTS_AT_A_TIME))
     started_at: float = field(default_factory=time.time)
     turns: Turns = field(init=False)
     known_sessions: Remembered[Session] = field(init=False)

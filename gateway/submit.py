@@ -156,7 +156,7 @@ async def submit_run(gateway: Gateway, new: NewRun) -> Future:
         model_seq_id=new.model_seq_id,
         engine=engine.name,
         base_model=new.base_model,
-        lora=_lora_json(new.lora),
+        lora=lora_json(new.lora),
         optimizer="adamw",
         origin_path=new.origin.path if new.origin is not None else None,
         origin_folder=origin_folder,
@@ -240,14 +240,14 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
     if not gateway.futures.knows(future.request_id):
         dispatcher.supervisor.require_loadable()
         dispatcher.sampling.require_room(sampler.owner)
-    folder = await _weights_of(gateway, sampler)
+    folder = await weights_of(gateway, sampler)
     adapter = None if folder is None else AdapterRef(folder, folder)
     request = msgspec.structs.replace(request, adapter=adapter, session=sampler.sampler_id)
     await gateway.futures.submit(Submission(future, encode(request)))
     return future
 
 
-async def _weights_of(gateway: Gateway, sampler: Sampler) -> str | None:
+async def weights_of(gateway: Gateway, sampler: Sampler) -> str | None:
     """The folder that a sampler samples now: its own, or the newest inflight one of its run."""
     if sampler.inflight_seq is None or sampler.run_id is None:
         return sampler.folder
@@ -321,5 +321,6 @@ def _sample_future(sampler: Sampler, engine: str, turn: Turn) -> Future:
     )
 
 
-def _lora_json(lora: LoraSpec) -> dict[str, Any]:
+def lora_json(lora: LoraSpec) -> dict[str, Any]:
+    """An adapter's configuration as records keep it, with every field."""
     return {name: getattr(lora, name) for name in lora.__struct_fields__}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 from urllib.parse import quote
@@ -11,7 +12,20 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from sdk.admin_records import Checkpoint, Engine, Future, Metrics, Page, Run, Session, Step
+from sdk.adapter_tar import AdapterTar
+from sdk.admin_records import (
+    Checkpoint,
+    Deletion,
+    Engine,
+    Future,
+    Import,
+    Metrics,
+    Page,
+    Run,
+    Sampler,
+    Session,
+    Step,
+)
 from sdk.answers import refusal, silence
 from sdk.environment import DEFAULT_URL, takes_proxies
 from sdk.exports import Exported, require_new, unpack
@@ -144,6 +158,72 @@ class AdminClient:
         except httpx.RequestError as error:
             raise AdminError(silence(self.url, error)) from error
 
+    def delete_checkpoints(
+        self,
+        *,
+        owner: str | None = None,
+        run_id: str | None = None,
+        kind: str | None = None,
+        base_model: str | None = None,
+        name_prefix: str | None = None,
+        before: datetime | None = None,
+        after: datetime | None = None,
+        keep_last: int = 0,
+        dry_run: bool = False,
+    ) -> Deletion:
+        """Delete checkpoints by what they are; with `dry_run` only say which.
+
+        At least one condition besides `owner` is needed. Times have a zone. The newest `keep_last` of each run and kind
+        stay. At most 1000 go at a time, the oldest first; `more` says that there are others.
+        """
+        where = {
+            "owner": owner,
+            "run_id": run_id,
+            "kind": kind,
+            "base_model": base_model,
+            "name_prefix": name_prefix,
+            "before": None if before is None else before.isoformat(),
+            "after": None if after is None else after.isoformat(),
+            "keep_last": keep_last or None,
+            "dry_run": dry_run,
+        }
+        return self._ask("DELETE", "checkpoints", Deletion, where)
+
+    def import_adapter(
+        self, folder: Path, *, base_model: str, name: str, ttl_seconds: int | None = None
+    ) -> Import:
+        """Make a checkpoint, with weights alone, of an adapter in PEFT's format that was trained elsewhere.
+
+        `folder` holds `adapter_config.json` and `adapter_model.safetensors`.
+        """
+        where = {"base_model": base_model, "name": name, "ttl_seconds": ttl_seconds}
+        try:
+            archive = AdapterTar(folder)
+        except OSError as error:
+            raise AdminError(f"{folder} cannot be read: {error.strerror or error}") from error
+        return self._ask("POST", "checkpoints", Import, where, archive=archive)
+
+    def samplers(
+        self,
+        *,
+        owner: str | None = None,
+        session_id: str | None = None,
+        run_id: str | None = None,
+        page: int = _PAGE,
+    ) -> Iterator[Sampler]:
+        """Samplers."""
+        where = {"owner": owner, "session_id": session_id, "run_id": run_id}
+        return self._walk("samplers", where, page, Page[Sampler])
+
+    def sampler(self, sampler_id: str) -> Sampler:
+        """One sampler."""
+        return self._get(f"samplers/{_segment(sampler_id)}", Sampler)
+
+    def promote_sampler(self, sampler_id: str, name: str, *, ttl_seconds: int | None = None) -> Checkpoint:
+        """Make a checkpoint of unnamed weights, such as save_weights_and_get_sampling_client samples from."""
+        body = {"name": name, "ttl_seconds": ttl_seconds}
+        return self._ask("POST", f"samplers/{_segment(sampler_id)}/promote", Checkpoint, body=body)
+
     def sessions(self, *, owner: str | None = None, page: int = _PAGE) -> Iterator[Session]:
         """Sessions."""
         return self._walk("sessions", {"owner": owner}, page, Page[Session])
@@ -192,19 +272,41 @@ class AdminClient:
             cursor = answer.next_cursor
 
     def _get(self, route: str, form: type[T], where: dict[str, Any] | None = None) -> T:
+        return self._ask("GET", route, form, where)
+
+    def _ask(
+        self,
+        method: str,
+        route: str,
+        form: type[T],
+        where: dict[str, Any] | None = None,
+        *,
+        body: dict[str, Any] | None = None,
+        archive: AdapterTar | None = None,
+    ) -> T:
         given = {name: value for name, value in (where or {}).items() if value is not None}
-        response = self._answer("GET", route, given)
+        response = self._answer(method, route, given, body=body, archive=archive)
         try:
             return msgspec.json.decode(response.content, type=form)
         except msgspec.DecodeError as error:
             raise AdminError(f"{self.url} answers as no gateway of this version does: {error}") from error
 
     def _answer(
-        self, method: str, route: str, where: dict[str, Any] | None = None, *, moved: bool = False
+        self,
+        method: str,
+        route: str,
+        where: dict[str, Any] | None = None,
+        *,
+        body: dict[str, Any] | None = None,
+        archive: AdapterTar | None = None,
+        moved: bool = False,
     ) -> httpx.Response:
         """An answer that is a success, or with `moved` one that names another address."""
+        content, headers = (None, {}) if archive is None else (archive.chunks(), archive.headers)
         try:
-            response = self._http.request(method, route, params=where)
+            response = self._http.request(
+                method, route, params=where, json=body, content=content, headers=headers
+            )
         except httpx.RequestError as error:
             raise AdminError(silence(self.url, error)) from error
         if not (response.has_redirect_location if moved else response.is_success):

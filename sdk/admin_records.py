@@ -73,7 +73,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Weights saved under a name. `kind` is `weights` (to train on) or `sampler_weights`."""
+    """Weights saved under a name. `kind` is `weights` (to train on), `sampler_weights` or `external_weights`."""
 
     path: str
     owner: str
@@ -88,6 +88,43 @@ class Checkpoint:
     user_metadata: dict[str, Any]
     created_at: datetime
     expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """An adapter from outside, as it is stored: `zero_layers` of its `layers` are zeros that it did not have."""
+
+    checkpoint: Checkpoint
+    layers: int
+    zero_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """Checkpoints that were deleted, or would be when `dry_run`, oldest first; `more`: the limit left some out."""
+
+    dry_run: bool
+    paths: list[str]
+    size_bytes: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """What a client samples from; `path` is None for the base model alone and for weights without a name.
+
+    An `inflight` one follows the newest inflight weights of its run.
+    """
+
+    sampler_id: str
+    owner: str
+    session_id: str
+    engine: str
+    base_model: str
+    run_id: str | None
+    path: str | None
+    inflight: bool
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import click
 
 from sdk.admin import AdminError
 from sdk.admin_records import Run
-from sdk.cli_checkpoints import checkpoints
+from sdk.cli_checkpoints import checkpoints, samplers
 from sdk.cli_gateway import keys, serve, stop
 from sdk.cli_layout import console_of
 from sdk.cli_rows import (
@@ -47,13 +47,13 @@ def main() -> None:
     """
 
 
-for command in (serve, stop, keys, checkpoints):
+for command in (serve, stop, keys, checkpoints, samplers):
     main.add_command(command)
 
 
 @main.command()
 @click.argument("run_id", required=False, metavar="[ID]")
-@click.option("--status", type=click.Choice(["creating", "active", "failed", "unloaded"]))
+@click.option("--status", type=click.Choice(["creating", "active", "failed", "unloaded", "storage"]))
 @click.option("--model", help="Only those on this base model.")
 @click.option(
     "--steps", type=click.IntRange(1), default=10, show_default=True, help="With ID: the last so many."

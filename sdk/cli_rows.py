@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from sdk.admin_records import Checkpoint, Engine, Future, Run, Session, Step
+from sdk.admin_records import Checkpoint, Engine, Future, Run, Sampler, Session, Step
 from sdk.cli_layout import Column, Row, ago, number, show_facts, show_rows, size, span
 from sdk.plots import curve
 
@@ -34,6 +34,13 @@ CHECKPOINTS = (
     Column("saved", "saved {}"),
     Column("shared"),
     Column("expires", "expires {}"),
+)
+SAMPLERS = (
+    Column("sampler"),
+    Column("model"),
+    Column("weights"),
+    Column("owner", "of {}"),
+    Column("made", "made {}"),
 )
 SESSIONS = (
     Column("session"),
@@ -118,6 +125,13 @@ def checkpoint_row(checkpoint: Checkpoint) -> Row:
             "" if checkpoint.expires_at is None else ago(checkpoint.expires_at),
         )
     )
+
+
+def sampler_row(sampler: Sampler) -> Row:
+    """A line of `tandem samplers`; unnamed weights are told by their run."""
+    unnamed = f"of {sampler.run_id}, {'inflight' if sampler.inflight else 'unnamed'}"
+    weights = sampler.path or (unnamed if sampler.run_id is not None else "")
+    return Row((sampler.sampler_id, sampler.base_model, weights, sampler.owner, ago(sampler.created_at)))
 
 
 def session_row(session: Session) -> Row:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER
+from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, peft_key
 from engines.contract.material import Caller, EngineFactory, batch, same, weights
 from engines.interface import Engine, RunOperation, UserError
 from engines.operations import CreateRun, LoraSpec
@@ -33,6 +33,19 @@ class CheckpointContract:
             assert module.rpartition(".")[2] in config["target_modules"]
             assert values.shape[0 if factor == "A" else 1] == 3
             assert f"{module}.lora_{'B' if factor == 'A' else 'A'}.weight" in factors
+
+    def test_its_layers_are_those_that_the_engine_tells(self, engine: Engine, storage: Path) -> None:
+        caller = Caller(engine)
+        caller.create(rank=3)
+        caller.save("checkpoints/layers")
+        expected = {}
+        for layer, (inner, outer) in caller.info.layers.items():
+            expected[peft_key(layer, "A")] = (3, inner)
+            expected[peft_key(layer, "B")] = (outer, 3)
+        shapes = {name: values.shape for name, values in weights(storage, "checkpoints/layers").items()}
+        if not caller.info.train_unembed:
+            expected = {name: shape for name, shape in expected.items() if ".lm_head." not in name}
+        assert shapes == expected
 
     def test_optimizer_state_is_saved_when_asked(self, engine: Engine, storage: Path) -> None:
         caller = Caller(engine)
@@ -181,6 +194,21 @@ class CheckpointContract:
         with pytest.raises(UserError, match="rank"):
             caller.load("checkpoints/large", "small")
         assert same(caller.logprobs(data, "small"), before)
+
+    def test_an_adapter_of_another_scale_is_refused_without_effect(self, engine: Engine) -> None:
+        """Its numbers would mean something else: the run adds (alpha / rank) B A."""
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create("scaled", alpha=8.0)
+        caller.create("run")
+        caller.train(data, 1)
+        before = caller.logprobs(data)
+        caller.save("checkpoints/scaled", "scaled")
+        with pytest.raises(UserError, match="alpha"):
+            caller.load("checkpoints/scaled")
+        with pytest.raises(UserError, match="alpha"):
+            caller.create("new", folder="checkpoints/scaled")
+        assert same(caller.logprobs(data), before)
 
     def test_an_adapter_of_other_layers_is_refused(self, engine: Engine) -> None:
         caller = Caller(engine)

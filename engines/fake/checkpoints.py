@@ -77,16 +77,23 @@ def read_run(storage: FolderStorage, key: str, spec: LoraSpec, optimizer_state: 
     """
     if optimizer_state and not (storage.open(key, ADAPTER_WEIGHTS) / OPTIMIZER).is_file():
         raise UserError(f"{key} holds no optimizer state; load its weights alone")
-    folder = storage.open(key, ADAPTER_WEIGHTS)
+    folder = storage.open(key, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    alpha = _read_config(folder).lora_alpha
+    if alpha != spec.alpha:
+        raise UserError(f"{key}: the checkpoint's adapter has alpha {alpha}, the run {spec.alpha}")
     adapter = _assemble(_decode(folder / ADAPTER_WEIGHTS), spec, key)
     return Run(adapter, _read_optimizer(folder / OPTIMIZER, spec, key) if optimizer_state else AdamW())
 
 
-def _read_version(folder: Path) -> Adapter:
+def _read_config(folder: Path) -> _PeftConfig:
     try:
-        config = msgspec.json.decode((folder / ADAPTER_CONFIG).read_bytes(), type=_PeftConfig)
+        return msgspec.json.decode((folder / ADAPTER_CONFIG).read_bytes(), type=_PeftConfig)
     except (OSError, msgspec.DecodeError) as error:
         raise UserError(f"{ADAPTER_CONFIG} of the adapter cannot be read: {error}") from error
+
+
+def _read_version(folder: Path) -> Adapter:
+    config = _read_config(folder)
     parts = {part_of(module) for module in config.target_modules}
     spec = LoraSpec(config.r, 0, config.lora_alpha, "attn" in parts, "mlp" in parts, "unembed" in parts)
     return _assemble(_decode(folder / ADAPTER_WEIGHTS), spec, folder.name)

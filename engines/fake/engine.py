@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engines.fake.checkpoints import AdapterVersions, read_run, write_run
 from engines.fake.losses import FORMULAS
-from engines.fake.model import VOCABULARY, Adapter, base_weights
+from engines.fake.model import SITES, VOCABULARY, Adapter, base_weights
 from engines.fake.options import FakeOptions, read_options
 from engines.fake.samples import Sample
 from engines.fake.tokenizer import TEXT_END_ID, TURN_END_ID, tokenizer_files
@@ -213,4 +213,5 @@ def _info(config: EngineConfig, options: FakeOptions) -> EngineInfo:
         dtype="float32",
         deterministic=True,
         versions={"numpy": np.__version__, "safetensors": safetensors.__version__},
+        layers={site.name: (site.in_features, site.out_features) for site in SITES},
     )

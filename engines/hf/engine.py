@@ -190,6 +190,7 @@ def _describe(config: EngineConfig, options: HfOptions, base: BaseModel) -> Engi
         dtype=str(base.dtype).removeprefix("torch."),
         deterministic=options.deterministic,
         versions=versions(options),
+        layers={site.name: (site.in_features, site.out_features) for site in base.sites},
     )
 
 

@@ -8,31 +8,19 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query
 
 from gateway.admin import views
+from gateway.admin.checkpoints import router as checkpoints
 from gateway.admin.cursors import decode_cursor, next_cursor
+from gateway.admin.scope import Cursor, Filter, Limit, OwnerFilter, scope, visible
 from gateway.auth import Caller, Who
-from gateway.checkpoints import checkpoint_path, delete_checkpoint
 from gateway.errors import Forbidden, NotFound
 from gateway.state import Gateway, Running
-from gateway.store.records import Checkpoint, CheckpointKind, FutureStatus, Run, RunStatus
+from gateway.store.records import FutureStatus, Run, RunStatus
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"])
-
-Limit = Annotated[int, Query(ge=1, le=1000, description="rows in a page")]
-Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before", max_length=1000)]
-Filter = Annotated[str | None, Query(max_length=300)]
-OwnerFilter = Annotated[str | None, Query(max_length=300, description="for admins; others see their own")]
-
-
-def scope(caller: Caller, owner: str | None) -> str | None:
-    """Whose things to list; None: everybody's. Raises Forbidden."""
-    if caller.admin:
-        return owner
-    if owner is not None and owner != caller.owner:
-        raise Forbidden(f"only an admin's key can list what belongs to {owner!r}", param="owner")
-    return caller.owner
+router.routes.extend(checkpoints.routes)
 
 
 @router.get("/runs")
@@ -82,44 +70,6 @@ async def get_run_metrics(
     ]
 
 
-@router.get("/checkpoints")
-async def list_checkpoints(
-    caller: Who,
-    gateway: Running,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-    owner: OwnerFilter = None,
-    run_id: Filter = None,
-    kind: CheckpointKind | None = None,
-    base_model: Filter = None,
-) -> views.Page[views.CheckpointView]:
-    """Checkpoints, newest first."""
-    filters = {"owner": scope(caller, owner), "run_id": run_id, "kind": kind, "base_model": base_model}
-    rows = await gateway.store.checkpoints.page(limit=limit, before=decode_cursor(cursor), where=filters)
-    items = [views.checkpoint_view(row) for row in rows]
-    return views.Page(
-        items=items, next_cursor=next_cursor(rows, limit, lambda row: (row.created_at, row.path))
-    )
-
-
-@router.get("/checkpoints/{run_id}/{kind}/{name}")
-async def get_checkpoint(
-    run_id: str, kind: CheckpointKind, name: str, caller: Who, gateway: Running
-) -> views.CheckpointView:
-    """One checkpoint."""
-    return views.checkpoint_view(await _checkpoint(gateway, caller, run_id, kind, name))
-
-
-@router.delete("/checkpoints/{run_id}/{kind}/{name}", status_code=204)
-async def remove_checkpoint(
-    run_id: str, kind: CheckpointKind, name: str, caller: Who, gateway: Running
-) -> Response:
-    """Delete a checkpoint. Runs that began at it and samplers made from it are not affected."""
-    checkpoint = await _checkpoint(gateway, caller, run_id, kind, name)
-    await delete_checkpoint(gateway.store, gateway.settings, checkpoint.path)
-    return Response(status_code=204)
-
-
 @router.get("/sessions")
 async def list_sessions(
     caller: Who, gateway: Running, limit: Limit = 100, cursor: Cursor = None, owner: OwnerFilter = None
@@ -137,7 +87,7 @@ async def list_sessions(
 async def get_session(session_id: str, caller: Who, gateway: Running) -> views.SessionView:
     """One session."""
     session = await gateway.store.sessions.get(session_id)
-    if session is None or not _visible(caller, session.owner):
+    if session is None or not visible(caller, session.owner):
         raise NotFound(f"there is no session {session_id!r}")
     return views.session_view(session)
 
@@ -172,7 +122,7 @@ async def list_futures(
 async def get_future(request_id: str, caller: Who, gateway: Running) -> views.FutureView:
     """One accepted call."""
     future = await gateway.store.futures.get(request_id)
-    if future is None or not _visible(caller, future.owner):
+    if future is None or not visible(caller, future.owner):
         raise NotFound(f"there is no future {request_id!r}")
     return views.future_view(future)
 
@@ -220,23 +170,9 @@ async def get_metrics(caller: Who, gateway: Running) -> views.MetricsView:
 
 async def _run(gateway: Gateway, caller: Caller, run_id: str) -> Run:
     run = await gateway.store.runs.get(run_id)
-    if run is None or not _visible(caller, run.owner):
+    if run is None or not visible(caller, run.owner):
         raise NotFound(f"there is no run {run_id!r}")
     return run
-
-
-async def _checkpoint(
-    gateway: Gateway, caller: Caller, run_id: str, kind: CheckpointKind, name: str
-) -> Checkpoint:
-    path = checkpoint_path(run_id, kind, name)
-    checkpoint = await gateway.store.checkpoints.get(path)
-    if checkpoint is None or not _visible(caller, checkpoint.owner):
-        raise NotFound(f"there is no checkpoint {path}")
-    return checkpoint
-
-
-def _visible(caller: Caller, owner: str) -> bool:
-    return caller.admin or caller.owner == owner
 
 
 def _resident(gateway: Gateway, run: Run) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.dispatch import Dispatcher
-from gateway.store.records import Checkpoint, Future, Run, Session, Step
+from gateway.store.records import Checkpoint, Future, Run, Sampler, Session, Step
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class RunView(BaseModel):
     run_id: str
     owner: str
     session_id: str
-    status: Annotated[str, Field(description="creating, active, failed, unloaded")]
+    status: Annotated[str, Field(description="creating, active, failed, unloaded, storage")]
     base_model: str
     engine: str
     lora: Annotated[
@@ -64,7 +64,9 @@ class CheckpointView(BaseModel):
     path: Annotated[str, Field(examples=["tinker://SESSION:train:0/weights/final"])]
     owner: str
     run_id: str
-    kind: Annotated[str, Field(description="weights (with optimizer) or sampler_weights")]
+    kind: Annotated[
+        str, Field(description="weights (to train on), sampler_weights or external_weights (to download)")
+    ]
     name: str
     base_model: str
     lora: dict[str, Any]
@@ -74,6 +76,48 @@ class CheckpointView(BaseModel):
     user_metadata: dict[str, Any]
     created_at: datetime
     expires_at: datetime | None
+
+
+class ImportView(BaseModel):
+    """An adapter from outside, as it is stored."""
+
+    checkpoint: CheckpointView
+    layers: Annotated[int, Field(description="layers that the stored adapter has")]
+    zero_layers: Annotated[
+        int, Field(description="of these, layers that the adapter does not have: they are zeros and stay so")
+    ]
+
+
+class DeletionView(BaseModel):
+    """Checkpoints that have been deleted, or would be, oldest first."""
+
+    dry_run: bool
+    paths: list[str]
+    size_bytes: Annotated[int, Field(description="of all of them; shared files stay while others need them")]
+    more: Annotated[bool, Field(description="whether the limit left some out: ask again")]
+
+
+class SamplerView(BaseModel):
+    """What a client samples from: a base model, a checkpoint, or weights that have no name."""
+
+    sampler_id: str
+    owner: str
+    session_id: str
+    engine: str
+    base_model: str
+    run_id: Annotated[str | None, Field(description="whose weights; null: the base model alone")]
+    path: Annotated[str | None, Field(description="checkpoint; null: the base model, or unnamed weights")]
+    inflight: Annotated[bool, Field(description="whether it follows its run's newest inflight weights")]
+    created_at: datetime
+
+
+class Promotion(BaseModel):
+    """The name that the weights of an unnamed sampler get."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(max_length=200)]
+    ttl_seconds: Annotated[int | None, Field(ge=3600, le=10 * 366 * 86400)] = None
 
 
 class SessionView(BaseModel):
@@ -195,6 +239,20 @@ def checkpoint_view(checkpoint: Checkpoint) -> CheckpointView:
         user_metadata=checkpoint.user_metadata,
         created_at=moment(checkpoint.created_at),
         expires_at=_maybe(checkpoint.expires_at),
+    )
+
+
+def sampler_view(sampler: Sampler) -> SamplerView:
+    return SamplerView(
+        sampler_id=sampler.sampler_id,
+        owner=sampler.owner,
+        session_id=sampler.session_id,
+        engine=sampler.engine,
+        base_model=sampler.base_model,
+        run_id=sampler.run_id,
+        path=sampler.path,
+        inflight=sampler.inflight_seq is not None,
+        created_at=moment(sampler.created_at),
     )
 
 

@@ -10,7 +10,7 @@ from gateway.errors import Unprocessable
 from gateway.store import schema
 from gateway.store.checkpoints import record_read, require_checkpoints
 from gateway.store.database import Database
-from gateway.store.dialect import insert_new, insert_or_ignore
+from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore
 from gateway.store.records import Reference, Sampler
 
 S = schema.samplers
@@ -41,6 +41,20 @@ class SamplerStore:
     async def join(self, sampler_id: str) -> int:
         """The number of a further client of a sampler: 1, 2, 3 …, none twice."""
         return await self._database.write(_join, sampler_id)
+
+    async def page(
+        self, *, limit: int, before: tuple[float, str] | None = None, where: Filters = NO_FILTERS
+    ) -> list[Sampler]:
+        """Newest first; `where` filters by column; `before` is (created_at, sampler_id) of the last row seen."""
+        query = select(S).order_by(S.c.created_at.desc(), S.c.sampler_id.desc()).limit(limit)
+        for column, value in where.items():
+            if value is not None:
+                query = query.where(S.c[column] == value)
+        if before is not None:
+            created_at, sampler_id = before
+            older = (S.c.created_at == created_at) & (S.c.sampler_id < sampler_id)
+            query = query.where((S.c.created_at < created_at) | older)
+        return [Sampler(**row._mapping) for row in await self._database.rows(query)]
 
     async def of_session(self, session_id: str) -> list[Sampler]:
         query = select(S).where(S.c.session_id == session_id).order_by(S.c.created_at)

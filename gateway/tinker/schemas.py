@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from gateway.tinker.texts import require_name, require_storable
+from gateway.checkpoints import require_name
+from gateway.tinker.texts import require_storable
 
 Id = Annotated[str, Meta(min_length=1, max_length=300)]
 Text = Annotated[str, Meta(max_length=10_000)]

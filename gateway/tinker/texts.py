@@ -1,28 +1,16 @@
-"""What clients write that is stored as they wrote it: names and metadata.
+"""What clients write that is stored as they wrote it: metadata.
 
-Each check raises ValueError with a sentence; in a struct's `__post_init__` it becomes part of the decoder's error.
+The check raises ValueError with a sentence; in a struct's `__post_init__` it becomes part of the decoder's error.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import msgspec
 
-_NAME = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._=+@-]{1,200}")
 _LARGEST = 16_384
 _DEEPEST = 20
-_ECHO = 80
-
-
-def require_name(field: str, name: str) -> None:
-    """The name of a checkpoint: a segment of its tinker:// path."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"{field} is {name[:_ECHO]!r}; the name of a checkpoint is 1 to 200 letters, digits or characters of "
-            "._=+@- and neither . nor .."
-        )
 
 
 def require_storable(field: str, value: object) -> None:

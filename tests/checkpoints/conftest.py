@@ -39,7 +39,7 @@ class Place:
 @pytest.fixture(scope="package", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     data = tmp_path_factory.mktemp("checkpoints")
-    settings = {"data_dir": str(data)}
+    settings = {"data_dir": str(data), "max_import_bytes": "4000000"}
     if request.param == "postgres":
         server: PostgresServer = request.getfixturevalue("pg_server")
         template: str = request.getfixturevalue("_pg_template")

@@ -35,7 +35,7 @@ _EXPECTED = (
 )
 
 
-@schemathesis.serializer("application/x-protobuf")
+@schemathesis.serializer("application/x-protobuf", "application/x-tar")
 def _serialize_bytes(context: SerializationContext, value: Any) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode(errors="replace")
 
@@ -48,9 +48,17 @@ def undescribed(page: dict[str, Any]) -> list[str]:
             if method not in operations or f"{method.upper()} {path}" in BODY_LESS:
                 continue
             content = operations[method].get("requestBody", {}).get("content", {})
-            if not content or not all(_says_something(form.get("schema", {})) for form in content.values()):
+            schemas = [_looked_up(form.get("schema", {}), page) for form in content.values()]
+            if not schemas or not all(_says_something(schema) for schema in schemas):
                 missing.append(f"{method.upper()} {path}")
     return missing
+
+
+def _looked_up(schema: dict[str, Any], page: dict[str, Any]) -> dict[str, Any]:
+    """What a reference leads to."""
+    name = schema.get("$ref", "").rpartition("/")[2]
+    found: dict[str, Any] = page["components"]["schemas"][name] if name else schema
+    return found
 
 
 def _says_something(schema: dict[str, Any]) -> bool:

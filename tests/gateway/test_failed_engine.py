@@ -87,6 +87,16 @@ def test_openais_clients_are_told_at_once(http: httpx.Client) -> None:
     assert error["code"] == "model_not_loadable"
 
 
+def test_who_brings_an_adapter_is_told_at_once(http: httpx.Client) -> None:
+    """Nothing of the body is received, so it need not be a tar."""
+    where = {"base_model": "fake/typo", "name": "mine"}
+    tar = {"Content-Type": "application/x-tar"}
+    refused = http.post("/admin/v1/checkpoints", params=where, content=b"-", headers=tar)
+    assert refused.status_code == 400
+    assert SENTENCE in refused.json()["detail"]
+    assert refused.json()["code"] == "model_not_loadable"
+
+
 def test_other_models_are_served(http: httpx.Client) -> None:
     assert begin_run(http)
 
