@@ -14,7 +14,7 @@ import pytest
 
 from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.sampling import SamplingLane
-from gateway.engine_process import EngineProcess
+from gateway.engine_process import Drawn, EngineProcess
 from gateway.migrate import upgrade
 from gateway.settings import Settings
 from gateway.store import Store
@@ -27,13 +27,13 @@ class PatientEngine:
     """Holds every sample until `finish` names it."""
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(epoch=1, name="e")
+        self.config = SimpleNamespace(epoch=1, name="e", base_model="m")
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.inside: dict[str, asyncio.Event] = {}
         self.parties: dict[str, str] = {}
         self._changed = asyncio.Event()
 
-    async def sample(self, body: bytes, party: str) -> AsyncGenerator[bytes, None]:
+    async def sample(self, body: bytes, party: str) -> AsyncGenerator[Drawn, None]:
         name = body.decode()
         ended = self.inside[name] = asyncio.Event()
         self.parties[name] = party
@@ -43,7 +43,7 @@ class PatientEngine:
         finally:
             del self.inside[name]
             self._changed.set()
-        yield b"result"
+        yield Drawn(b"result", prompt_tokens=1, cached_tokens=0, sampled_tokens=1)
 
     async def comes_to_hold(self, *names: str) -> None:
         """Wait until exactly these samples are in the engine."""

@@ -31,7 +31,7 @@ class ScriptedEngine:
     """Performs everything at once, unless `script` has another answer to a call."""
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(epoch=1, name="e")
+        self.config = SimpleNamespace(epoch=1, name="e", base_model="m")
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.calls: list[Call] = []
         self.dropped: list[str] = []

@@ -231,7 +231,7 @@ RECORDED: dict[str, tuple[Send, list[str]]] = {
     ),
     "load with a token": (
         calling("load_weights", path="tinker://a/weights/b", weights_access_token="t"),
-        ["weights_access_token"],
+        ["there is no checkpoint", "tinker://a/weights/b"],
     ),
 }
 
@@ -265,7 +265,6 @@ REFUSED: dict[str, tuple[Send, int, list[str]]] = {
     "number -1": (numbered(-1), 422, ["seq_id"]),
     "number 2^63": (numbered(2**63), 422, ["seq_id"]),
     "number as text": (numbered("1"), 422, ["seq_id", "int"]),
-    "no number": (numbered(None), 422, ["seq_id"]),
     "unknown run": (
         lambda http, run_id, seq_id: send_step(http, run_id + "0", seq_id),
         404,
@@ -316,8 +315,8 @@ REFUSED: dict[str, tuple[Send, int, list[str]]] = {
     ),
     "wrong method": (
         lambda http, *_: http.get("/api/v1/optim_step"),
-        405,
-        ["Method Not Allowed", "optim_step"],
+        404,
+        ["Not Found", "optim_step"],
     ),
     "unknown path": (lambda http, *_: http.post("/api/v1/train_everything"), 404, ["train_everything"]),
     "a NUL in the path": (lambda http, *_: http.get("/api/v1/training_runs/a%00b"), 400, ["NUL"]),

@@ -200,7 +200,7 @@ def test_without_a_known_key_nothing_is_served(
 
 
 def test_every_route_wants_a_key(shared: Shared) -> None:
-    """Whatever the page of all routes lists, but the health checks."""
+    """Whatever the page of all routes lists, but the health checks, and what a signed address opens."""
     with httpx.Client(base_url=shared.gateway.url, trust_env=False) as http:
         paths = http.get("/openapi.json").json()["paths"]
         open_routes = set()
@@ -209,7 +209,7 @@ def test_every_route_wants_a_key(shared: Shared) -> None:
                 answer = http.request(method, path.replace("{", "").replace("}", ""))
                 if answer.status_code != 401:
                     open_routes.add(path)
-    assert open_routes == {"/healthz", "/api/v1/healthz", "/readyz"}
+    assert open_routes == {"/healthz", "/api/v1/healthz", "/readyz", *SIGNED}
 
 
 def test_both_headers_are_taken_and_forwarded_requests_are_served(shared: Shared) -> None:
@@ -222,6 +222,25 @@ def test_both_headers_are_taken_and_forwarded_requests_are_served(shared: Shared
         with client_with(shared.gateway, None, **headers) as http:
             runs = http.get("/api/v1/training_runs").json()["training_runs"]
         assert [run["training_run_id"] for run in runs] == [shared.things["run"]]
+
+
+SIGNED = {
+    "/api/v1/downloads/{version}/{run_id}/{kind}/{name}/{file}",
+    "/api/v1/sessions/{session_id}/trace",
+}
+CUSTOM_LOSS = {"name": "mine", "inputs": [], "graph": {"format": 1, "nodes": []}}
+
+
+def test_a_signed_address_opens_only_with_its_signature(shared: Shared) -> None:
+    things = shared.things
+    with client_with(shared.gateway, shared.keys["alice"]) as http:
+        for path in (
+            f"/api/v1/downloads/1/{things['run']}/weights/mine/archive.tar",
+            f"/api/v1/sessions/{things['session']}/trace",
+        ):
+            forged = f"{path}?expires=9999999999&signature={'0' * 64}"
+            assert http.get(path).status_code == 422, path
+            assert http.get(forged).status_code == 403, http.get(forged).text
 
 
 def foreign_posts(things: dict[str, str], own_session: str) -> list[tuple[str, Any]]:
@@ -258,6 +277,15 @@ def foreign_posts(things: dict[str, str], own_session: str) -> list[tuple[str, A
         ("session_heartbeat", {"session_id": session}),
         (f"sessions/{session}/finish", {}),
         (f"training_runs/{run}/checkpoints/weights/mine/publish", None),
+        ("save_weights_external", {**numbered, "path": "stolen"}),
+        ("copy_weights", {"source_path": path, "destination_project_id": "p"}),
+        ("create_custom_loss", {"session_id": session, "custom_loss_seq_id": 0, **CUSTOM_LOSS}),
+        ("cancel_future", {"request_id": things["future"]}),
+        ("join_sampling_session", {"sampling_session_id": things["sampler"]}),
+        (
+            "retrieve_futures",
+            {"target": {"type": "sampling_session", "sampling_session_id": things["sampler"]}, "timeout": 0},
+        ),
     ]
 
 
@@ -273,6 +301,11 @@ def foreign_requests(things: dict[str, str], own_session: str) -> list[tuple[str
         ("GET", f"{tinker}/sessions/{session}", None),
         ("GET", f"{tinker}/training_runs/{run}", None),
         ("GET", f"{tinker}/training_runs/{run}/checkpoints", None),
+        ("GET", f"{tinker}/models/{run}/checkpoints", None),
+        ("GET", f"{named}/archive", None),
+        ("GET", f"{named}/external_weights_urls", None),
+        ("GET", f"{tinker}/sessions/{session}/trace_export", None),
+        ("PUT", f"{tinker}/sessions/{session}/project", {"project_id": "p"}),
         ("DELETE", f"{named}/publish", None),
         ("PUT", f"{named}/ttl", {"ttl_seconds": 7200}),
         ("DELETE", named, None),
@@ -328,7 +361,9 @@ def test_every_route_with_an_id_has_been_tried(shared: Shared) -> None:
         "/api/v1/create_session", "/api/v1/telemetry", "/api/v1/sessions", "/api/v1/training_runs",
         "/api/v1/checkpoints", "/admin/v1/engines", "/admin/v1/engines/{name}", "/admin/v1/metrics",
         "/admin/v1/runs", "/admin/v1/sessions", "/admin/v1/futures", "/admin/v1/checkpoints",
-        "/v1/models", "/oai/api/v1/models",
+        "/v1/models", "/oai/api/v1/models", "/api/v1/auth/token", "/api/v1/auth/apikey/me", "/api/v1/audit",
+        "/api/v1/billing/usage/events", "/api/v1/billing/usage/checkpoints/current", "/api/v1/sessions/search",
+        *SIGNED,
     }  # fmt: skip
     names = {"run_id": "RUN", "session_id": "SESSION", "request_id": "FUTURE", "sampler_id": "SAMPLER"}
     things = {"run": "RUN", "session": "SESSION", "future": "FUTURE", "sampler": "SAMPLER", "path": "PATH"}
