@@ -18,7 +18,7 @@ from gateway.store.records import Future, Settled
 
 _RECHECK_S = 1.0
 """Seconds between looks into the database for a future that another process may be settling."""
-_ATTENTIVE_S = 2.0
+_ATTENTIVE_S = 5.0
 """Seconds between looks whether there is still somebody who waits; they cost no read."""
 
 

@@ -138,7 +138,7 @@ def test_a_clean_stop_has_status_zero_and_a_second_gateway_is_refused(tmp_path: 
     first.start()
     try:
         second = ServedGateway(tmp_path / "data")
-        with pytest.raises(RuntimeError, match="another gateway process uses"):
+        with pytest.raises(RuntimeError, match=r"another gateway process \(\d+\) uses"):
             second.start()
         assert first.stop() == 0
     finally:
