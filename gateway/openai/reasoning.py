@@ -61,7 +61,7 @@ class ReasoningSplit:
     def finish(self) -> Parted:
         """What was held back; no more text comes."""
         held, self._held = self._held, ""
-        return Parted(held.rstrip("\n"), "") if self._inside else Parted("", held)
+        return Parted(self._stripped(held.rstrip("\n")), "") if self._inside else Parted("", held)
 
     def _begun(self) -> bool:
         """Whether it is certain now how the answer begins."""

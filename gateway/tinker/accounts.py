@@ -128,7 +128,7 @@ def _window(starting_on: datetime, ending_before: datetime) -> tuple[int, int]:
 
 @router.get("/billing/usage/checkpoints/current")
 async def current_storage(
-    caller: Who, gateway: Running, project_id: Annotated[str | None, Query(max_length=10_000)] = None
+    caller: Who, gateway: Running, project_id: Annotated[str | None, Query(max_length=1_000)] = None
 ) -> dict[str, Any]:
     """Checkpoints and their bytes as they are now, by project and owner."""
     data = []

@@ -52,7 +52,7 @@ async def list_training_runs(
     limit: Limit = 20,
     offset: Offset = 0,
     access_scope: Scope = "owned",
-    project_id: Annotated[str | None, Query(max_length=10_000)] = None,
+    project_id: Annotated[str | None, Query(max_length=1_000)] = None,
 ) -> dict[str, Any]:
     """Runs, newest first."""
     owner = whose(caller, access_scope)

@@ -72,7 +72,7 @@ class FinishSession(Lenient):
 
 
 class AssignProject(Lenient):
-    project_id: Annotated[str, Meta(min_length=1, max_length=10_000)]
+    project_id: Annotated[str, Meta(min_length=1, max_length=1_000)]
 
     def __post_init__(self) -> None:
         require_storable("project_id", self.project_id)
