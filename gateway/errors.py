@@ -100,6 +100,14 @@ class Passing(TandemError):
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
+class NumberTaken(TandemError):
+    """The number or key of this call is that of another one, which stays as it is. It cannot be recorded as failed: its
+    place in the log is taken."""
+
+    status = 422
+    code = "number_taken"
+
+
 class TooManyRequests(Passing):
     """A queue of this caller's is full; it empties by itself."""
 

@@ -11,7 +11,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 
-from gateway.errors import BadRequest, NotFound
+from gateway.errors import BadRequest, NotFound, NumberTaken
 from gateway.store import Store
 from gateway.store.futures import Submission
 from gateway.store.records import Future, Settled
@@ -42,7 +42,7 @@ class Futures:
 
     def knows(self, request_id: str) -> bool:
         """Whether this call has been accepted here and is open, or was settled lately."""
-        return request_id in self._open or self._recent.get(request_id) is not None
+        return self._known(request_id) is not None
 
     async def find(self, request_id: str) -> Future | None:
         """The record of a call as it was accepted."""
@@ -50,17 +50,27 @@ class Futures:
         return known if known is not None else await self._store.futures.get(request_id)
 
     async def submit(self, submission: Submission) -> None:
-        """Returns when the call is durable. A repeated submit of the same natural key is the first one."""
+        """Returns when the call is durable. A repeated submit of the same natural key is the first one.
+
+        Raises NumberTaken when the first one was another call.
+        """
         future = submission.future
-        if self.knows(future.request_id):
+        if (known := self._known(future.request_id)) is not None:
+            require_same(known, future.kind, future.digest)
             return
         new = await self._store.futures.submit(
             submission, lambda new: self._accepted(future, submission.body) if new else None
         )
-        if not new and future.request_id not in self._open:
-            await self._adopt(future.request_id)
+        if not new:
+            known = self._known(future.request_id) or await self._adopt(future.request_id)
+            require_same(known, future.kind, future.digest)
 
-    async def _adopt(self, request_id: str) -> None:
+    def _known(self, request_id: str) -> Future | None:
+        """Without a look into the database."""
+        settled = self._recent.get(request_id)
+        return self._open.get(request_id) or (settled.future if settled is not None else None)
+
+    async def _adopt(self, request_id: str) -> Future:
         """A first try was committed, but its answer was lost on the way from the database: it has to be dispatched."""
         stored = await self._store.futures.get(request_id)
         if stored is None:
@@ -70,6 +80,7 @@ class Futures:
             )
         if stored.open and request_id not in self._open:
             self._accepted(stored, None)
+        return stored
 
     async def outcome(
         self, request_id: str, owner: str, hold_s: float, gone: Callable[[], Awaitable[bool]] = _never
@@ -192,6 +203,23 @@ _RECORD_BYTES = 2000
 
 def _weight(settled: Settled) -> int:
     return _RECORD_BYTES + len(settled.result or b"")
+
+
+def require_same(first: Future, kind: str, digest: bytes | None) -> None:
+    """Whether a call is the first one of its number sent again, as far as is known. Raises NumberTaken."""
+    if None in (first.digest, digest) or first.digest == digest:
+        return
+    if first.kind == "create_run":
+        field, place = "model_seq_id", f"run {first.run_id}"
+    elif first.request_id == f"{first.run_id or first.sampler_id}:{first.seq_id}":
+        field, place = "seq_id", f"number {first.seq_id} of {first.run_id or first.sampler_id}"
+    else:
+        field, place = "X-Idempotency-Key", f"a call of {first.run_id or first.sampler_id}"
+    raise NumberTaken(
+        f"{field} is that of another call: {place} is a {first.kind}, and this {kind} is not the same sent again; "
+        f"give another {field}",
+        param=field,
+    )
 
 
 def _unknown(request_id: str) -> NotFound:

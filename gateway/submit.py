@@ -42,7 +42,7 @@ from gateway.store.records import (
     Session,
 )
 from gateway.supervisor import EngineState
-from gateway.turns import Turn, number_of, request_id_of
+from gateway.turns import Turn, request_id_of
 
 RunOperation = ForwardBackward | Forward | OptimStep
 
@@ -62,6 +62,8 @@ class NewRun:
     base_model: str
     lora: LoraSpec
     user_metadata: dict[str, Any]
+    digest: bytes
+    """Of what was sent."""
     origin: Checkpoint | None = None
     with_optimizer: bool = False
 
@@ -165,7 +167,7 @@ async def submit_run(gateway: Gateway, new: NewRun) -> Future:
         last_request_at=now,
     )
     operation = CreateRun(new.lora, folder=origin_folder, optimizer_state=new.with_optimizer)
-    future = _future(run, 0, "create_run", {"path": run.origin_path}, None)
+    future = _future(run, Turn(0, digest=new.digest), "create_run", {"path": run.origin_path}, None)
     if not gateway.futures.knows(future.request_id):
         supervisor.require_loadable()
         gateway.dispatcher_of(run).training.require_room(future)
@@ -281,8 +283,9 @@ def _future(run: Run, turn: Turn, kind: str, context: dict[str, Any], folder: st
         owner=run.owner,
         engine=run.engine,
         kind=kind,
-        seq_id=number_of(turn),
+        seq_id=turn.number,
         created_at=time.time(),
+        digest=turn.digest,
         run_id=run.run_id,
         context=context,
         folder=folder,
@@ -315,8 +318,9 @@ def _sample_future(sampler: Sampler, engine: str, turn: Turn) -> Future:
         owner=sampler.owner,
         engine=engine,
         kind="sample",
-        seq_id=number_of(turn),
+        seq_id=turn.number,
         created_at=time.time(),
+        digest=turn.digest,
         sampler_id=sampler.sampler_id,
     )
 

@@ -1,5 +1,7 @@
 """When an operation's turn is: at the number that its client gave it, or, without one, after all that came before it.
 
+A turn belongs to what was sent first for it; a digest of that tells a repetition from another call.
+
 SDKs up to 0.2 number nothing. They send the operations of a run one after the other, each with an idempotency key that
 stays the same when it is sent again.
 """
@@ -20,30 +22,33 @@ _SAMPLE_BITS = 63
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
-    """An operation without a number: `number` is the next one that was free, `key` says which call it is."""
+class Turn:
+    """Where a call stands in its log. One whose client does not number has a `key`, which says which call it is, and
+    the next `number` that was free. `digest` is of what was sent; None: not known."""
 
     number: int
-    key: str
+    key: str | None = None
+    digest: bytes | None = None
 
     @staticmethod
-    def of_sample(key: str | None) -> Arrival:
-        """A sample without a number. Samples have no order, so any number will do."""
+    def of_sample(seq_id: int | None, key: str | None, digest: bytes) -> Turn:
+        """A sample's turn. Samples have no order, so without a number any will do."""
+        if seq_id is not None:
+            return Turn(seq_id, digest=digest)
         key = key or str(uuid.uuid4())
-        return Arrival(int(_digest(key), 16) >> (128 - _SAMPLE_BITS), key)
+        return Turn(int(_digest(key), 16) >> (128 - _SAMPLE_BITS), key, digest)
 
 
-Turn = int | Arrival
-
-
-def number_of(turn: Turn) -> int:
-    """Where it stands in its log."""
-    return turn.number if isinstance(turn, Arrival) else turn
+def digest_of(route: str, body: bytes) -> bytes:
+    """128 bits of a call: its route and its body as it was sent, decompressed. What the server draws is not in it."""
+    digest = hashlib.blake2b(route.encode(errors="replace") + b"\0", digest_size=16)
+    digest.update(body)
+    return digest.digest()
 
 
 def request_id_of(log_id: str, turn: Turn) -> str:
     """The id of the future of an entry of a run's or sampler's log: a function of its natural key."""
-    return f"{log_id}:{turn}" if isinstance(turn, int) else f"{log_id}:key-{_digest(turn.key)}"
+    return f"{log_id}:{turn.number}" if turn.key is None else f"{log_id}:key-{_digest(turn.key)}"
 
 
 def _digest(key: str) -> str:
@@ -59,13 +64,15 @@ class Turns:
         self._arriving: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def turn(self, run_id: str, seq_id: int | None, key: str | None) -> AsyncIterator[Turn]:
+    async def turn(
+        self, run_id: str, seq_id: int | None, key: str | None, digest: bytes
+    ) -> AsyncIterator[Turn]:
         """The turn of an operation that is submitted within. A key that was seen before leads to the first promise."""
         if seq_id is not None:
-            yield seq_id
+            yield Turn(seq_id, digest=digest)
             return
         lock = self._arriving.get(run_id)
         if lock is None:
             self._arriving[run_id] = lock = asyncio.Lock()
         async with lock:
-            yield Arrival(await self._store.futures.next_number(run_id), key or str(uuid.uuid4()))
+            yield Turn(await self._store.futures.next_number(run_id), key or str(uuid.uuid4()), digest)

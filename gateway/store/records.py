@@ -92,7 +92,8 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Future:
-    """One accepted call, without its input and result."""
+    """One accepted call, without its input and result. `digest` is of what was sent, to tell another call under the
+    same number; None: not known."""
 
     request_id: str
     owner: str
@@ -108,6 +109,7 @@ class Future:
     deaths: int = 0
     context: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
+    digest: bytes | None = None
     error: str | None = None
     error_category: str | None = None
     error_id: str | None = None

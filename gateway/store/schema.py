@@ -122,6 +122,7 @@ futures = Table(
     ),
     Column("context", JSON, nullable=False, comment="what settling needs: names, paths, ids"),
     Column("folder", String, comment="storage key that this operation reads or writes"),
+    Column("digest", LargeBinary, comment="128 bits of what was sent; none: not known"),
     Column("error", String),
     Column("error_category", String),
     Column("error_id", String),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
+import msgspec
 from fastapi import Request, Response
 
 from engines.interface import UserError
@@ -28,7 +29,7 @@ from gateway.tinker.edge import (
     read_body,
     sent_body,
 )
-from gateway.turns import Turn
+from gateway.turns import Turn, digest_of
 
 
 class Addressed(Protocol):
@@ -56,19 +57,33 @@ async def accept_json(
     schema: type[B],
     kind: str,
     submit: Callable[[Run, Turn, B], Awaitable[Future]],
+    common: Callable[[B], B] | None = None,
 ) -> Response:
-    """Accept an operation that comes as JSON; `submit` does it with the run, its turn and the parsed body."""
+    """Accept an operation that comes as JSON; `submit` does it with the run, its turn and the parsed body.
+
+    `common` is what a body has in common with itself sent again, where that is not all of it.
+    """
     raw = await read_body(request)
+    digest = await digest_of_call(request, raw)
     try:
         body = await in_thread_if_large(raw, lambda: parse_json(raw, schema))
     except Unprocessable as error:
         envelope = parse_json(raw, schemas.OperationEnvelope)
         if envelope.seq_id is None:
             raise
-        return await reject(gateway, owner, envelope.model_id, envelope.seq_id, kind, error.message)
+        turn = Turn(envelope.seq_id, digest=digest)
+        return await reject(gateway, owner, envelope.model_id, turn, kind, error.message)
+    if common is not None:
+        digest = await digest_of_call(request, msgspec.json.encode(common(body)))
     run = await gateway.live_run(owner, body.model_id)
-    async with gateway.turns.turn(run.run_id, body.seq_id, idempotency_key(request)) as turn:
+    async with gateway.turns.turn(run.run_id, body.seq_id, idempotency_key(request), digest) as turn:
         return await accept_or_reject(gateway, run, turn, kind, lambda: submit(run, turn, body))
+
+
+async def digest_of_call(request: Request, body: bytes) -> bytes:
+    """What a repetition of a call has in common with it, and no other call."""
+    route = request.url.path.rpartition("/")[2]
+    return await in_thread_if_large(body, lambda: digest_of(route, body))
 
 
 async def reject(
@@ -111,5 +126,5 @@ async def message_of_pass(
         envelope = requests.peek_envelope(beginning, encoding)
         if envelope is not None:
             kind = "forward" if envelope.forward_only else "forward_backward"
-            await reject(gateway, owner, envelope.model_id, envelope.seq_id, kind, error.message)
+            await reject(gateway, owner, envelope.model_id, Turn(envelope.seq_id), kind, error.message)
         raise

@@ -16,9 +16,10 @@ from gateway.submit import draw_seed, sampler_id_of, submit_rejected_sample, sub
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import idempotency_key, in_thread_if_large, json_body, json_reply, read_body, takes
+from gateway.tinker.operations import digest_of_call
 from gateway.tinker.routing import topic
 from gateway.tinker.sessionless import sessionless_sampler, store_sampler, weights_to_sample
-from gateway.turns import Arrival
+from gateway.turns import Turn
 
 router = topic()
 
@@ -59,6 +60,7 @@ async def join_sampling_session(request: Request, owner: Owner, gateway: Running
 async def asample(request: Request, owner: Owner, gateway: Running) -> Response:
     """Draw continuations of a prompt. Samples have no order; a repeated seq_id is the same sample."""
     raw = await read_body(request)
+    digest = await digest_of_call(request, raw)
     try:
         body = await in_thread_if_large(raw, lambda: parse_json(raw, schemas.SampleBody))
     except Unprocessable as error:
@@ -66,9 +68,10 @@ async def asample(request: Request, owner: Owner, gateway: Running) -> Response:
         if envelope.sampling_session_id is None or envelope.seq_id is None:
             raise
         sampler = await gateway.sampler(owner, envelope.sampling_session_id)
-        return _promise(await submit_rejected_sample(gateway, sampler, envelope.seq_id, error.message), 1)
+        turn = Turn(envelope.seq_id, digest=digest)
+        return _promise(await submit_rejected_sample(gateway, sampler, turn, error.message), 1)
     sampler = await _sampler_of(gateway, owner, body)
-    turn = body.seq_id if body.seq_id is not None else Arrival.of_sample(idempotency_key(request))
+    turn = Turn.of_sample(body.seq_id, idempotency_key(request), digest)
     samples = body.num_samples if body.num_samples is not None else 1
     try:
         sample = requests.sample_of(body, draw_seed)

@@ -12,8 +12,9 @@ from gateway.store.records import Future, Run
 from gateway.submit import NewRun, draw_seed, submit_operation, submit_run
 from gateway.tinker import requests, schemas
 from gateway.tinker.custom_losses import with_custom_loss
-from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, takes
-from gateway.tinker.operations import accept_json, accept_or_reject, message_of_pass, promise
+from gateway.tinker.decoding import parse_json
+from gateway.tinker.edge import in_thread_if_large, json_body, json_reply, read_body, takes
+from gateway.tinker.operations import accept_json, accept_or_reject, digest_of_call, message_of_pass, promise
 from gateway.tinker.results import PROTOBUF
 from gateway.tinker.routing import topic
 from gateway.tinker.sessionless import session_of_run
@@ -25,11 +26,13 @@ router = topic()
 @router.post("/create_model", openapi_extra=takes(schemas.CreateModel))
 async def create_model(request: Request, owner: Owner, gateway: Running) -> Response:
     """Begin a run with a fresh adapter."""
-    body = await json_body(request, schemas.CreateModel)
+    raw = await read_body(request)
+    digest = await digest_of_call(request, raw)
+    body = await in_thread_if_large(raw, lambda: parse_json(raw, schemas.CreateModel))
     requests.require_adamw(body.optimizer_config)
     session = await session_of_run(request, gateway, owner, body.session_id)
     lora = requests.lora_of(body.lora_config, draw_seed)
-    new = NewRun(session, body.model_seq_id or 0, body.base_model, lora, body.user_metadata or {})
+    new = NewRun(session, body.model_seq_id or 0, body.base_model, lora, body.user_metadata or {}, digest)
     return promise(await submit_run(gateway, new))
 
 
@@ -65,13 +68,14 @@ async def forward_backward(request: Request, owner: Owner, gateway: Running) -> 
     envelope = requests.envelope_of(message)
     run = await gateway.live_run(owner, envelope.model_id)
     kind = "forward" if envelope.forward_only else "forward_backward"
+    turn = Turn(envelope.seq_id, digest=await digest_of_call(request, body))
 
     async def submit() -> Future:
         operation = await in_thread_if_large(body, lambda: requests.pass_of(message))
         operation = await with_custom_loss(gateway, run, operation)
-        return await submit_operation(gateway, run, envelope.seq_id, operation)
+        return await submit_operation(gateway, run, turn, operation)
 
-    return await accept_or_reject(gateway, run, envelope.seq_id, kind, submit)
+    return await accept_or_reject(gateway, run, turn, kind, submit)
 
 
 @router.post("/forward", openapi_extra=takes(schemas.ForwardBackwardBody))

@@ -10,8 +10,9 @@ from gateway.state import Running
 from gateway.tinker import schemas
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import read_body
-from gateway.tinker.operations import reject
+from gateway.tinker.operations import digest_of_call, reject
 from gateway.tinker.routing import topic
+from gateway.turns import Turn
 
 router = topic()
 
@@ -36,4 +37,5 @@ async def unserved(request: Request, path: str, gateway: Running) -> Response:
     message = (
         f"POST /api/v1/{path[:200]} is not served here; this server is older than the SDK that asks for it"
     )
-    return await reject(gateway, owner, envelope.model_id, envelope.seq_id, "unserved", message)
+    turn = Turn(envelope.seq_id, digest=await digest_of_call(request, body))
+    return await reject(gateway, owner, envelope.model_id, turn, "unserved", message)

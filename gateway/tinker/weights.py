@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from fastapi import Request, Response
 
 from engines.interface import UserError
@@ -9,9 +10,10 @@ from engines.operations import LoraSpec
 from gateway.auth import Owner
 from gateway.checkpoints import loadable_checkpoint, readable_checkpoint
 from gateway.errors import BadRequest, Unprocessable
+from gateway.futures import require_same
 from gateway.sealing import parse_recipients
 from gateway.state import Gateway, Running
-from gateway.store.records import CheckpointKind, Future, Run
+from gateway.store.records import CheckpointKind, Future, Run, Session
 from gateway.submit import (
     NewRun,
     SaveRequest,
@@ -24,7 +26,7 @@ from gateway.submit import (
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import idempotency_key, json_body, json_reply, read_body, takes
-from gateway.tinker.operations import accept_json, accept_or_reject, promise, reject
+from gateway.tinker.operations import accept_json, accept_or_reject, digest_of_call, promise, reject
 from gateway.tinker.routing import topic
 from gateway.turns import Turn, request_id_of
 
@@ -55,7 +57,16 @@ async def save_weights_for_sampler(request: Request, owner: Owner, gateway: Runn
     async def submit(run: Run, turn: Turn, body: schemas.SaveWeightsForSampler) -> Future:
         return await submit_save(gateway, run, turn, _sampler_save(run, body))
 
-    return await accept_json(request, gateway, owner, schemas.SaveWeightsForSampler, "save_weights", submit)
+    return await accept_json(
+        request, gateway, owner, schemas.SaveWeightsForSampler, "save_weights", submit, _same_save
+    )
+
+
+def _same_save(body: schemas.SaveWeightsForSampler) -> schemas.SaveWeightsForSampler:
+    """The SDK counts the sampler's number on when it sends a save again; the operation's number says which it is."""
+    if body.sampling_session_seq_id is None:
+        return body
+    return msgspec.structs.replace(body, sampling_session_seq_id=0)
 
 
 def _sampler_save(run: Run, body: schemas.SaveWeightsForSampler) -> SaveRequest:
@@ -103,16 +114,18 @@ async def save_weights_external(request: Request, owner: Owner, gateway: Running
 async def load_weights(request: Request, owner: Owner, gateway: Running) -> Response:
     """Begin a run at a checkpoint (session_id and model_seq_id), or load one into a run (model_id and seq_id)."""
     raw = await read_body(request)
+    digest = await digest_of_call(request, raw)
     try:
         body = parse_json(raw, schemas.LoadWeights)
     except Unprocessable as error:
         envelope = parse_json(raw, schemas.LoadEnvelope)
         if envelope.model_id is None or envelope.seq_id is None:
             raise
-        return await reject(gateway, owner, envelope.model_id, envelope.seq_id, "load_weights", error.message)
+        turn = Turn(envelope.seq_id, digest=digest)
+        return await reject(gateway, owner, envelope.model_id, turn, "load_weights", error.message)
     if body.model_id is not None:
         run = await gateway.live_run(owner, body.model_id)
-        async with gateway.turns.turn(run.run_id, body.seq_id, idempotency_key(request)) as turn:
+        async with gateway.turns.turn(run.run_id, body.seq_id, idempotency_key(request), digest) as turn:
             return await accept_or_reject(
                 gateway, run, turn, "load_weights", lambda: _load_into(gateway, run, turn, body)
             )
@@ -120,7 +133,8 @@ async def load_weights(request: Request, owner: Owner, gateway: Running) -> Resp
         raise Unprocessable(
             "give session_id and model_seq_id to begin a run, or model_id and seq_id to load into one"
         )
-    return promise(await _begin_at(gateway, owner, body.session_id, body.model_seq_id, body))
+    session = await gateway.live_session(owner, body.session_id)
+    return promise(await _begin_at(gateway, session, body.model_seq_id, body, digest))
 
 
 async def _load_into(gateway: Gateway, run: Run, turn: Turn, body: schemas.LoadWeights) -> Future:
@@ -135,17 +149,18 @@ async def _load_into(gateway: Gateway, run: Run, turn: Turn, body: schemas.LoadW
 
 
 async def _begin_at(
-    gateway: Gateway, owner: str, session_id: str, model_seq_id: int, body: schemas.LoadWeights
+    gateway: Gateway, session: Session, model_seq_id: int, body: schemas.LoadWeights, digest: bytes
 ) -> Future:
     requests.require_adamw(body.optimizer_config)
-    session = await gateway.live_session(owner, session_id)
-    begun = await gateway.store.futures.get(request_id_of(run_id_of(session_id, model_seq_id), 0))
+    request_id = request_id_of(run_id_of(session.session_id, model_seq_id), Turn(0))
+    begun = await gateway.store.futures.get(request_id)
     if (
         begun is not None
     ):  # sent again; the checkpoint may have gone meanwhile, the run has begun all the same
+        require_same(begun, "create_run", digest)
         return begun
     token_owner = await gateway.keys.owner_of(body.weights_access_token)
-    checkpoint = await loadable_checkpoint(gateway.store, owner, body.path, also_of=token_owner)
+    checkpoint = await loadable_checkpoint(gateway.store, session.owner, body.path, also_of=token_owner)
     if body.base_model is not None and body.base_model != checkpoint.base_model:
         raise BadRequest(
             f"base_model is {body.base_model!r}, but {body.path} is of {checkpoint.base_model!r}",
@@ -157,6 +172,7 @@ async def _begin_at(
         checkpoint.base_model,
         LoraSpec(**checkpoint.lora),
         body.user_metadata or {},
+        digest,
         origin=checkpoint,
         with_optimizer=_wants_optimizer(body, checkpoint.has_optimizer),
     )
