@@ -84,6 +84,8 @@ def foreign_requests(things: dict[str, str], own_session: str) -> list[tuple[str
         ("GET", f"/admin/v1/runs/{run}/metrics", None),
         ("GET", f"/admin/v1/sessions/{session}", None),
         ("GET", f"/admin/v1/futures/{things['future']}", None),
+        ("GET", f"/admin/v1/samplers/{things['sampler']}", None),
+        ("POST", f"/admin/v1/samplers/{things['sampler']}/promote", {"name": "stolen"}),
         ("GET", f"/admin/v1/checkpoints/{checkpoint}", None),
         ("DELETE", f"/admin/v1/checkpoints/{checkpoint}", None),
         *(("GET", f"{prefix}/models/{path}", None) for prefix in ("/v1", "/oai/api/v1")),
