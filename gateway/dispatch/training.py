@@ -150,15 +150,16 @@ class TrainingLane:
     async def _advance(self, engine: EngineProcess, batch: list[Future]) -> None:
         """Perform what the engine has the runs for; bring a run that it lacks a piece nearer."""
         ready: list[Future] = []
-        self.in_engine = tuple(future.request_id for future in batch)
         for future in batch:
             if (refusal := worn_out(future, self._settings)) is not None:
                 self._settle_one(refusal)
             elif future.kind == "create_run" or future.run_id in self.resident:
                 ready.append(future)
             else:
+                self.in_engine = (future.request_id,)
                 await self._restore(engine, future)
         if ready:
+            self.in_engine = tuple(future.request_id for future in ready)
             await self._perform(engine, await self._claim(engine, ready))
         self.in_engine = ()
 

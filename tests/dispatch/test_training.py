@@ -232,3 +232,21 @@ async def test_a_dropped_run_is_freed_when_nothing_of_it_waits(place: Place) -> 
     assert place.engine.dropped == [run.run_id]
     assert place.engine.applied(run) == [0, 1, 2, 3, 4]
     assert run.run_id not in place.lane.resident
+
+
+async def test_a_death_in_a_restoration_counts_for_that_operation_alone(place: Place) -> None:
+    runs = [await place.begin(owner) for owner in ("alice", "bob")]
+    for run in runs:
+        await place.outcome(await place.submit(run, 1))
+    place.lane.resident.clear()
+    seen: list[tuple[str, ...]] = []
+
+    def look(call: Call) -> None:
+        if call[2]:
+            seen.append(place.lane.in_engine)
+
+    place.engine.script = look
+    steps = await asyncio.gather(*(place.submit(run, 2, "optim_step") for run in runs))
+    for step in steps:
+        await place.outcome(step)
+    assert sorted(set(seen)) == sorted((step.request_id,) for step in steps)
