@@ -24,9 +24,10 @@ from engines.interface import UserError
 from gateway import admin, openai, tinker
 from gateway.auth import Keys
 from gateway.bodies import Bodies, ReleasedBodies
-from gateway.checkpoints import Expiry, FolderRemovals
+from gateway.checkpoints import FolderRemovals
 from gateway.completions import Completions
 from gateway.data_folder import lock, make_private
+from gateway.duties import Duties, standing_duties
 from gateway.errors import ConfigurationError, StoreUnavailable, TandemError
 from gateway.fleet import Fleet
 from gateway.futures import Futures
@@ -146,15 +147,14 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         store.start()
         gateway = _assemble(settings, store, await store.secrets.get("signing"))
         gateway.fleet.start()
-        expiry = Expiry(store, settings)
-        expiry.start()
+        gateway.duties.start()
         try:
             with answering_waiters_on_signals(
                 gateway.futures.answer_waiters, gateway.completions.answer_waiters
             ):
                 yield gateway
         finally:
-            await expiry.stop()
+            await gateway.duties.stop()
             await gateway.fleet.stop()
             await gateway.removals.close()
     finally:
@@ -184,7 +184,8 @@ def _assemble(settings: Settings, store: Store, secret: bytes) -> Gateway:
     fleet = Fleet(settings, store, futures.opened, settled)
     keys = Keys(store, settings.allowed_hosts, Tokens(secret, settings.token_lifetime_s))
     signed_urls = SignedUrls(secret, settings.public_url)
-    return Gateway(settings, store, futures, completions, fleet, keys, removals, signed_urls)
+    duties = Duties(store, fleet.holder, settings.lease_s, standing_duties(store, settings))
+    return Gateway(settings, store, futures, completions, fleet, keys, removals, signed_urls, duties)
 
 
 def _configure_log(level: str) -> None:

@@ -114,45 +114,16 @@ class FolderRemovals:
         await asyncio.gather(*self._tasks)
 
 
-class Expiry:
-    """Deletes checkpoints that have expired; until then they are only hidden."""
-
-    def __init__(self, store: Store, settings: Settings, pause_s: float = 60.0) -> None:
-        self._store = store
-        self._settings = settings
-        self._pause_s = pause_s
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Start looking for them; call it in the running loop."""
-        self._task = asyncio.create_task(self._sweep_forever(), name="expiry")
-
-    async def stop(self) -> None:
-        """Look no longer. What is left is found after the next start."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _sweep_forever(self) -> None:
-        while True:
-            try:
-                await self.sweep()
-            except (
-                Exception
-            ) as error:  # boundary: the next sweep tries again, the log says why this one did not
-                log.warning("expired checkpoints are deleted later: %s", error)
-            await asyncio.sleep(self._pause_s)
-
-    async def sweep(self) -> int:
-        """Delete all that have expired, some at a time; how many there were."""
-        total = 0
-        while True:
-            found, folders = await self._store.checkpoints.delete_expired(_SWEPT_AT_A_TIME)
-            total += found
-            for folder in folders:
-                await remove_folder(self._settings, folder)
-            if found < _SWEPT_AT_A_TIME:
-                return total
+async def delete_expired(store: Store, settings: Settings) -> int:
+    """Delete all that have expired, some at a time; until then they are only hidden. How many there were."""
+    total = 0
+    while True:
+        found, folders = await store.checkpoints.delete_expired(_SWEPT_AT_A_TIME)
+        total += found
+        for folder in folders:
+            await remove_folder(settings, folder)
+        if found < _SWEPT_AT_A_TIME:
+            return total
 
 
 async def remove_folder(settings: Settings, folder: str) -> None:

@@ -30,10 +30,10 @@ class Fleet:
         on_opened: Callable[[Future], None],
         on_settled: Callable[[Settled | None], None],
     ) -> None:
-        holder = _holder(settings)
+        self.holder = _holder(settings)
         self.dispatchers: dict[str, Dispatcher] = {}
         for engine in settings.engines:
-            supervisor = Supervisor(engine, settings, store, holder)
+            supervisor = Supervisor(engine, settings, store, self.holder)
             self.dispatchers[engine.name] = Dispatcher(supervisor, store, settings, on_opened, on_settled)
 
     def start(self) -> None:

@@ -116,6 +116,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Engines that may die while they perform an operation, or restore its run for it, before it fails."""
     lease_s: float = 15.0
     """Seconds for which a gateway holds an engine's lease; renewed three times in each."""
+    duty_s: float = 60.0
+    """Seconds from one round of a background duty to the next: deleting what has expired, freeing what nobody needs."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Level of the gateway's log."""
 
@@ -211,7 +213,7 @@ def _checked(settings: Settings) -> Settings:
     for name in names:
         if names.count(name) > 1:
             raise ConfigurationError(f"engines: the name {name!r} stands twice; names are unique")
-    for name in ("gap_timeout_s", "lease_s", "engine_start_timeout_s", "engine_owner_timeout_s"):
+    for name in ("gap_timeout_s", "lease_s", "engine_start_timeout_s", "engine_owner_timeout_s", "duty_s"):
         if getattr(settings, name) <= 0:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be above 0 seconds")
     for name in (

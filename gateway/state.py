@@ -15,6 +15,7 @@ from gateway.auth import Keys
 from gateway.checkpoints import FolderRemovals
 from gateway.completions import Completions
 from gateway.dispatch import Dispatcher
+from gateway.duties import Duties
 from gateway.errors import Gone, NotFound
 from gateway.fleet import Fleet
 from gateway.futures import Futures
@@ -69,6 +70,7 @@ class Gateway:
     keys: Keys
     removals: FolderRemovals
     signed_urls: SignedUrls
+    duties: Duties
     importing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_IMPORTS_AT_A_TIME))
     started_at: float = field(default_factory=time.time)
     turns: Turns = field(init=False)

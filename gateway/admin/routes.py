@@ -142,6 +142,14 @@ async def get_engine(name: str, caller: Who, gateway: Running) -> views.EngineVi
     return views.engine_view(dispatcher)
 
 
+@router.get("/duties")
+async def list_duties(caller: Who, gateway: Running) -> list[views.DutyView]:
+    """What the gateways do in the background, by name; for admins."""
+    if not caller.admin:
+        raise Forbidden("the duties of the gateways are shown to an admin's key only")
+    return [views.duty_view(duty) for duty in await gateway.store.duties.all()]
+
+
 @router.get("/metrics")
 async def get_metrics(caller: Who, gateway: Running) -> views.MetricsView:
     """Counters of this gateway process; for admins."""

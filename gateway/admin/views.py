@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.dispatch import Dispatcher
-from gateway.store.records import Checkpoint, Future, Run, Sampler, Session, Step
+from gateway.store.records import Checkpoint, DutyRecord, Future, Run, Sampler, Session, Step
 
 T = TypeVar("T")
 
@@ -179,6 +180,21 @@ class EngineView(BaseModel):
     stats: dict[str, float]
 
 
+class DutyView(BaseModel):
+    """Something that the gateways do in the background, now and then."""
+
+    name: str
+    holder: Annotated[str | None, Field(description="the gateway process that is at it now")]
+    runs: Annotated[int, Field(description="times that it was finished or failed")]
+    failures: int
+    done: Annotated[int, Field(description="things removed, ended or freed in all")]
+    last_run_at: datetime | None
+    last_seconds: float | None
+    last_done: int | None
+    last_error: Annotated[str | None, Field(description="of the newest failure, however long ago")]
+    failed_at: datetime | None
+
+
 class MetricsView(BaseModel):
     """Counters of this gateway process, and where it is."""
 
@@ -315,6 +331,21 @@ def engine_view(dispatcher: Dispatcher) -> EngineView:
         dtype=info.dtype if info is not None else None,
         versions=info.versions if info is not None else {},
         stats=process.stats if process is not None else {},
+    )
+
+
+def duty_view(duty: DutyRecord) -> DutyView:
+    return DutyView(
+        name=duty.name,
+        holder=duty.holder if duty.expires_at > time.time() else None,
+        runs=duty.runs,
+        failures=duty.failures,
+        done=duty.done,
+        last_run_at=_maybe(duty.last_run_at),
+        last_seconds=duty.last_seconds,
+        last_done=duty.last_done,
+        last_error=duty.last_error,
+        failed_at=_maybe(duty.failed_at),
     )
 
 

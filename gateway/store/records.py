@@ -264,6 +264,23 @@ class StoredLoss:
 
 
 @dataclass(frozen=True, slots=True)
+class DutyRecord:
+    """What the gateways do in the background, and how it went. `done` counts things; times in seconds."""
+
+    name: str
+    holder: str | None
+    expires_at: float
+    last_run_at: float | None
+    last_seconds: float | None
+    last_done: int | None
+    last_error: str | None
+    failed_at: float | None
+    runs: int
+    failures: int
+    done: int
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one future: its result's bytes, or its error; and what else the same transaction stores."""
 

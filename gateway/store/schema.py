@@ -292,3 +292,19 @@ leases = Table(
     Column("epoch", BigInteger, nullable=False, comment="raised at each start of the engine"),
     Column("expires_at", Double, nullable=False),
 )
+
+duties = Table(
+    "duties",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("holder", String, comment="the gateway process that performs it now"),
+    Column("expires_at", Double, nullable=False, comment="of the holder's lease"),
+    Column("last_run_at", Double, comment="when it was last finished, or failed"),
+    Column("last_seconds", Double),
+    Column("last_done", BigInteger, comment="things removed, ended or freed then"),
+    Column("last_error", String, comment="of the newest failure, however long ago"),
+    Column("failed_at", Double),
+    Column("runs", BigInteger, nullable=False),
+    Column("failures", BigInteger, nullable=False),
+    Column("done", BigInteger, nullable=False),
+)

@@ -10,6 +10,7 @@ from gateway.store.checkpoints import CheckpointStore
 from gateway.store.custom_losses import CustomLossStore
 from gateway.store.database import Database
 from gateway.store.deposits import DepositStore
+from gateway.store.duties import DutyStore
 from gateway.store.futures import FutureStore
 from gateway.store.keys import KeyStore
 from gateway.store.leases import LeaseStore
@@ -37,6 +38,7 @@ class Store:
         self.samplers = SamplerStore(database)
         self.custom_losses = CustomLossStore(database)
         self.leases = LeaseStore(database)
+        self.duties = DutyStore(database)
         self.secrets = SecretStore(database)
         self.usage = UsageStore(database)
         self.audit = AuditStore(database)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -48,6 +51,22 @@ def test_counters_are_for_admins(place: Place, alice: httpx.Client, root: httpx.
         "SC_PAGE_SIZE"
     )
     assert counters["resident_bytes"] == pytest.approx(resident, rel=0.2)
+
+
+def test_duties_are_shown_to_admins(alice: httpx.Client, root: httpx.Client) -> None:
+    refused = alice.get("/admin/v1/duties")
+    assert refused.status_code == 403
+    assert "admin" in refused.json()["detail"]
+    duties: dict[str, Any] = {}
+    for _ in range(100):
+        duties = {duty["name"]: duty for duty in root.get("/admin/v1/duties").json()}
+        if duties.get("expired checkpoints", {}).get("runs"):
+            break
+        time.sleep(0.1)
+    duty = duties["expired checkpoints"]
+    assert (duty["holder"], duty["failures"], duty["last_error"], duty["failed_at"]) == (None, 0, None, None)
+    assert duty["last_seconds"] >= 0
+    assert datetime.fromisoformat(duty["last_run_at"]).timestamp() == pytest.approx(time.time(), abs=600)
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-API-Key": "tml-wrong"}, {"Authorization": "Basic eDp5"}])

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import httpx
 
-from gateway.checkpoints import Expiry
+from gateway.app import running_gateway
+from gateway.checkpoints import delete_expired
 from gateway.migrate import upgrade
-from gateway.settings import Settings
+from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
 from gateway.store.database import Database
 from tests.admin.conftest import save
@@ -34,9 +35,8 @@ async def test_the_expired_are_deleted_with_their_files(tmp_path: Path) -> None:
             await store.checkpoints.set_expiry(checkpoint.path, past)
         for checkpoint in (*gone, kept, needed):
             (settings.storage_dir / checkpoint.folder).mkdir(parents=True)
-        expiry = Expiry(store, settings)
-        assert await expiry.sweep() == 4
-        assert await expiry.sweep() == 0
+        assert await delete_expired(store, settings) == 4
+        assert await delete_expired(store, settings) == 0
         assert [(settings.storage_dir / each.folder).exists() for each in gone] == [False] * 3
         assert (settings.storage_dir / kept.folder).exists()
         assert (settings.storage_dir / needed.folder).exists()  # a run began at it
@@ -45,27 +45,21 @@ async def test_the_expired_are_deleted_with_their_files(tmp_path: Path) -> None:
         await store.close()
 
 
-async def test_it_is_looked_for_again_and_again(tmp_path: Path) -> None:
-    settings = Settings(data_dir=tmp_path)
-    database = Database(settings.url, sqlite_synchronous="NORMAL")
-    await upgrade(database)
-    store = Store(database)
-    store.start()
-    expiry = Expiry(store, settings, pause_s=0.01)
-    expiry.start()
-    try:
+async def test_a_gateway_looks_for_them_again_and_again(tmp_path: Path) -> None:
+    fake = EngineSettings(name="fake", plugin="fake", base_model="fake/model")
+    settings = Settings(data_dir=tmp_path, engines=(fake,), duty_s=0.05)
+    async with running_gateway(settings) as gateway:
         for _ in range(2):
-            checkpoint = await a_checkpoint(store)
+            checkpoint = await a_checkpoint(gateway.store)
             folder = settings.storage_dir / checkpoint.folder
             folder.mkdir(parents=True)
-            await store.checkpoints.set_expiry(checkpoint.path, time.time() - 1)
+            await gateway.store.checkpoints.set_expiry(checkpoint.path, time.time() - 1)
             for _ in range(1000):
                 if folder.exists():
                     await asyncio.sleep(0.01)
             assert not folder.exists()
-    finally:
-        await expiry.stop()
-        await store.close()
+        duties = {duty.name: duty for duty in await gateway.store.duties.all()}
+    assert duties["expired checkpoints"].failures == 0
 
 
 def test_lists_come_newest_first_in_pages_that_add_up(alice: httpx.Client) -> None:

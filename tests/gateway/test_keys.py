@@ -268,7 +268,7 @@ def test_every_route_with_an_id_has_been_tried(shared: Shared) -> None:
         "/healthz", "/api/v1/healthz", "/readyz", "/api/v1/tokenizer", "/api/v1/tokenizer/{file}",
         "/api/v1/client/config", "/api/v1/client/dynamic_config", "/api/v1/get_server_capabilities",
         "/api/v1/create_session", "/api/v1/telemetry", "/api/v1/sessions", "/api/v1/training_runs",
-        "/api/v1/checkpoints", "/admin/v1/engines", "/admin/v1/engines/{name}", "/admin/v1/metrics",
+        "/api/v1/checkpoints", "/admin/v1/engines", "/admin/v1/engines/{name}", "/admin/v1/metrics", "/admin/v1/duties",
         "/admin/v1/runs", "/admin/v1/sessions", "/admin/v1/samplers", "/admin/v1/futures", "/admin/v1/checkpoints",
         "/v1/models", "/oai/api/v1/models", "/api/v1/auth/token", "/api/v1/auth/apikey/me", "/api/v1/audit",
         "/api/v1/billing/usage/events", "/api/v1/billing/usage/checkpoints/current", "/api/v1/sessions/search",

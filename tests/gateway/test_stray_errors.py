@@ -12,7 +12,6 @@ from starlette.requests import Request
 
 from gateway.app import running_gateway
 from gateway.auth import Keys, hash_key
-from gateway.checkpoints import Expiry
 from gateway.errors import StoreUnavailable
 from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
@@ -50,29 +49,6 @@ async def test_a_lease_that_could_not_be_renewed_does_not_end_the_engine(
         assert await supervisor.ready() is process
         assert supervisor.starts == 1
     assert "the lease could not be renewed" in caplog.text
-    assert "something new" in caplog.text
-
-
-async def test_the_sweeper_goes_on_after_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    sweeps = 0
-
-    async def stumbling(self: Expiry) -> int:
-        nonlocal sweeps
-        sweeps += 1
-        raise DBAPIError("DELETE", None, Exception("something new"))
-
-    monkeypatch.setattr(Expiry, "sweep", stumbling)
-    expiry = Expiry(None, Settings(data_dir=tmp_path), pause_s=0.01)  # type: ignore[arg-type]
-    expiry.start()
-    with caplog.at_level(logging.WARNING, "gateway"):
-        for _ in range(500):
-            await asyncio.sleep(0.01)
-            if sweeps >= 3:
-                break
-    await expiry.stop()
-    assert sweeps >= 3
     assert "something new" in caplog.text
 
 
