@@ -25,6 +25,7 @@ from engines.messages import (
     PROTOCOL,
     Cancel,
     DropRun,
+    Failure,
     FromEngine,
     Hello,
     Load,
@@ -33,8 +34,11 @@ from engines.messages import (
     Ping,
     Pong,
     Ready,
+    Restore,
     Sample,
+    SnapshotTaken,
     Stop,
+    TakeSnapshot,
     ToEngine,
     pack,
     unpack_to_engine,
@@ -42,6 +46,7 @@ from engines.messages import (
 from engines.performing import TrainingCalls, failure_of_engine
 from engines.registry import engine_class
 from engines.sampling_calls import SamplingCalls
+from engines.snapshot_writing import SnapshotWriter
 
 log = logging.getLogger("engines.host")
 
@@ -51,8 +56,12 @@ EXIT_OWNER_GONE = 3
 
 _GREETING_S = 30.0
 _LINGER_MS = 2000
+_WRITING_MS = 20
+"""How often an idle host looks whether a snapshot has been written."""
 
 Socket = zmq.Socket[bytes]
+Call = Perform | TakeSnapshot | Restore | DropRun
+"""What is done in order, one at a time."""
 
 
 class Host:
@@ -62,9 +71,10 @@ class Host:
         self._socket = socket
         self._engine = engine
         self._owner_timeout_s = config.owner_timeout_s
-        self._training = TrainingCalls(engine, info, config.epoch)
+        self._training = TrainingCalls(engine, info, config)
+        self._snapshots = SnapshotWriter(config.storage)
         self._samples = SamplingCalls(engine, info, self._send)
-        self._waiting: deque[tuple[Perform | DropRun, list[bytes]]] = deque()
+        self._waiting: deque[tuple[Call, list[bytes]]] = deque()
         self._training_lead_s = 0.0
         self._stopped = False
         self._heard_at = time.monotonic()
@@ -73,7 +83,10 @@ class Host:
         """Until the owner says stop or is silent; gives the exit status."""
         while True:
             self._receive()
+            for taken in self._snapshots.finished():
+                self._send(taken)
             if self._stopped:
+                self._snapshots.close()
                 return EXIT_STOPPED
             if time.monotonic() - self._heard_at > self._owner_timeout_s:
                 log.error("the owner has been silent for %.1f s", self._owner_timeout_s)
@@ -86,7 +99,8 @@ class Host:
         Signs of life that arrived during a long call are all here before the owner's silence is measured.
         """
         busy = bool(self._waiting) or self._engine.sampling
-        timeout_ms = 0 if busy else int(self._owner_timeout_s * 1000) + 1
+        idle_ms = _WRITING_MS if self._snapshots.busy else int(self._owner_timeout_s * 1000) + 1
+        timeout_ms = 0 if busy else idle_ms
         while not self._stopped and self._socket.poll(timeout_ms):
             message, payloads = unpack_to_engine(self._socket.recv_multipart())
             self._heard_at = time.monotonic()
@@ -96,7 +110,7 @@ class Host:
     def _accept(self, message: ToEngine, payloads: list[bytes]) -> None:
         """Answer what is quick; keep what changes runs, in order."""
         match message:
-            case Perform() | DropRun():
+            case Perform() | TakeSnapshot() | Restore() | DropRun():
                 self._waiting.append((message, payloads))
             case Sample():
                 self._samples.start(message, payloads[0])
@@ -123,12 +137,24 @@ class Host:
             self._samples.advance()
             self._training_lead_s -= time.monotonic() - begun
 
-    def _perform(self, message: Perform | DropRun, payloads: list[bytes]) -> None:
-        if isinstance(message, DropRun):
-            self._training.drop(message.run_id)
-            return
-        performed, results = self._training.perform(message, payloads)
-        self._send(performed, *results)
+    def _perform(self, call: Call, payloads: list[bytes]) -> None:
+        match call:
+            case Perform():
+                performed, results = self._training.perform(call, payloads)
+                self._send(performed, *results)
+            case TakeSnapshot():
+                self._take_snapshot(call)
+            case Restore():
+                self._send(self._training.restore(call, payloads[0]))
+            case DropRun():
+                self._training.drop(call.run_id)
+
+    def _take_snapshot(self, call: TakeSnapshot) -> None:
+        snapshot = self._training.snapshot(call)
+        if isinstance(snapshot, Failure):
+            self._send(SnapshotTaken(call.call_id, snapshot))
+        else:
+            self._snapshots.begin(call, snapshot)
 
     def _send(self, message: FromEngine, *payloads: bytes) -> None:
         self._socket.send_multipart(pack(message, *payloads))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -123,6 +124,14 @@ class SampleEnd(NamedTuple):
 SampleEvent = SampleStep | SampleEnd
 
 
+class PendingSnapshot(ABC):
+    """A run's state at one moment, in memory of its own: what the run does next does not change it."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write its files into an empty folder. Called once, in another thread, while the engine goes on."""
+
+
 class Engine(ABC):
     """A base model with adapters on it. Constructed by `load` in the engine process, never in the gateway."""
 
@@ -176,6 +185,24 @@ class Engine(ABC):
     @abstractmethod
     def load_weights(self, items: Sequence[RunOperation[LoadWeights]]) -> list[LoadWeightsResult | UserError]:
         """Replace each run's weights, and its optimizer's state when asked."""
+
+    @abstractmethod
+    def snapshot(self, run_id: str) -> PendingSnapshot:
+        """A copy of everything that the run's next operations depend on: adapter, optimizer, step count, randomness.
+
+        Quick, for the engine does nothing else meanwhile. Raises UserError for an unknown run and while gradients are
+        pending.
+        """
+
+    def restore(self, run_id: str, operation: CreateRun, folder: str) -> CreateRunResult | UserError:
+        """Have the run as it was when the snapshot under the storage key `folder` was taken, bit for bit, whatever is
+        there of it; `operation` is the run's first.
+
+        This is for snapshots in the layout of a checkpoint with optimizer state, which `create_runs` begins at. An
+        engine whose runs hold more than that has its own.
+        """
+        begun = msgspec.structs.replace(operation, folder=folder, optimizer_state=True)
+        return self.create_runs([RunOperation(run_id, begun)])[0]
 
     # ------------------------------------------------------------------ sampling
 

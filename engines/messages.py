@@ -14,7 +14,7 @@ import msgspec
 from engines.interface import EngineConfig, EngineInfo
 from engines.operations import OperationKind
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when a message changes its meaning; gateway and engine process must agree on it."""
 
 
@@ -40,11 +40,13 @@ class Outcome(msgspec.Struct, frozen=True):
     """What became of one operation. Its result is the next payload frame, unless it failed.
 
     `summary` repeats the few numbers that the gateway keeps as metrics of the run (`loss`, `tokens`, `grad_norm`,
-    `seconds`), so that it need not decode the result.
+    `seconds`), so that it need not decode the result. `digest` is there when the operation has changed a run in a
+    deterministic engine: the first 16 bytes of the SHA-256 of the encoded result, which a replay must give too.
     """
 
     failure: Failure | None = None
     summary: dict[str, float] = {}
+    digest: bytes = b""
 
 
 # ---------------------------------------------------------------------------- gateway -> engine
@@ -67,6 +69,35 @@ class Perform(msgspec.Struct, frozen=True, tag="perform"):
     kind: OperationKind
     runs: list[RunAddress]
     replay: bool = False
+
+
+class TakeSnapshot(msgspec.Struct, frozen=True, tag="take_snapshot"):
+    """Write a run's state to the storage key `folder`. It is copied between two calls and written beside them.
+
+    `seq_id` is the last operation that has changed the run; when that is another one, or gradients are pending, the
+    snapshot is refused.
+    """
+
+    call_id: int
+    epoch: int
+    run_id: str
+    seq_id: int
+    folder: str
+
+
+class Restore(msgspec.Struct, frozen=True, tag="restore"):
+    """Have a run as it was after operation `seq_id`, of the snapshot in `folder`. The payload frame is its create_run.
+
+    Answered by `Performed` with one outcome and no payload. A failure of category `user` says what is damaged: a file
+    that is missing, or has another SHA-256 than `checksums` says.
+    """
+
+    call_id: int
+    epoch: int
+    run_id: str
+    seq_id: int
+    folder: str
+    checksums: dict[str, str]
 
 
 class Sample(msgspec.Struct, frozen=True, tag="sample"):
@@ -100,7 +131,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """Finish the call at hand and exit with status 0."""
 
 
-ToEngine = Load | Perform | Sample | Cancel | DropRun | Ping | Stop
+ToEngine = Load | Perform | TakeSnapshot | Restore | Sample | Cancel | DropRun | Ping | Stop
 
 # ---------------------------------------------------------------------------- engine -> gateway
 
@@ -137,6 +168,15 @@ class Performed(msgspec.Struct, frozen=True, tag="performed"):
     lost_runs: list[str] = []
 
 
+class SnapshotTaken(msgspec.Struct, frozen=True, tag="snapshot_taken"):
+    """Answer to `TakeSnapshot` when its files are complete and synced: their bytes, and the SHA-256, hex, of each."""
+
+    call_id: int
+    failure: Failure | None = None
+    size_bytes: int = 0
+    checksums: dict[str, str] = {}
+
+
 class Sampled(msgspec.Struct, frozen=True, tag="sampled"):
     """Answer to `Sample`: the payload frame is its SampleResult, unless it failed.
 
@@ -168,7 +208,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
     stats: dict[str, float]
 
 
-FromEngine = Hello | Ready | LoadFailed | Performed | Sampled | SampleDelta | Pong
+FromEngine = Hello | Ready | LoadFailed | Performed | SnapshotTaken | Sampled | SampleDelta | Pong
 
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -6,6 +6,7 @@ the newest epoch seen. Neither outlives the process, and neither must: a new pro
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
@@ -16,8 +17,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from engines.checks import check_operation
-from engines.interface import Engine, EngineInfo, RunOperation, UserError
-from engines.messages import Failure, Outcome, Perform, Performed, RunAddress
+from engines.interface import Engine, EngineConfig, EngineInfo, PendingSnapshot, RunOperation, UserError
+from engines.messages import Failure, Outcome, Perform, Performed, Restore, RunAddress, TakeSnapshot
 from engines.operations import (
     CHANGES_STATE,
     CreateRun,
@@ -34,8 +35,11 @@ from engines.operations import (
     decode_operation,
     encode,
 )
+from engines.storage import verify
 
 log = logging.getLogger(__name__)
+
+_DIGEST_BYTES = 16
 
 _TYPES: dict[OperationKind, type[Operation]] = {
     "create_run": CreateRun,
@@ -60,11 +64,13 @@ class Item(NamedTuple):
 class TrainingCalls:
     """The runs of one engine, and what has been applied to each."""
 
-    def __init__(self, engine: Engine, info: EngineInfo, epoch: int) -> None:
+    def __init__(self, engine: Engine, info: EngineInfo, config: EngineConfig) -> None:
         self._engine = engine
         self._info = info
-        self._epoch = epoch
+        self._epoch = config.epoch
+        self._storage = config.storage
         self._applied: dict[str, int] = {}
+        self._changed: dict[str, int] = {}
         self._verbs: dict[OperationKind, Verb] = {
             "create_run": engine.create_runs,
             "forward_backward": engine.forward_backward,
@@ -94,17 +100,77 @@ class TrainingCalls:
             if isinstance(result, Failure):
                 outcomes[item.place] = Outcome(failure=result)
                 continue
-            self._applied[item.address.run_id] = item.address.seq_id
-            outcomes[item.place] = Outcome(summary=_summary(item.operation, result, seconds))
+            encoded = encode(result)
+            outcomes[item.place] = Outcome(
+                summary=_summary(item.operation, result, seconds),
+                digest=self._applied_now(call.kind, item, encoded),
+            )
             if not call.replay:
-                payloads[item.place] = encode(result)
+                payloads[item.place] = encoded
         complete = [outcome for outcome in outcomes if outcome is not None]
         return Performed(call.call_id, complete, lost), [payloads[place] for place in sorted(payloads)]
 
     def drop(self, run_id: str) -> None:
         """Free a run; an unknown one is no error."""
         self._applied.pop(run_id, None)
+        self._changed.pop(run_id, None)
         self._engine.drop_run(run_id)
+
+    def _applied_now(self, kind: OperationKind, item: Item, result: bytes) -> bytes:
+        """Remember the operation as its run's last one; gives the digest by which its replay is compared."""
+        run_id, seq_id = item.address.run_id, item.address.seq_id
+        self._applied[run_id] = seq_id
+        if kind not in CHANGES_STATE:
+            return b""
+        self._changed[run_id] = seq_id
+        return hashlib.sha256(result).digest()[:_DIGEST_BYTES] if self._info.deterministic else b""
+
+    # ------------------------------------------------------------------ snapshots
+
+    def snapshot(self, call: TakeSnapshot) -> PendingSnapshot | Failure:
+        """A copy of the run's state, which must be that after operation `seq_id`."""
+        where = f"a snapshot of run {call.run_id} after operation {call.seq_id}"
+        changed = self._changed.get(call.run_id)
+        if (owner := self._newer_owner(call.epoch)) is not None:
+            return Failure("server", f"{where} was not taken: {owner}")
+        if changed != call.seq_id:
+            stands = "it is not in memory" if changed is None else f"it stands after operation {changed}"
+            return Failure("server", f"{where} was not taken: {stands}")
+        try:
+            return self._engine.snapshot(call.run_id)
+        except UserError as error:
+            return Failure("server", f"{where} was not taken: {error}")
+        except Exception as error:  # boundary: a plugin may raise anything; copying has changed nothing
+            return failure_of_engine(error, "taking a snapshot", where)
+
+    def restore(self, call: Restore, body: bytes) -> Performed:
+        """Put a run back to what its snapshot holds, if that is what was written."""
+        return Performed(call.call_id, [Outcome(failure=self._restore(call, body))])
+
+    def _restore(self, call: Restore, body: bytes) -> Failure | None:
+        if (owner := self._newer_owner(call.epoch)) is not None:
+            return Failure("server", f"run {call.run_id} was not restored: {owner}")
+        try:
+            operation = self._decode("create_run", body)
+            assert isinstance(operation, CreateRun)
+            verify(self._storage, call.folder, call.checksums)
+            result = self._engine.restore(call.run_id, operation, call.folder)
+        except UserError as error:
+            return Failure("user", str(error))
+        except Exception as error:  # boundary: a plugin may raise anything, and its other runs go on
+            self.drop(call.run_id)
+            return failure_of_engine(error, "restoring a run", f"restoring {call.run_id} from {call.folder}")
+        if isinstance(result, UserError):
+            return Failure("user", str(result))
+        self._applied[call.run_id] = self._changed[call.run_id] = call.seq_id
+        return None
+
+    def _newer_owner(self, epoch: int) -> str | None:
+        """Why a call of this epoch must not be answered; None: it may. Later ones must be of this epoch too."""
+        self._epoch = max(self._epoch, epoch)
+        if epoch == self._epoch:
+            return None
+        return f"it comes from an earlier owner of this engine (epoch {epoch}, now {self._epoch})"
 
     # ------------------------------------------------------------------ admit
 
@@ -112,14 +178,14 @@ class TrainingCalls:
         self, call: Perform, bodies: Sequence[bytes], outcomes: list[Outcome | None], lost: list[str]
     ) -> list[Item]:
         """The operations that may be performed; the others get their failures in `outcomes`."""
-        self._epoch = max(self._epoch, call.epoch)
+        stale = self._newer_owner(call.epoch)
         items: list[Item] = []
         taken: set[str] = set()
         for place, (address, body) in enumerate(zip(call.runs, bodies, strict=True)):
-            refusal = self._refusal(call, address, taken)
+            refusal = self._refusal(call, address, taken, stale)
             if refusal is not None:
                 outcomes[place] = Outcome(failure=Failure("server", refusal))
-                if call.epoch == self._epoch and self._unknown(call, address):
+                if stale is None and self._unknown(call, address):
                     lost.append(address.run_id)
                 continue
             try:
@@ -129,14 +195,11 @@ class TrainingCalls:
                 outcomes[place] = Outcome(failure=Failure("user", str(error)))
         return items
 
-    def _refusal(self, call: Perform, address: RunAddress, taken: set[str]) -> str | None:
+    def _refusal(self, call: Perform, address: RunAddress, taken: set[str], stale: str | None) -> str | None:
         """Why an operation must not reach the engine, whatever it holds."""
         run_id, seq_id = address.run_id, address.seq_id
-        if call.epoch < self._epoch:
-            return (
-                f"operation {seq_id} of run {run_id} comes from an earlier owner of this engine "
-                f"(epoch {call.epoch}, now {self._epoch}); it was not performed"
-            )
+        if stale is not None:
+            return f"operation {seq_id} of run {run_id} was not performed: {stale}"
         if run_id in taken:
             return f"one call holds two operations of run {run_id}; operation {seq_id} was not performed"
         if self._unknown(call, address):
@@ -190,12 +253,16 @@ def _failure(error: Exception, kind: OperationKind, places: str) -> Failure:
     failure = failure_of_engine(error, "this operation", f"{kind} of {places}")
     if kind != "save_weights" or not isinstance(error, OSError):
         return failure
-    cause = "the operating system refused" if error.errno is None else os.strerror(error.errno)
     message = (
-        f"the weights were not saved: the server's storage cannot be written to ({cause}). The run goes on "
+        f"the weights were not saved: the server's storage cannot be written to ({cause_of(error)}). The run goes on "
         f"unchanged; save again when the storage is in order. The engine's log says more under {failure.error_id}"
     )
     return Failure("server", message, failure.error_id)
+
+
+def cause_of(error: OSError) -> str:
+    """Why the operating system refused, in its own words."""
+    return "the operating system refused" if error.errno is None else os.strerror(error.errno)
 
 
 def failure_of_engine(error: Exception, what: str, details: str) -> Failure:

@@ -7,6 +7,7 @@ Only a save that was cut short may come again with its key; nobody has been told
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -93,6 +94,30 @@ def write_folder(root: str | Path, key: str, files: Mapping[str, bytes]) -> int:
 def open_folder(root: str | Path, key: str, *names: str) -> Path:
     """The folder of a key, with files of the given names in it. Raises UserError naming what is missing."""
     return FolderStorage(root).open(key, *names)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256, hex, of each file of a folder by its name."""
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+
+
+def verify(root: str | Path, key: str, expected: Mapping[str, str]) -> None:
+    """See that a folder holds the files that were written to it. Raises UserError naming what is missing or differs."""
+    folder = open_folder(root, key, *expected)
+    for name, wanted in expected.items():
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise UserError(f"{name} in {key} cannot be read: {error.strerror}") from error
+        if found != wanted:
+            raise UserError(
+                f"{name} in {key} is not what was written: its SHA-256 is {found}, it was {wanted}"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sibling(target: Path) -> Path:

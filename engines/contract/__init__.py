@@ -24,6 +24,7 @@ from engines.contract.material import EngineFactory, Reference
 from engines.contract.prompts import PromptContract
 from engines.contract.sampling import SamplingContract
 from engines.contract.shaping import ShapingContract
+from engines.contract.snapshots import SnapshotContract
 from engines.contract.training import TrainingContract
 
 
@@ -31,6 +32,7 @@ class EngineContract(
     TrainingContract,
     LossContract,
     CheckpointContract,
+    SnapshotContract,
     DrawingContract,
     ShapingContract,
     SamplingContract,

@@ -17,7 +17,7 @@ from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, part_of
 from engines.fake.model import Adapter, size
 from engines.fake.optimizer import AdamW
 from engines.fake.training import Run
-from engines.interface import UserError
+from engines.interface import PendingSnapshot, UserError
 from engines.operations import AdapterRef, LoraSpec
 from engines.storage import FolderStorage
 
@@ -60,14 +60,35 @@ class AdapterVersions:
 
 def write_run(storage: FolderStorage, key: str, base_model: str, run: Run, optimizer_state: bool) -> int:
     """Write a run's weights, and what training needs to go on, to a storage key; gives the bytes written."""
-    adapter = run.adapter
     with storage.write(key) as folder:
-        names = [site.name for site in adapter.factors]
-        (folder / ADAPTER_CONFIG).write_bytes(peft_config(adapter.spec, base_model, names))
-        (folder / ADAPTER_WEIGHTS).write_bytes(_encode(_named(adapter)))
-        if optimizer_state:
-            (folder / OPTIMIZER).write_bytes(_encode(_optimizer_tensors(run)))
+        _write_files(folder, base_model, run, optimizer_state)
         return storage.size(folder)
+
+
+def _write_files(folder: Path, base_model: str, run: Run, optimizer_state: bool) -> None:
+    adapter = run.adapter
+    names = [site.name for site in adapter.factors]
+    (folder / ADAPTER_CONFIG).write_bytes(peft_config(adapter.spec, base_model, names))
+    (folder / ADAPTER_WEIGHTS).write_bytes(_encode(_named(adapter)))
+    if optimizer_state:
+        (folder / OPTIMIZER).write_bytes(_encode(_optimizer_tensors(run)))
+
+
+class RunSnapshot(PendingSnapshot):
+    """A copy of a run without pending gradients, written as a checkpoint with optimizer state."""
+
+    def __init__(self, base_model: str, run: Run) -> None:
+        optimizer = run.optimizer
+        moments = (
+            None if moment is None else moment.copy() for moment in (optimizer.exp_avg, optimizer.exp_avg_sq)
+        )
+        self._base_model = base_model
+        self._run = Run(
+            Adapter(run.adapter.spec, run.adapter.values.copy()), AdamW(optimizer.steps, *moments)
+        )
+
+    def write(self, folder: Path) -> None:
+        _write_files(folder, self._base_model, self._run, optimizer_state=True)
 
 
 def read_run(storage: FolderStorage, key: str, spec: LoraSpec, optimizer_state: bool) -> Run:

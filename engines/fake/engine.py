@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from engines.fake.checkpoints import AdapterVersions, read_run, write_run
+from engines.fake.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.fake.losses import FORMULAS
 from engines.fake.model import SITES, VOCABULARY, Adapter, base_weights
 from engines.fake.options import FakeOptions, read_options
@@ -126,6 +126,12 @@ class FakeEngine(Engine):
         spec = self._run(run_id).adapter.spec
         self._runs[run_id] = read_run(self._storage, operation.folder, spec, operation.optimizer_state)
         return LoadWeightsResult()
+
+    def snapshot(self, run_id: str) -> RunSnapshot:
+        run = self._run(run_id)
+        if run.pending is not None:
+            raise UserError(f"run {run_id} has pending gradients")
+        return RunSnapshot(self._config.base_model, run)
 
     def _run(self, run_id: str) -> Run:
         run = self._runs.get(run_id)

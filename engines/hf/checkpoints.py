@@ -25,7 +25,7 @@ from engines.hf.lora import Adapter, Site, size, views
 from engines.hf.model import BaseModel
 from engines.hf.optimizer import AdamW
 from engines.hf.training import Run
-from engines.interface import EngineConfig, UserError
+from engines.interface import EngineConfig, PendingSnapshot, UserError
 from engines.operations import LoraSpec
 from engines.storage import open_folder, write_folder
 
@@ -48,18 +48,44 @@ def named(sites: Sequence[Site], spec: LoraSpec, values: Tensor) -> Iterator[tup
 
 def write_run(config: EngineConfig, folder: str, run: Run, optimizer_state: bool) -> int:
     """Write a run's weights, and what training needs to go on, to a storage key; gives the bytes written."""
+    return write_folder(config.storage, folder, _files(config.base_model, run, optimizer_state))
+
+
+def _files(base_model: str, run: Run, optimizer_state: bool) -> dict[str, bytes]:
     adapter = run.adapter
     files = {
         ADAPTER_CONFIG: peft_config(
             adapter.spec,
-            config.base_model,
+            base_model,
             [site.name for site in adapter.sites if attaches(site.name, adapter.spec)],
         ),
         ADAPTER_WEIGHTS: _encode(dict(named(adapter.sites, adapter.spec, adapter.values))),
     }
     if optimizer_state:
         files[OPTIMIZER] = _encode(_optimizer_tensors(run))
-    return write_folder(config.storage, folder, files)
+    return files
+
+
+class RunSnapshot(PendingSnapshot):
+    """A run without pending gradients, copied to main memory; written as a checkpoint with optimizer state."""
+
+    def __init__(self, base_model: str, run: Run) -> None:
+        adapter, optimizer = run.adapter, run.optimizer
+        moments = (
+            None if moment is None else _copy(moment) for moment in (optimizer.exp_avg, optimizer.exp_avg_sq)
+        )
+        self._base_model = base_model
+        self._run = Run(
+            Adapter(adapter.sites, adapter.spec, _copy(adapter.values)), AdamW(optimizer.steps, *moments)
+        )
+
+    def write(self, folder: Path) -> None:
+        for name, data in _files(self._base_model, self._run, optimizer_state=True).items():
+            (folder / name).write_bytes(data)
+
+
+def _copy(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", copy=True)
 
 
 def _optimizer_tensors(run: Run) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer
 
-from engines.hf.checkpoints import AdapterVersions, read_run, write_run
+from engines.hf.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.hf.decoding import Decoder
 from engines.hf.lora import Adapter
 from engines.hf.model import BaseModel, load_base_model, read_tokenizer_files, versions
@@ -138,6 +138,12 @@ class HfEngine(Engine):
         run = read_run(self.config.storage, operation.folder, self.base, spec, operation.optimizer_state)
         self.runs[item.run_id] = run
         return LoadWeightsResult()
+
+    def snapshot(self, run_id: str) -> RunSnapshot:
+        run = self._run(run_id)
+        if run.pending is not None:
+            raise UserError(f"run {run_id} has pending gradients")
+        return RunSnapshot(self.config.base_model, run)
 
     def _run(self, run_id: str) -> Run:
         run = self.runs.get(run_id)

@@ -113,7 +113,7 @@ def call(kind: Any, *runs: tuple[str, int]) -> Perform:
 
 
 def test_a_missing_result_means_that_all_runs_of_the_call_are_in_doubt(engine: BrokenEngine) -> None:
-    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls = TrainingCalls(engine, engine.info(), engine._config)
     calls.perform(call("create_run", ("a", 0), ("b", 0)), [encode(CREATE)] * 2)
     engine.forgets_a_result = True
     performed, payloads = calls.perform(call("forward_backward", ("a", 1), ("b", 1)), [encode(learn())] * 2)
@@ -130,7 +130,7 @@ def test_a_missing_result_means_that_all_runs_of_the_call_are_in_doubt(engine: B
 def test_what_changes_no_run_breaks_without_losing_it(
     engine: BrokenEngine, kind: str, operation: Forward | SaveWeights
 ) -> None:
-    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls = TrainingCalls(engine, engine.info(), engine._config)
     calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
     calls.perform(call("forward_backward", ("a", 1)), [encode(learn())])
     engine.broken_by = RuntimeError("a secret of the engine")
@@ -157,7 +157,7 @@ def test_what_changes_no_run_breaks_without_losing_it(
 def test_storage_that_cannot_be_written_to_is_named_but_not_where_it_is(
     engine: BrokenEngine, error: OSError, cause: str
 ) -> None:
-    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls = TrainingCalls(engine, engine.info(), engine._config)
     calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
     engine.broken_by = error
     performed, _ = calls.perform(call("save_weights", ("a", 1)), [encode(SaveWeights("checkpoints/a"))])
@@ -170,7 +170,7 @@ def test_storage_that_cannot_be_written_to_is_named_but_not_where_it_is(
 
 def test_a_full_disk_loses_no_run(engine: BrokenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of the file system itself, through the engine's own saving."""
-    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls = TrainingCalls(engine, engine.info(), engine._config)
     calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
 
     def full(path: Path, data: bytes) -> int:
@@ -186,7 +186,7 @@ def test_a_full_disk_loses_no_run(engine: BrokenEngine, monkeypatch: pytest.Monk
 
 
 def test_only_the_operation_that_the_call_names_is_performed(engine: BrokenEngine) -> None:
-    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls = TrainingCalls(engine, engine.info(), engine._config)
     calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
     performed, _ = calls.perform(call("forward_backward", ("a", 1)), [encode(STEP)])
     failure = performed.outcomes[0].failure
@@ -194,7 +194,7 @@ def test_only_the_operation_that_the_call_names_is_performed(engine: BrokenEngin
 
 
 def test_a_call_holds_one_operation_of_a_run(engine: BrokenEngine) -> None:
-    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls = TrainingCalls(engine, engine.info(), engine._config)
     calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
     performed, payloads = calls.perform(call("forward_backward", ("a", 1), ("a", 2)), [encode(learn())] * 2)
     first, second = (outcome.failure for outcome in performed.outcomes)
@@ -205,13 +205,13 @@ def test_a_call_holds_one_operation_of_a_run(engine: BrokenEngine) -> None:
 
 
 def test_every_run_needs_its_operation(engine: BrokenEngine) -> None:
-    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls = TrainingCalls(engine, engine.info(), engine._config)
     with pytest.raises(ValueError, match="zip"):
         calls.perform(call("create_run", ("a", 0), ("b", 0)), [encode(CREATE)])
 
 
 def test_a_failed_creation_leaves_the_run_as_it_was(engine: BrokenEngine) -> None:
-    calls = TrainingCalls(engine, engine.info(), epoch=1)
+    calls = TrainingCalls(engine, engine.info(), engine._config)
     calls.perform(call("create_run", ("a", 0)), [encode(CREATE)])
     calls.perform(call("forward_backward", ("a", 1)), [encode(learn())])
     missing = encode(type(CREATE)(CREATE.lora, folder="not/there"))
