@@ -34,6 +34,7 @@ from gateway.futures import Futures
 from gateway.health import router as health
 from gateway.migrate import prepare
 from gateway.models import router as models
+from gateway.notices import Notices
 from gateway.openai_backend import FleetBackend
 from gateway.openapi import with_refusals
 from gateway.pages import add_pages
@@ -65,8 +66,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 app.state.gateway = gateway
                 app.state.keys = gateway.keys
                 app.state.bodies = Bodies(chosen.max_body_bytes, chosen.body_memory_bytes)
-                app.state.backend = FleetBackend(gateway)
-                yield
+                app.state.backend = backend = FleetBackend(gateway)
+                try:
+                    yield
+                finally:
+                    await backend.close()
         except (ConfigurationError, StoreUnavailable) as error:
             app.state.problem = str(error)
             raise
@@ -146,6 +150,7 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         await prepare(database, settings)
         store.start()
         gateway = _assemble(settings, store, await store.secrets.get("signing"))
+        await gateway.notices.start()
         gateway.fleet.start()
         gateway.duties.start()
         try:
@@ -156,6 +161,7 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         finally:
             await gateway.duties.stop()
             await gateway.fleet.stop()
+            await gateway.notices.stop()
             await gateway.removals.close()
     finally:
         await store.close()
@@ -165,6 +171,9 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
 
 def _assemble(settings: Settings, store: Store, secret: bytes) -> Gateway:
     """Futures and fleet know each other: what is accepted goes to an engine, what is settled wakes who waits."""
+
+    def held(engine: str) -> bool:
+        return fleet.holds(engine)
 
     def accepted(future: Future, body: bytes | None) -> None:
         fleet.accept(future, body)
@@ -180,12 +189,13 @@ def _assemble(settings: Settings, store: Store, secret: bytes) -> Gateway:
 
     removals = FolderRemovals(settings)
     completions = Completions(store)
-    futures = Futures(store, accepted, settings.result_cache_bytes)
-    fleet = Fleet(settings, store, futures.opened, settled)
+    futures = Futures(store, accepted, settings.result_cache_bytes, held)
+    fleet = Fleet(settings, store, futures.opened, settled, futures.lost)
+    notices = Notices(settings, store, fleet, futures, completions)
     keys = Keys(store, settings.allowed_hosts, Tokens(secret, settings.token_lifetime_s))
     signed_urls = SignedUrls(secret, settings.public_url)
     duties = Duties(store, fleet.holder, settings.lease_s, standing_duties(store, settings))
-    return Gateway(settings, store, futures, completions, fleet, keys, removals, signed_urls, duties)
+    return Gateway(settings, store, futures, completions, fleet, keys, removals, signed_urls, duties, notices)
 
 
 def _configure_log(level: str) -> None:

@@ -23,6 +23,7 @@ from gateway.tokens import PREFIX, Tokens
 
 LOCAL_OWNER = "local"
 _REFRESH_S = 2.0
+_FRESH_S = 0.1
 _STALE_S = 60.0
 _FORWARDED = frozenset(
     {
@@ -64,7 +65,7 @@ class Keys:
         if not self._keys:
             self._refuse_strangers(request)
             return Caller(LOCAL_OWNER, admin=True)
-        key = self._key(presented_key(request))
+        key = await self._found(presented_key(request))
         return Caller(key.owner, key.admin, key)
 
     async def owner_of(self, weights_access_token: str | None) -> str | None:
@@ -78,7 +79,7 @@ class Keys:
         if not self._keys:
             return LOCAL_OWNER
         try:
-            return self._key(weights_access_token).owner
+            return (await self._found(weights_access_token)).owner
         except Unauthorized as error:
             raise BadRequest(
                 "weights_access_token is not known here; it is an API key of the owner whose weights it opens, or a "
@@ -93,6 +94,18 @@ class Keys:
     def forget(self) -> None:
         """A key has been removed by this process: the next request reads them again."""
         self._read_at = self._due_at = float("-inf")
+
+    async def _found(self, presented: str) -> ApiKey:
+        """The key that is presented. One that is not known may have been made a moment ago, beside this process or at
+        another gateway: they are read again, but not for every stranger. Raises Unauthorized."""
+        try:
+            return self._key(presented)
+        except Unauthorized:
+            if time.monotonic() - self._read_at < _FRESH_S:
+                raise
+            self._due_at = float("-inf")
+            await self._refresh_if_due()
+            return self._key(presented)
 
     def _key(self, presented: str) -> ApiKey:
         """The key that is presented, itself or by a token that was made for it. Raises Unauthorized."""

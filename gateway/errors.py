@@ -129,6 +129,20 @@ class EngineUnavailable(Passing):
     code = "engine_unavailable"
 
 
+class EngineElsewhere(EngineUnavailable):
+    """Another gateway has the engine of this model, ready, and has told no address (its setting `internal_url`) at
+    which what is not stored could be answered."""
+
+    code = "engine_elsewhere"
+
+    def __init__(self, base_model: str, url: str) -> None:
+        super().__init__(
+            f"the engine of {base_model} is at another gateway, which has told no address (its setting internal_url), "
+            "so this request cannot be passed on to it"
+        )
+        self.url = url
+
+
 class ModelNotLoadable(TandemError):
     """The engine of this model cannot load it; the message says what the operator has to change."""
 

@@ -29,12 +29,16 @@ class Fleet:
         store: Store,
         on_opened: Callable[[Future], None],
         on_settled: Callable[[Settled | None], None],
+        on_lost: Callable[[str], None],
     ) -> None:
         self.holder = _holder(settings)
+        """This process, as leases name it."""
         self.dispatchers: dict[str, Dispatcher] = {}
         for engine in settings.engines:
             supervisor = Supervisor(engine, settings, store, self.holder)
-            self.dispatchers[engine.name] = Dispatcher(supervisor, store, settings, on_opened, on_settled)
+            self.dispatchers[engine.name] = Dispatcher(
+                supervisor, store, settings, on_opened, on_settled, on_lost
+            )
 
     def start(self) -> None:
         """Start every engine; call it in the running loop."""
@@ -53,17 +57,22 @@ class Fleet:
         if dispatcher is not None:
             dispatcher.accept(future, body)
 
-    def give_up(self, future: Future) -> None:
+    def holds(self, engine: str) -> bool:
+        """Whether this process dispatches for an engine."""
+        dispatcher = self.dispatchers.get(engine)
+        return dispatcher is not None and dispatcher.supervisor.holding
+
+    async def give_up(self, future: Future) -> None:
         """A sample is not wanted any more."""
         dispatcher = self.dispatchers.get(future.engine)
         if dispatcher is not None:
-            dispatcher.sampling.give_up(future)
+            await dispatcher.give_up(future)
 
-    def drop_run(self, run: Run) -> None:
+    async def drop_run(self, run: Run) -> None:
         """Free a run's memory, if its engine is still one of ours."""
         dispatcher = self.dispatchers.get(run.engine)
         if dispatcher is not None:
-            dispatcher.training.drop(run.run_id)
+            await dispatcher.drop(run.run_id)
 
     def base_models(self) -> list[str]:
         """Names of the base models that are served."""

@@ -1,7 +1,8 @@
 """Accepting calls and waiting for what becomes of them.
 
 Waiting happens in memory: a settled future wakes whoever waits for it, with its result at hand. Only what was settled
-longer ago, or by another process, is read from the database.
+longer ago is read from the database, and what another process settles: that one's notices say when, and `look` finds
+out, some seconds later, if a notice was lost.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 
-from gateway.errors import BadRequest, NotFound, NumberTaken
+from gateway.errors import BadRequest, NotFound, NumberTaken, StoreUnavailable
 from gateway.store import Store
 from gateway.store.futures import Submission
+from gateway.store.notices import Notice
 from gateway.store.records import Future, Settled
 
-_RECHECK_S = 1.0
-"""Seconds between looks into the database for a future that another process may be settling."""
+_READ_AT_A_TIME = 32
+"""Outcomes; each may be some megabytes."""
 _ATTENTIVE_S = 5.0
 """Seconds between looks whether there is still somebody who waits; they cost no read."""
 
@@ -26,15 +28,24 @@ async def _never() -> bool:
     return False
 
 
+def _all_held(engine: str) -> bool:
+    return True
+
+
 class Futures:
     """The accepted calls of this gateway process. `on_accepted` hands each to its engine's dispatcher, with its
-    input where that is at hand."""
+    input where that is at hand; `held` says of an engine whether this process dispatches for it."""
 
     def __init__(
-        self, store: Store, on_accepted: Callable[[Future, bytes | None], None], cache_bytes: int
+        self,
+        store: Store,
+        on_accepted: Callable[[Future, bytes | None], None],
+        cache_bytes: int,
+        held: Callable[[str], bool] = _all_held,
     ) -> None:
         self._store = store
         self._on_accepted = on_accepted
+        self._held = held
         self._recent = RecentlySettled(cache_bytes)
         self._waiters: dict[str, set[asyncio.Future[Settled]]] = {}
         self._open: dict[str, Future] = {}
@@ -58,8 +69,11 @@ class Futures:
         if (known := self._known(future.request_id)) is not None:
             require_same(known, future.kind, future.digest)
             return
+        elsewhere = future.open and not self._held(future.engine)
         new = await self._store.futures.submit(
-            submission, lambda new: self._accepted(future, submission.body) if new else None
+            submission,
+            lambda new: self._accepted(future, submission.body) if new else None,
+            Notice("accepted", future.request_id, future.engine) if elsewhere else None,
         )
         if not new:
             known = self._known(future.request_id) or await self._adopt(future.request_id)
@@ -73,6 +87,8 @@ class Futures:
     async def _adopt(self, request_id: str) -> Future:
         """A first try was committed, but its answer was lost on the way from the database: it has to be dispatched."""
         stored = await self._store.futures.get(request_id)
+        if stored is None and ":key-" in request_id:
+            raise StoreUnavailable("another gateway has just given this operation's number away; try again")
         if stored is None:
             raise BadRequest(
                 "this number is taken by another operation of the run; one client at a time numbers a run's operations",
@@ -108,6 +124,28 @@ class Futures:
             if not waiter.done():
                 waiter.set_result(settled)
 
+    def awaits(self, request_ids: Collection[str]) -> bool:
+        """Whether any of these is waited for or open here."""
+        return any(request_id in self._waiters or request_id in self._open for request_id in request_ids)
+
+    async def look(self, request_ids: Collection[str] | None = None) -> None:
+        """Find out what other processes have settled: of these, or of all that is waited for and not known here."""
+        if request_ids is None:
+            wanted = [request_id for request_id in self._waiters if request_id not in self._open]
+        else:
+            wanted = [
+                request_id
+                for request_id in request_ids
+                if request_id in self._waiters or request_id in self._open
+            ]
+        for start in range(0, len(wanted), _READ_AT_A_TIME):
+            for settled in await self._store.futures.settled_of(wanted[start : start + _READ_AT_A_TIME]):
+                self.settled(settled)
+
+    def lost(self, engine: str) -> None:
+        """Another process has an engine: what becomes of its calls is found in the database from now on."""
+        self._open = {key: future for key, future in self._open.items() if future.engine != engine}
+
     def answer_waiters(self) -> None:
         """The process is about to end: nobody waits any longer."""
         self._closing = True
@@ -121,30 +159,28 @@ class Futures:
             self._open[future.request_id] = future
 
     def _accepted(self, future: Future, body: bytes | None) -> None:
-        if future.open:
+        if future.open and self._held(future.engine):
             self._open[future.request_id] = future
         self._on_accepted(future, body)
 
     async def _wait(
         self, request_id: str, owner: str, hold_s: float, gone: Callable[[], Awaitable[bool]]
     ) -> Settled | None:
-        """Wait for a wake-up; look into the database when this process does not know the future."""
+        """Wait for a wake-up; look into the database first when this process does not know the future."""
         deadline = asyncio.get_running_loop().time() + hold_s
         with self._waiting_for(request_id) as waiter:
+            known = self._open.get(request_id)
+            if known is not None and known.owner != owner:
+                raise _unknown(request_id)
+            if known is None and (settled := await self._look_up(request_id, owner)) is not None:
+                return settled
             while not waiter.done():
-                known = self._open.get(request_id)
-                if known is None:
-                    settled = await self._look_up(request_id, owner)
-                    if settled is not None:
-                        return settled
-                elif known.owner != owner:
-                    raise _unknown(request_id)
                 left = deadline - asyncio.get_running_loop().time()
                 if self._closing:
                     return None
                 if left <= 0:
                     return await self._last_look(request_id, owner)
-                await asyncio.wait({waiter}, timeout=min(left, _ATTENTIVE_S if known else _RECHECK_S))
+                await asyncio.wait({waiter}, timeout=min(left, _ATTENTIVE_S))
                 if not waiter.done() and await gone():
                     return None
             return None if waiter.cancelled() else waiter.result()

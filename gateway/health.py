@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, Response
 
 from gateway.errors import Forbidden, Unauthorized
 from gateway.state import Gateway, gateway_of
-from gateway.supervisor import EngineState
+from gateway.supervisor import EngineState, Supervisor
 
 router = APIRouter(tags=["health"])
 
@@ -21,19 +21,17 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """200 when the database answers and every engine has loaded its model, else 503 with the state of each.
+    """200 when the database answers and every engine has loaded its model, here or at another gateway, else 503.
 
-    What is wrong with an engine names paths and hosts: it is told to callers who may use the gateway.
+    The answer has the state of each. What is wrong with an engine names paths and hosts: it is told to callers who may
+    use the gateway.
     """
     gateway = gateway_of(request)
     await gateway.store.answers()
     known = await _is_known(gateway, request)
     supervisors = [dispatcher.supervisor for dispatcher in gateway.fleet.dispatchers.values()]
-    engines = {
-        supervisor.engine.name: _describe(supervisor.state, supervisor.problem if known else None)
-        for supervisor in supervisors
-    }
-    ready = all(supervisor.state is EngineState.READY for supervisor in supervisors)
+    engines = {supervisor.engine.name: _describe(supervisor, known) for supervisor in supervisors}
+    ready = all(supervisor.wherever is EngineState.READY for supervisor in supervisors)
     return JSONResponse({"ready": ready, "engines": engines}, 200 if ready else 503)
 
 
@@ -45,5 +43,9 @@ async def _is_known(gateway: Gateway, request: Request) -> bool:
     return True
 
 
-def _describe(state: EngineState, problem: str | None) -> str:
-    return f"{state}: {problem}" if problem and state is not EngineState.READY else str(state)
+def _describe(supervisor: Supervisor, known: bool) -> str:
+    state = str(supervisor.wherever)
+    if supervisor.state is EngineState.WAITING:
+        state += " at another gateway"
+    unwell = known and supervisor.trouble and supervisor.wherever is not EngineState.READY
+    return f"{state}: {supervisor.trouble}" if unwell else state

@@ -13,11 +13,11 @@ from engines.operations import AdapterRef, SampleRequest, SampleResult, decode_r
 from gateway.checkpoints import SCHEME, loadable_checkpoint
 from gateway.dispatch import Dispatcher
 from gateway.engine_process import Drawn
-from gateway.errors import EngineUnavailable
-from gateway.openai import ServedModel, Target
+from gateway.errors import EngineElsewhere, EngineUnavailable
+from gateway.openai import Passage, ServedModel, Target
 from gateway.state import Gateway
 from gateway.store.records import Usage
-from gateway.supervisor import EngineState
+from gateway.supervisor import EngineState, Supervisor
 
 
 class FleetBackend:
@@ -27,6 +27,11 @@ class FleetBackend:
         self._gateway = gateway
         self._started_at = int(gateway.started_at)
         self._rooms: dict[str, asyncio.Semaphore] = {}
+        self.passage = Passage()
+
+    async def close(self) -> None:
+        """Close the connections to other gateways."""
+        await self.passage.close()
 
     async def models(self, owner: str) -> list[ServedModel]:
         """Every base model that can be sampled; the same for all owners."""
@@ -35,7 +40,7 @@ class FleetBackend:
             supervisor = dispatcher.supervisor
             if "sample" in supervisor.engine.roles:
                 context = supervisor.info.max_context if supervisor.info is not None else None
-                ready = supervisor.state is EngineState.READY
+                ready = supervisor.wherever is EngineState.READY
                 name = supervisor.engine.base_model
                 served.setdefault(name, ServedModel(name, self._started_at, ready, context))
         return list(served.values())
@@ -48,10 +53,10 @@ class FleetBackend:
             base_model, adapter = checkpoint.base_model, AdapterRef(checkpoint.folder, checkpoint.folder)
         dispatcher = self._gateway.fleet.for_base_model(base_model, "sample", param="model")
         supervisor = dispatcher.supervisor
-        supervisor.now()
+        at = _place(supervisor)
         if supervisor.text is None or supervisor.info is None:
             raise EngineUnavailable(f"the engine of {base_model} is starting; try again in a moment")
-        return Target(owner, base_model, adapter, supervisor.text, supervisor.info, dispatcher)
+        return Target(owner, base_model, adapter, supervisor.text, supervisor.info, dispatcher, at)
 
     async def sample(
         self, target: Target, request: SampleRequest, *, stream: bool
@@ -71,6 +76,17 @@ class FleetBackend:
                         yield event if isinstance(event, SampleDelta) else _result(event)
             finally:  # also of a stream that its client has left: what came until then
                 self._gateway.store.usage.add_behind(usage)
+
+
+def _place(supervisor: Supervisor) -> str | None:
+    """Where its engine is ready: the address of another gateway, or None, which is here. Raises what `now` raises."""
+    try:
+        supervisor.now()
+    except EngineElsewhere as elsewhere:
+        if not elsewhere.url:
+            raise
+        return elsewhere.url
+    return None
 
 
 def _used(usage: Usage, request: SampleRequest, event: SampleDelta | Drawn) -> Usage:

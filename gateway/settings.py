@@ -68,6 +68,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     public_url: str = ""
     """What clients put before `/api/v1` to reach this gateway, for addresses that it hands out; empty: what the
     request that asks for one was sent to."""
+    internal_url: str = ""
+    """Where other gateways of the same database reach this one, `http://10.0.0.5:8000` say: they pass on to it OpenAI
+    requests for engines that it has; empty: they answer those with 503."""
     download_url_s: float = 3600.0
     """Seconds that an address of a download is good for; clients ask for the next one 300 s before the end."""
     token_exchange: bool = True
@@ -248,7 +251,7 @@ def _check_what_clients_meet(settings: Settings) -> None:
             f"download_url_s is {settings.download_url_s}; it must be {_SHORTEST_ADDRESS_S} to {_LONGEST_ADDRESS_S} "
             "seconds"
         )
-    if settings.public_url and not settings.public_url.startswith(("http://", "https://")):
-        raise ConfigurationError(
-            f"public_url is {settings.public_url!r}; it must begin with http:// or https://"
-        )
+    for name in ("public_url", "internal_url"):
+        url = getattr(settings, name)
+        if url and not url.startswith(("http://", "https://")):
+            raise ConfigurationError(f"{name} is {url!r}; it must begin with http:// or https://")

@@ -19,6 +19,7 @@ from gateway.duties import Duties
 from gateway.errors import Gone, NotFound
 from gateway.fleet import Fleet
 from gateway.futures import Futures
+from gateway.notices import Notices
 from gateway.settings import Settings
 from gateway.signed_urls import SignedUrls
 from gateway.store import Store
@@ -33,10 +34,19 @@ _IMPORTS_AT_A_TIME = 2
 
 
 class Remembered(Generic[T]):
-    """Records by id whose owner, engine and model never change, so that one look into the database is enough."""
+    """Records by id whose owner, engine and model never change, so that one look into the database is enough.
 
-    def __init__(self, look_up: Callable[[str], Awaitable[T | None]], largest: int = 10_000) -> None:
+    Those whose other fields change (a session's end, a run's) are looked up each time while `shared` says that there
+    are other gateways, which may change them."""
+
+    def __init__(
+        self,
+        look_up: Callable[[str], Awaitable[T | None]],
+        largest: int = 10_000,
+        shared: Callable[[], bool] | None = None,
+    ) -> None:
         self._look_up = look_up
+        self._shared = shared
         self._largest = largest
         self._records: OrderedDict[str, T] = OrderedDict()
 
@@ -45,7 +55,7 @@ class Remembered(Generic[T]):
         if "\0" in key:
             return None  # no id has one, and PostgreSQL does not take it as text
         record = self._records.get(key)
-        if record is None:
+        if record is None or (self._shared is not None and self._shared()):
             record = await self._look_up(key)
             if record is not None:
                 self._records[key] = record
@@ -71,6 +81,7 @@ class Gateway:
     removals: FolderRemovals
     signed_urls: SignedUrls
     duties: Duties
+    notices: Notices
     importing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_IMPORTS_AT_A_TIME))
     started_at: float = field(default_factory=time.time)
     turns: Turns = field(init=False)
@@ -81,8 +92,9 @@ class Gateway:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", Turns(self.store))
-        object.__setattr__(self, "known_sessions", Remembered(self.store.sessions.get))
-        object.__setattr__(self, "known_runs", Remembered(self.store.runs.get))
+        shared = self.notices.others_known
+        object.__setattr__(self, "known_sessions", Remembered(self.store.sessions.get, shared=shared))
+        object.__setattr__(self, "known_runs", Remembered(self.store.runs.get, shared=shared))
         object.__setattr__(self, "known_samplers", Remembered(self.store.samplers.get))
         losses = Remembered(self.store.custom_losses.get, _LOSSES_IN_MEMORY)
         object.__setattr__(self, "known_losses", losses)

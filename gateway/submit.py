@@ -26,7 +26,7 @@ from engines.operations import (
     encode,
 )
 from gateway.checkpoints import checkpoint_path
-from gateway.errors import BadRequest, EngineUnavailable
+from gateway.errors import BadRequest
 from gateway.sealing import plain_folder
 from gateway.state import Gateway
 from gateway.store.futures import Submission
@@ -41,7 +41,6 @@ from gateway.store.records import (
     Sampler,
     Session,
 )
-from gateway.supervisor import EngineState
 from gateway.turns import Turn, request_id_of
 
 RunOperation = ForwardBackward | Forward | OptimStep
@@ -170,7 +169,7 @@ async def submit_run(gateway: Gateway, new: NewRun) -> Future:
     future = _future(run, Turn(0, digest=new.digest), "create_run", {"path": run.origin_path}, None)
     if not gateway.futures.knows(future.request_id):
         supervisor.require_loadable()
-        gateway.dispatcher_of(run).training.require_room(future)
+        await gateway.dispatcher_of(run).require_room(future)
     needs = new.origin.reference if new.origin is not None else None
     await gateway.futures.submit(Submission(future, encode(operation), run, needs))
     return future
@@ -237,11 +236,10 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
     Raises TooManyRequests when too many of its owner's wait already, and ModelNotLoadable.
     """
     dispatcher = gateway.fleet.for_base_model(sampler.base_model, "sample")
-    _refuse_foreign(gateway, dispatcher.name)
     future = _sample_future(sampler, dispatcher.name, turn)
     if not gateway.futures.knows(future.request_id):
         dispatcher.supervisor.require_loadable()
-        dispatcher.sampling.require_room(sampler.owner)
+        await dispatcher.require_room(future)
     folder = await weights_of(gateway, sampler)
     adapter = None if folder is None else AdapterRef(folder, folder)
     request = msgspec.structs.replace(request, adapter=adapter, session=sampler.sampler_id)
@@ -270,9 +268,8 @@ async def _append(
         raise BadRequest(
             f"seq_id is {future.seq_id}; operations of a run are numbered from 1", param="seq_id"
         )
-    _refuse_foreign(gateway, run.engine)
     if not gateway.futures.knows(future.request_id):
-        gateway.dispatcher_of(run).training.require_room(future)
+        await gateway.dispatcher_of(run).require_room(future)
     await gateway.futures.submit(Submission(future, body, needs=needs))
     return future
 
@@ -301,15 +298,6 @@ def _rejected(future: Future, message: str) -> Future:
         error_category="user",
         finished_at=time.time(),
     )
-
-
-def _refuse_foreign(gateway: Gateway, engine: str) -> None:
-    """What this process accepts it must be able to dispatch: one gateway process serves a database at a time."""
-    dispatcher = gateway.fleet.dispatchers.get(engine)
-    if dispatcher is not None and dispatcher.supervisor.state is EngineState.WAITING:
-        raise EngineUnavailable(
-            f"another gateway process dispatches for engine {engine}; one process serves a database at a time"
-        )
 
 
 def _sample_future(sampler: Sampler, engine: str, turn: Turn) -> Future:

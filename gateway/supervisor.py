@@ -1,6 +1,7 @@
 """Keeps one engine running: takes its lease, starts it with a new epoch, notices its death, starts it again.
 
-The state says what an operator sees; `engine()` hands out the process for as long as it lives.
+While another gateway has the lease this one waits for it, and knows what the engine has told there. The state says what
+an operator sees; `now` hands out the process for as long as it lives.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ import asyncio
 import contextlib
 import enum
 import logging
-from dataclasses import replace
 
 from engines.interface import EngineConfig, EngineInfo
 from gateway.engine_process import EngineProcess, EngineStartFailed, ModelRefused
-from gateway.errors import EngineUnavailable, ModelNotLoadable, StoreUnavailable
+from gateway.errors import EngineElsewhere, EngineUnavailable, ModelNotLoadable, StoreUnavailable
 from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
-from gateway.store.leases import LeaseRequest
+from gateway.store.engine_facts import EngineFacts
+from gateway.store.leases import Lease, LeaseRequest
 from gateway.text import TextCodec
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,12 @@ class Supervisor:
         self.text: TextCodec | None = None
         self.tokenizer_files: dict[str, bytes] | None = None
         self.process: EngineProcess | None = None
+        self.holding = False
+        """Whether the lease is this process's, as far as it knows."""
+        self.elsewhere: Lease | None = None
+        """Another gateway's lease, as it was when it was looked at last."""
+        self._facts_epoch = 0
+        self._free = asyncio.Event()
         self._settings = settings
         self._store = store
         self._holder = holder
@@ -71,9 +78,17 @@ class Supervisor:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._become(EngineState.STOPPED)
-        if self.epoch:
-            with contextlib.suppress(StoreUnavailable):
-                await self._store.leases.renew(replace(self._lease_request(), seconds=0))
+        await self._let_go()
+
+    def look(self) -> None:
+        """The lease may be free."""
+        self._free.set()
+
+    async def reaches(self, *states: EngineState) -> EngineState:
+        """Waits until the engine is in one of these states here, as long as it takes."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.state in states)
+            return self.state
 
     async def ready(self) -> EngineProcess:
         """The running process; waits for it as long as it takes."""
@@ -83,25 +98,45 @@ class Supervisor:
         return self.process
 
     def now(self) -> EngineProcess:
-        """The running process; raises ModelNotLoadable, or EngineUnavailable saying what the engine does instead."""
+        """The running process; raises ModelNotLoadable, EngineElsewhere when another gateway has it ready, or
+        EngineUnavailable saying what the engine does instead."""
         self.require_loadable()
         if self.state is EngineState.READY and self.process is not None:
             return self.process
+        if self.elsewhere is not None and self.wherever is EngineState.READY:
+            raise EngineElsewhere(self.engine.base_model, self.elsewhere.url)
         raise EngineUnavailable(
             f"the engine of {self.engine.base_model} is {self.described}; try again in a moment"
         )
 
     @property
+    def wherever(self) -> EngineState:
+        """What the engine does, here or at the gateway that has it."""
+        there = self._there
+        return EngineState(there.state) if there is not None and there.state else self.state
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it is not well, here or at the gateway that has it."""
+        there = self._there
+        return there.problem if there is not None else self.problem
+
+    @property
+    def _there(self) -> Lease | None:
+        return self.elsewhere if self.state is EngineState.WAITING else None
+
+    @property
     def described(self) -> str:
         """Its state, and why when it is not well."""
-        unwell = self.problem and self.state is not EngineState.READY
-        return f"{self.state} ({self.problem})" if unwell else str(self.state)
+        unwell = self.trouble and self.wherever is not EngineState.READY
+        state = str(self.wherever) if self._there is None else f"{self.wherever} at another gateway"
+        return f"{state} ({self.trouble})" if unwell else state
 
     def require_loadable(self) -> None:
         """Raises ModelNotLoadable, with the engine's own sentence: nobody can tell how long new work would wait."""
-        if self.state is EngineState.FAILED:
+        if self.wherever is EngineState.FAILED:
             raise ModelNotLoadable(
-                f"the engine of {self.engine.base_model} cannot load it: {self.problem}", param="base_model"
+                f"the engine of {self.engine.base_model} cannot load it: {self.trouble}", param="base_model"
             )
 
     async def _supervise(self) -> None:
@@ -122,6 +157,8 @@ class Supervisor:
                 delay,
             )
             await self._become(outcome)
+            if delay > self._settings.lease_s / 2:
+                await self._let_go()  # another gateway may have more luck meanwhile
             await asyncio.sleep(delay)
 
     async def _live_once(self) -> EngineState:
@@ -146,7 +183,10 @@ class Supervisor:
     async def _live(self) -> None:
         """From lease to death."""
         self.epoch = await self._take_lease()
-        if self.state is not EngineState.FAILED:  # which it stays until it does load
+        if self.wherever is EngineState.FAILED:  # which it stays until it does load
+            self.problem = self.trouble
+            await self._become(EngineState.FAILED)
+        else:
             await self._become(EngineState.STARTING)
         self.starts += 1
         self.process = await EngineProcess.start(
@@ -161,6 +201,7 @@ class Supervisor:
                 "engine %s is ready: %s on %s", self.engine.name, self.engine.base_model, self.info.device
             )
             await self._become(EngineState.READY)
+            await self._tell(self.process)
             self.problem = await self._until_lost(self.process)
         finally:
             await self._become(EngineState.DOWN)
@@ -181,6 +222,16 @@ class Supervisor:
             owner_timeout_s=settings.engine_owner_timeout_s,
         )
 
+    async def _tell(self, process: EngineProcess) -> None:
+        """What gateways without this engine need to know of it; they look at it when they look at the lease."""
+        facts = EngineFacts(self.engine.name, self.epoch, process.info, process.tokenizer_files)
+        try:
+            if not self._settings.embedded:
+                await self._store.engine_facts.tell(facts)
+                await self._store.leases.renew(self._lease_request())
+        except StoreUnavailable as error:
+            log.warning("engine %s: other gateways learn of it later: %s", self.engine.name, error)
+
     async def _until_lost(self, process: EngineProcess) -> str:
         """Keep the lease while the process lives; why it is over."""
         while True:
@@ -189,6 +240,7 @@ class Supervisor:
                 return process.lost.result()
             try:
                 if not await self._store.leases.renew(self._lease_request()):
+                    self.holding = False
                     return "another gateway has taken over its lease"
             except (
                 Exception
@@ -197,14 +249,38 @@ class Supervisor:
 
     async def _take_lease(self) -> int:
         while True:
+            self._free.clear()
             epoch = await self._store.leases.take(self._lease_request())
             if epoch is not None:
+                self.holding = True
                 return epoch
+            self.holding = False
+            left_s = await self._learn()
+            if self.state is not EngineState.WAITING:
+                log.info("engine %s: another gateway has its lease", self.engine.name)
             await self._become(EngineState.WAITING)
-            await asyncio.sleep(self._settings.lease_s / 3)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._free.wait(), max(0.05, min(self._settings.lease_s / 3, left_s)))
+
+    async def _learn(self) -> float:
+        """What the engine does and has told at the gateway that has it; seconds for which its lease still runs."""
+        self.elsewhere = lease = await self._store.leases.get(self.engine.name)
+        facts = await self._store.engine_facts.newer_than(self.engine.name, self._facts_epoch)
+        if facts is not None:
+            self._facts_epoch = facts.epoch
+            self.info, self.tokenizer_files = facts.info, facts.tokenizer_files
+            self.text = await asyncio.to_thread(TextCodec.from_files, facts.tokenizer_files)
+        return lease.seconds_left if lease is not None else 0.0
+
+    async def _let_go(self) -> None:
+        """Another gateway may have the lease at once."""
+        if self.holding:
+            self.holding = False
+            with contextlib.suppress(StoreUnavailable):
+                await self._store.leases.give_back(self._lease_request())
 
     def _lease_request(self) -> LeaseRequest:
-        return LeaseRequest(self.engine.name, self._holder, self._settings.lease_s)
+        return LeaseRequest(self.engine.name, self._holder, self._settings.lease_s, self.state, self.problem)
 
     async def _become(self, state: EngineState) -> None:
         async with self._changed:

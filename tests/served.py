@@ -48,6 +48,10 @@ class ServedGateway:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
+    def set(self, name: str, value: str) -> None:
+        """A setting, for its next start."""
+        self._environment[f"TANDEM_{name.upper()}"] = value
+
     def start(self, timeout_s: float = 60.0) -> None:
         """Returns when every engine has loaded its model."""
         self.launch()

@@ -11,14 +11,16 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from gateway.dispatch.elsewhere import QueuesElsewhere
 from gateway.dispatch.quarantine import Quarantine
-from gateway.dispatch.sampling import SamplingLane
+from gateway.dispatch.sampling import GIVEN_UP, SamplingLane
 from gateway.dispatch.standing import Standing
 from gateway.dispatch.training import Interrupted, TrainingLane
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineLost, StoreUnavailable
 from gateway.settings import Settings
 from gateway.store import Store
+from gateway.store.notices import Notice
 from gateway.store.records import Future, Settled
 from gateway.supervisor import EngineState, Supervisor
 
@@ -28,8 +30,9 @@ _PAUSE_S = 0.2
 
 
 class Dispatcher:
-    """Feeds the engine of one supervisor. `on_opened` is told of open futures found in the database, `on_settled` of
-    every outcome right after its commit."""
+    """Feeds the engine of one supervisor, as long as this gateway has its lease. `on_opened` is told of open futures
+    found in the database, `on_settled` of every outcome right after its commit, `on_lost` of the engine's name when
+    another gateway has it."""
 
     def __init__(
         self,
@@ -38,12 +41,16 @@ class Dispatcher:
         settings: Settings,
         on_opened: Callable[[Future], None],
         on_settled: Callable[[Settled | None], None],
+        on_lost: Callable[[str], None],
     ) -> None:
         self.supervisor = supervisor
         self.training = TrainingLane(store, settings, on_settled)
         self.sampling = SamplingLane(store, settings, on_settled)
         self._store = store
         self._on_opened = on_opened
+        self._on_settled = on_settled
+        self._on_lost = on_lost
+        self._elsewhere = QueuesElsewhere(store, settings, supervisor.engine.name)
         self._task: asyncio.Task[None] | None = None
         self._died_over: list[str] = []
 
@@ -55,8 +62,10 @@ class Dispatcher:
     def standing(self, future: Future) -> Standing:
         """Where an open future of this engine stands."""
         supervisor = self.supervisor
-        if supervisor.state is not EngineState.READY:
+        if supervisor.wherever is not EngineState.READY:
             return Standing(True, f"the engine of {supervisor.engine.base_model} is {supervisor.described}")
+        if supervisor.state is not EngineState.READY:
+            return Standing(False, "it is in line at the gateway that has its engine")
         lane = self.sampling if future.run_id is None else self.training
         return lane.standing(future)
 
@@ -72,14 +81,55 @@ class Dispatcher:
         await self.sampling.cancel()
 
     def accept(self, future: Future, body: bytes | None) -> None:
-        """A future of this engine has become durable; `body` is its input where that is at hand."""
+        """A future of this engine has become durable; `body` is its input where that is at hand.
+
+        Without the lease it is left to the gateway that has it, or to what is read from the database with the lease.
+        """
+        if not self.supervisor.holding:
+            return
         if future.run_id is None:
             self.sampling.accept(future, body)
         else:
             self.training.accept(future, body)
 
+    def adopt(self, future: Future) -> None:
+        """An open future that another gateway has accepted. While the engine is not ready, what it owes is not known
+        here either; then this one is read with the others."""
+        if self.supervisor.holding and self.supervisor.state is EngineState.READY:
+            self._on_opened(future)
+            self.accept(future, None)
+
+    async def require_room(self, future: Future) -> None:
+        """Raises TooManyRequests when a queue that a new future would wait in is full."""
+        if not self.supervisor.holding:
+            await self._elsewhere.require_room(future)
+        elif future.run_id is None:
+            self.sampling.require_room(future.owner)
+        else:
+            self.training.require_room(future)
+
+    async def give_up(self, future: Future) -> None:
+        """A sample is not wanted any more: it fails, wherever it is."""
+        if self.supervisor.holding:
+            self.sampling.give_up(future)
+        else:
+            await self._store.futures.give_up(future.request_id, GIVEN_UP)
+            for settled in await self._store.futures.settled_of([future.request_id]):
+                self._on_settled(settled)
+
+    async def drop(self, run_id: str) -> None:
+        """Free a run's memory, wherever it is."""
+        if self.supervisor.holding:
+            self.training.drop(run_id)
+        else:
+            await self._store.database.tell(Notice("dropped", run_id, self.name))
+
     async def _feed_forever(self) -> None:
         while True:
+            if await self.supervisor.reaches(EngineState.READY, EngineState.WAITING) is EngineState.WAITING:
+                await self._forget()
+                await self.supervisor.reaches(*(set(EngineState) - {EngineState.WAITING}))
+                continue
             engine = await self.supervisor.ready()
             try:
                 await self._reload()
@@ -94,6 +144,14 @@ class Dispatcher:
             if engine.lost.done():
                 self._died_over += [*self.training.in_engine, *self.sampling.in_engine]
             await asyncio.sleep(_PAUSE_S)
+
+    async def _forget(self) -> None:
+        """Another gateway has the engine, and it alone knows what waits for it. Nobody here is to blame for the end of
+        the process that was given up."""
+        self._died_over = []
+        await self.sampling.reset()
+        self.training.reset()
+        self._on_lost(self.name)
 
     async def _reload(self) -> None:
         """Forget what is in memory, then read what this engine owes; what arrives meanwhile is kept.

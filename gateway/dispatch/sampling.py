@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from engines.interface import UserError
@@ -93,6 +93,15 @@ class SamplingLane:
             self._inputs.discard(waiting.request_id)
             self._settle_given_up(waiting)
         # else it is being claimed, or is read from the database when the engine is there: it is failed then
+
+    def withdraw(self, request_ids: Collection[str]) -> None:
+        """Another gateway has settled these: they wait no longer, and what they occupy in the engine is freed."""
+        for request_id in request_ids:
+            if (waiting := self._waiting.pop(request_id, None)) is not None:
+                self._turns.remove(waiting.owner, request_id)
+                self._inputs.discard(request_id)
+            elif (active := self._active.get(request_id)) is not None:
+                active.task.cancel()
 
     def standing(self, future: Future) -> Standing:
         """Where an open sample stands."""

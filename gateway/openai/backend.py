@@ -12,6 +12,7 @@ from fastapi import Request
 from engines.interface import EngineInfo
 from engines.messages import SampleDelta
 from engines.operations import AdapterRef, SampleRequest, SampleResult
+from gateway.openai.passing_on import Passage
 from gateway.text import TextCodec
 
 SampleEvent = SampleDelta | SampleResult
@@ -38,10 +39,16 @@ class Target:
     info: EngineInfo
     engine: Any
     """The backend's own; this dialect only hands it back."""
+    at: str | None = None
+    """The address of the gateway that has the engine; None: it is here."""
 
 
 class Backend(Protocol):
     """Models by name, and samples. Owners are who an API key stands for."""
+
+    @property
+    def passage(self) -> Passage:
+        """The way to other gateways."""
 
     async def models(self, owner: str) -> list[ServedModel]:
         """The base models that this owner may sample, also those whose engine is not ready."""

@@ -17,7 +17,7 @@ from gateway.openai.parse import parse
 from gateway.openai.plan import Plan, off_loop, plan_chat, plan_completion
 from gateway.openai.rendering import ChatRendering, CompletionRendering, Rendering
 from gateway.openai.replies import ChatReply, CompletionReply, Identity, ModelList, ModelReply
-from gateway.openai.requests import MAX_BODY_BYTES, ChatRequest, CompletionRequest, R
+from gateway.openai.requests import MAX_BODY_BYTES, ChatRequest, CompletionRequest
 from gateway.openai.sampling import Usage, carry_out
 from gateway.openai.streams import EventStream, events
 from gateway.openapi import schema_of
@@ -75,8 +75,13 @@ async def get_model(model: str, owner: Owner, backend: BackendOf) -> Response:
 @router.post("/completions", openapi_extra=_documented(CompletionReply, CompletionRequest, streams=True))
 async def create_completion(request: Request, owner: Owner, backend: BackendOf) -> Response:
     """Continue one or several texts or token sequences."""
-    asked = await _asked(request, CompletionRequest)
+    sent = await _sent(request)
+    asked = parse(sent, CompletionRequest)
     target = await backend.resolve(owner, asked.model)
+    if target.at is not None:
+        return await backend.passage.pass_on(request, sent, target.at)
+    let_go(request, bodies_of(request).sent)  # the answer may take long
+    del sent
     plan = await plan_completion(target, asked)
     identity = Identity.new("cmpl", asked.model, target)
     rendering = CompletionRendering(plan, identity, include_usage=asked.include_usage)
@@ -86,21 +91,22 @@ async def create_completion(request: Request, owner: Owner, backend: BackendOf) 
 @router.post("/chat/completions", openapi_extra=_documented(ChatReply, ChatRequest, streams=True))
 async def create_chat_completion(request: Request, owner: Owner, backend: BackendOf) -> Response:
     """Answer a conversation, in the form of the model's chat template."""
-    asked = await _asked(request, ChatRequest)
+    sent = await _sent(request)
+    asked = parse(sent, ChatRequest)
     target = await backend.resolve(owner, asked.model)
+    if target.at is not None:
+        return await backend.passage.pass_on(request, sent, target.at)
+    let_go(request, bodies_of(request).sent)  # the answer may take long
+    del sent
     plan = await plan_chat(target, asked)
     identity = Identity.new("chatcmpl", asked.model, target)
     rendering = ChatRendering(plan, identity, include_usage=asked.include_usage)
     return await _answer(request, backend, plan, rendering, include_usage=asked.include_usage)
 
 
-async def _asked(request: Request, kind: type[R]) -> R:
-    """What the body asks for; its bytes are gone before the answer is made, which may take long."""
-    bodies = bodies_of(request)
-    limit = min(MAX_BODY_BYTES, bodies.largest)
-    asked = parse(await read_sent(request, limit, "; send fewer or shorter prompts in one request"), kind)
-    let_go(request, bodies.sent)
-    return asked
+async def _sent(request: Request) -> bytes:
+    limit = min(MAX_BODY_BYTES, bodies_of(request).largest)
+    return await read_sent(request, limit, "; send fewer or shorter prompts in one request")
 
 
 async def _answer(

@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Generic, Protocol, TypeVar
 
-from sqlalchemy import Connection, Row, create_engine, event
+from sqlalchemy import Connection, Row, create_engine, event, func, select
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.sql import Executable
 
 from gateway.errors import StoreUnavailable
-from gateway.store.outages import translated_errors
+from gateway.store.notices import CHANNEL, News, Notice, encoded
+from gateway.store.outages import StoreConflict, translated_errors
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -38,6 +39,8 @@ WriteMany = Callable[[Connection, list[A]], list[R]]
 """A write operation: takes the arguments of several callers, answers each in order."""
 
 _LARGEST_GROUP = 512
+_TRIES = 4
+"""Of a transaction that another one has been in the way of."""
 _BEHIND_S = 0.02
 """Seconds that a write nobody waits for may wait for another one's transaction."""
 
@@ -149,6 +152,7 @@ class _Write(Generic[A, R]):
     outcome: asyncio.Future[R]
     then: Callable[[R], None] | None
     recomputable: bool
+    notice: Notice | None = None
 
 
 class Database:
@@ -159,6 +163,8 @@ class Database:
     """
 
     def __init__(self, url: str, *, sqlite_synchronous: str = "FULL", readers: int = 4) -> None:
+        self.payload_of: Callable[[Sequence[Notice]], str] | None = None
+        """How other gateways are told of what a transaction does; None: there are none."""
         self._driver: _Driver
         if make_url(url).get_backend_name() == "sqlite":
             self._driver = _SqliteDriver(url, sqlite_synchronous, readers)
@@ -207,17 +213,27 @@ class Database:
         then: Callable[[R], None] | None = None,
         *,
         recomputable: bool = False,
+        notice: Notice | None = None,
     ) -> asyncio.Future[R]:
         """Have `operation` done for `argument` in the next transaction; the answer comes after the commit.
 
         Writes take effect in the order of these calls. `then` is called with the answer right after the commit,
         whether or not the caller still waits. What is `recomputable` from earlier writes survives the death of any
         process; the embedded database may forget the newest of it in a power loss, if nothing else was written since.
+        Other gateways are told the `notice` by the same commit.
         """
         outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._pending.append(_Write(operation, argument, outcome, then, recomputable))
+        self._pending.append(_Write(operation, argument, outcome, then, recomputable, notice))
         self._wake.set()
         return outcome
+
+    async def tell_all(self, news: News) -> None:
+        """Tell other gateways something, whether any are known or not."""
+        await self.write(_notify, encoded(news), recomputable=True)
+
+    async def tell(self, notice: Notice) -> None:
+        """Tell other gateways something, when everything that was handed in before has been committed."""
+        await self.write(_nothing, None, recomputable=True, notice=notice)
 
     async def barrier(self) -> None:
         """Returns when everything that was handed in before has been committed, or refused."""
@@ -245,12 +261,8 @@ class Database:
 
     async def _commit_group(self, group: list[_Write[Any, Any]]) -> None:
         """One transaction for all; if anything in it fails, each alone, so that only the culprit is told."""
-        flushed = not all(write.recomputable for write in group)
         try:
-            with translated_errors():
-                answers = await self._driver.write(
-                    lambda connection: _perform(connection, group), flushed=flushed
-                )
+            answers = await self._committed(group)
         except StoreUnavailable as error:
             _refuse(group, error)
             return
@@ -267,15 +279,40 @@ class Database:
             if not write.outcome.done():
                 write.outcome.set_result(answer)
 
+    async def _committed(self, group: list[_Write[Any, Any]]) -> list[Any]:
+        """One transaction, repeated when it was in the way of another gateway's."""
+        flushed = not all(write.recomputable for write in group)
+        notices = [write.notice for write in group if write.notice is not None]
+        payload = self.payload_of(notices) if notices and self.payload_of is not None else None
+        tries_left = _TRIES
+        while True:
+            tries_left -= 1
+            try:
+                with translated_errors():
+                    return await self._driver.write(
+                        lambda connection: _perform(connection, group, payload), flushed=flushed
+                    )
+            except StoreConflict:
+                if not tries_left:
+                    raise
+
 
 def _nothing(connection: Connection, wanted: list[None]) -> list[None]:
     return wanted
 
 
-def _perform(connection: Connection, group: list[_Write[Any, Any]]) -> list[Any]:
+def _notify(connection: Connection, payloads: list[str]) -> list[None]:
+    for payload in payloads:
+        connection.execute(select(func.pg_notify(CHANNEL, payload)))
+    return [None] * len(payloads)
+
+
+def _perform(connection: Connection, group: list[_Write[Any, Any]], payload: str | None) -> list[Any]:
     answers: list[Any] = []
     for operation, writes in groupby(group, key=lambda write: write.operation):
         answers += operation(connection, [write.argument for write in writes])
+    if payload is not None:
+        _notify(connection, [payload])
     return answers
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table
+from sqlalchemy import Connection, Double, Select, Table, cast, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 Filters = Mapping[str, str | None]
@@ -41,3 +41,13 @@ def for_update(connection: Connection, query: Select[Any]) -> Select[Any]:
 def now() -> float:
     """Seconds since the epoch, UTC."""
     return time.time()
+
+
+_SERVER_CLOCK = select(cast(func.extract("epoch", func.clock_timestamp()), Double))
+
+
+def clock(connection: Connection) -> float:
+    """The same by the database's own clock, which all gateways of a database share."""
+    if connection.dialect.name == "sqlite":
+        return now()
+    return float(connection.execute(_SERVER_CLOCK).scalar_one())

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, bindparam, case, func, select, update
 
@@ -15,6 +15,7 @@ from gateway.store.audit import record
 from gateway.store.checkpoints import record_read, require_checkpoints
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore, now
+from gateway.store.notices import Notice
 from gateway.store.records import (
     AuditTopic,
     Future,
@@ -55,6 +56,15 @@ class Claim:
     epoch: int
 
 
+class Queued(NamedTuple):
+    """How much of an owner's waits, of one run (None: samples), and the highest number of it."""
+
+    owner: str
+    run_id: str | None
+    waiting: int
+    last: int
+
+
 # Statements of the busiest paths are built once: building one costs as much as executing it.
 _CLAIM = (
     update(F)
@@ -80,13 +90,18 @@ class FutureStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def submit(self, submission: Submission, then: Callable[[bool], None] | None = None) -> bool:
+    async def submit(
+        self,
+        submission: Submission,
+        then: Callable[[bool], None] | None = None,
+        notice: Notice | None = None,
+    ) -> bool:
         """Accept a call; whether it is new. Repeating a known natural key changes nothing.
 
-        `then` is called with the same answer right after the commit. Raises NotFound, and accepts nothing, when the
-        checkpoint that the call needs has gone since it was looked up.
+        `then` is called with the same answer right after the commit, which tells other gateways the `notice`. Raises
+        NotFound, and accepts nothing, when the checkpoint that the call needs has gone since it was looked up.
         """
-        return await self._database.write(insert_submissions, submission, then)
+        return await self._database.write(insert_submissions, submission, then, notice=notice)
 
     async def claim(self, claim: Claim) -> dict[str, bytes]:
         """Mark futures as running; return the inputs of those that could be, by request_id."""
@@ -109,11 +124,56 @@ class FutureStore:
         Takes effect before any claim that is called after it, without having to be awaited first. A failure may come
         from outside the log, such as a gap that stayed open for too long: it is flushed.
         """
-        return self._database.write(settle_futures, outcome, then, recomputable=not outcome.failed)
+        notice = Notice("settled", outcome.future.request_id)
+        return self._database.write(
+            settle_futures, outcome, then, recomputable=not outcome.failed, notice=notice
+        )
+
+    async def give_up(self, request_id: str, message: str) -> None:
+        """Fail a sample that is still open, whatever gateway has it in hand: that one's outcome is refused then."""
+        notice = Notice("settled", request_id)
+        await self._database.write(give_up_samples, (request_id, message), notice=notice)
 
     async def get(self, request_id: str) -> Future | None:
         row = await self._database.first(select(F).where(F.c.request_id == request_id))
         return future_of(row) if row is not None else None
+
+    async def many(self, request_ids: Sequence[str]) -> list[Future]:
+        """The futures of some ids, in no order."""
+        return await self._all(select(F).where(F.c.request_id.in_(request_ids)))
+
+    async def settled_of(self, request_ids: Sequence[str]) -> list[Settled]:
+        """Those of some futures that have their outcome, with their results."""
+        results = schema.results
+        query = (
+            select(F, results.c.body)
+            .outerjoin(results, results.c.request_id == F.c.request_id)
+            .where(F.c.request_id.in_(request_ids), F.c.status.not_in(OPEN))
+        )
+        found = []
+        for row in await self._database.rows(query):
+            values = dict(row._mapping)
+            body = values.pop("body")
+            found.append(Settled(Future(**{**values, "status": FutureStatus(values["status"])}), body))
+        return found
+
+    async def open_ids(self, engine: str, since: float) -> list[str]:
+        """Ids of what was accepted for an engine at `since` or later and is open."""
+        query = select(F.c.request_id).where(
+            F.c.engine == engine, F.c.status.in_(OPEN), F.c.created_at >= since
+        )
+        return [row.request_id for row in await self._database.rows(query)]
+
+    async def queues(self, engine: str) -> list[Queued]:
+        """What waits for an engine, counted by owner and run; samples belong to none."""
+        query = (
+            select(F.c.owner, F.c.run_id, func.count().label("waiting"), func.max(F.c.seq_id).label("last"))
+            .where(F.c.engine == engine, F.c.status.in_(OPEN))
+            .group_by(F.c.owner, F.c.run_id)
+        )
+        return [
+            Queued(row.owner, row.run_id, row.waiting, row.last) for row in await self._database.rows(query)
+        ]
 
     async def result(self, request_id: str) -> bytes | None:
         """The stored result of a future that is done."""
@@ -270,6 +330,19 @@ def count_deaths(connection: Connection, groups: list[Sequence[str]]) -> list[No
     still_open = F.c.request_id.in_(dead) & F.c.status.in_(OPEN)
     connection.execute(update(F).where(still_open).values(deaths=F.c.deaths + 1))
     return [None] * len(groups)
+
+
+def give_up_samples(connection: Connection, given_up: list[tuple[str, str]]) -> list[None]:
+    for request_id, message in given_up:
+        still_open = (F.c.request_id == request_id) & F.c.status.in_(OPEN) & (F.c.kind == "sample")
+        values = {
+            "status": FutureStatus.FAILED,
+            "error": message,
+            "error_category": "user",
+            "finished_at": now(),
+        }
+        connection.execute(update(F).where(still_open).values(values))
+    return [None] * len(given_up)
 
 
 def _mark_running(connection: Connection, request_ids: Sequence[str], epoch: int) -> Sequence[str]:

@@ -17,6 +17,9 @@ from gateway.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
+_CONFLICTS = ("40001", "40P01")
+"""Serialization failure and deadlock: two transactions in each other's way."""
+
 _SQLSTATES = (
     "08",  # the connection
     "28",  # the server does not take this role any more
@@ -26,9 +29,8 @@ _SQLSTATES = (
     "57014",  # the statement took longer than the server allows
     "58",  # the operating system refused
     "25006",  # a standby, or a disk that has been made read-only
-    "40001",  # two transactions in each other's way: one of them is to be repeated
-    "40P01",
     "55P03",
+    *_CONFLICTS,
 )
 """How the SQLSTATE of an outage begins: https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 
@@ -49,6 +51,10 @@ _SQLITE_CODES = frozenset(
 """Primary result codes: https://www.sqlite.org/rescode.html"""
 
 
+class StoreConflict(StoreUnavailable):
+    """Another transaction, of another gateway, was in the way of this one; repeating it helps at once."""
+
+
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
     """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
@@ -59,6 +65,8 @@ def translated_errors() -> Iterator[None]:
     ) as error:  # boundary: the driver's own errors, while it connects, are of no class we may import
         if not is_outage(error):
             raise
+        if is_conflict(error):
+            raise StoreConflict("two transactions were in each other's way; try again in a moment") from error
         # What the driver says names hosts, roles and paths: it goes to the log, not to clients.
         log.error("the database does not answer: %s", error)
         raise StoreUnavailable(
@@ -77,6 +85,13 @@ def is_outage(error: BaseException) -> bool:
     # asyncpg's errors come wrapped by SQLAlchemy, and plain while a connection is made; both carry the code.
     sqlstate = getattr(error, "sqlstate", None)
     return isinstance(sqlstate, str) and sqlstate.startswith(_SQLSTATES)
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether the server has ended a transaction because of another one."""
+    if isinstance(error, DBAPIError):
+        return error.orig is not None and is_conflict(error.orig)
+    return getattr(error, "sqlstate", None) in _CONFLICTS
 
 
 def _sqlite_code(error: sqlite3.Error) -> int | None:

@@ -291,6 +291,25 @@ leases = Table(
     Column("holder", String, nullable=False, comment="the gateway process that dispatches for this engine"),
     Column("epoch", BigInteger, nullable=False, comment="raised at each start of the engine"),
     Column("expires_at", Double, nullable=False),
+    Column("state", String, comment="what the engine does there, as its supervisor says"),
+    Column("problem", String, comment="why it is not well"),
+)
+
+engine_facts = Table(
+    "engine_facts",
+    metadata,
+    Column("engine", String, primary_key=True),
+    Column("epoch", BigInteger, nullable=False, comment="of the start that has told them"),
+    Column("info", LargeBinary, nullable=False, comment="engines.interface.EngineInfo, msgpack"),
+    Column("tokenizer_files", LargeBinary, nullable=False, comment="contents by name, msgpack"),
+)
+
+gateways = Table(
+    "gateways",
+    metadata,
+    Column("holder", String, primary_key=True, comment="a gateway process, as leases name it"),
+    Column("url", String, nullable=False, comment="where other gateways reach it; empty: nowhere"),
+    Column("seen_at", Double, nullable=False),
 )
 
 duties = Table(

@@ -11,7 +11,9 @@ from gateway.store.custom_losses import CustomLossStore
 from gateway.store.database import Database
 from gateway.store.deposits import DepositStore
 from gateway.store.duties import DutyStore
+from gateway.store.engine_facts import EngineFactStore
 from gateway.store.futures import FutureStore
+from gateway.store.gateways import GatewayStore
 from gateway.store.keys import KeyStore
 from gateway.store.leases import LeaseStore
 from gateway.store.records import ApiKey
@@ -39,6 +41,8 @@ class Store:
         self.custom_losses = CustomLossStore(database)
         self.leases = LeaseStore(database)
         self.duties = DutyStore(database)
+        self.engine_facts = EngineFactStore(database)
+        self.gateways = GatewayStore(database)
         self.secrets = SecretStore(database)
         self.usage = UsageStore(database)
         self.audit = AuditStore(database)

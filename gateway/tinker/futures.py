@@ -90,7 +90,7 @@ async def cancel_future(request: Request, owner: Owner, gateway: Running) -> Res
         raise NotFound(f"there is no future {body.request_id!r}", param="request_id")
     cancelled = future.open and future.kind == "sample"
     if cancelled:
-        gateway.fleet.give_up(future)
+        await gateway.fleet.give_up(future)
     return json_reply({"cancelled": cancelled})
 
 
@@ -105,8 +105,8 @@ async def _while_open(gateway: Gateway, request_id: str) -> dict[str, Any]:
     if future is None or dispatcher is None:
         return results.pending(request_id, "paused_capacity", "its engine is not in this gateway's settings")
     supervisor = dispatcher.supervisor
-    if supervisor.state is EngineState.FAILED and future.kind in _BEGINNINGS:
-        error = f"the engine of {supervisor.engine.base_model} cannot load it: {supervisor.problem}"
+    if supervisor.wherever is EngineState.FAILED and future.kind in _BEGINNINGS:
+        error = f"the engine of {supervisor.engine.base_model} cannot load it: {supervisor.trouble}"
         return results.failure(replace(future, error=error, error_category="user"))
     standing = dispatcher.standing(future)
     return results.pending(request_id, "paused_capacity" if standing.paused else "active", standing.reason)

@@ -105,7 +105,7 @@ async def finish_session(request: Request, session_id: str, owner: Owner, gatewa
     await gateway.store.sessions.finish(Finish(session_id, reason, body.detail))
     gateway.known_sessions.forget(session_id)
     for run in await gateway.store.runs.of_session(session_id):
-        gateway.fleet.drop_run(run)
+        await gateway.fleet.drop_run(run)
     return json_reply({})
 
 

@@ -110,5 +110,5 @@ async def unload_model(request: Request, owner: Owner, gateway: Running) -> Resp
     run = await gateway.run(owner, body.model_id)
     await gateway.store.runs.unload(run.run_id)
     gateway.known_runs.forget(run.run_id)
-    gateway.fleet.drop_run(run)
+    await gateway.fleet.drop_run(run)
     return json_reply({"request_id": f"{run.run_id}:unload", "model_id": run.run_id})

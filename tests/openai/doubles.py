@@ -18,6 +18,7 @@ from engines.tensors import Tensor
 from gateway.errors import EngineUnavailable, NotFound
 from gateway.openai import ServedModel, Target
 from gateway.openai.backend import SampleEvent
+from gateway.openai.passing_on import Passage
 from gateway.text import TextCodec
 
 BOS, EOS, TURN, END = "<s>", "</s>", "<|turn|>", "<|end|>"
@@ -127,6 +128,7 @@ class ScriptedBackend:
     streamed: list[bool] = field(default_factory=list)
     cancelled: int = 0
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
+    passage: Passage = field(default_factory=Passage)
 
     def __post_init__(self) -> None:
         self.text = TextCodec.from_files(tokenizer_files(self.chat_template))
