@@ -38,6 +38,7 @@ from gateway.notices import Notices
 from gateway.openai_backend import FleetBackend
 from gateway.openapi import with_refusals
 from gateway.pages import add_pages
+from gateway.retention import Retention
 from gateway.settings import Settings, load_settings
 from gateway.signed_urls import SignedUrls
 from gateway.state import Gateway
@@ -187,15 +188,22 @@ def _assemble(settings: Settings, store: Store, secret: bytes) -> Gateway:
         if outcome is not None and outcome.orphaned_folder is not None:
             removals.append(outcome.orphaned_folder)
 
+    def released(sampler_id: str) -> None:
+        gateway.known_samplers.forget(sampler_id)
+
     removals = FolderRemovals(settings)
     completions = Completions(store)
-    futures = Futures(store, accepted, settings.result_cache_bytes, held)
+    futures = Futures(store, accepted, settings.result_cache_bytes, held, settings.future_retention_s)
     fleet = Fleet(settings, store, futures.opened, settled, futures.lost)
     notices = Notices(settings, store, fleet, futures, completions)
     keys = Keys(store, settings.allowed_hosts, Tokens(secret, settings.token_lifetime_s))
     signed_urls = SignedUrls(secret, settings.public_url)
-    duties = Duties(store, fleet.holder, settings.lease_s, standing_duties(store, settings))
-    return Gateway(settings, store, futures, completions, fleet, keys, removals, signed_urls, duties, notices)
+    retention = Retention(store, settings, fleet, released)
+    duties = Duties(store, fleet.holder, settings.lease_s, standing_duties(store, settings, retention))
+    gateway = Gateway(
+        settings, store, futures, completions, fleet, keys, removals, signed_urls, duties, notices
+    )
+    return gateway
 
 
 def _configure_log(level: str) -> None:

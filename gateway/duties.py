@@ -17,6 +17,7 @@ from functools import partial
 
 from gateway.checkpoints import delete_expired
 from gateway.errors import StoreUnavailable
+from gateway.retention import Retention
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.duties import DutyLease, DutyReport
@@ -30,16 +31,27 @@ class DutyTakenOver(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """Something to do every `every_s` seconds; `run` answers how many things it has done."""
+    """Something to do every `every_s` seconds; `run` answers how many things it has done. What is not `shared` every
+    gateway does for itself, without a lease: it is about its own memory."""
 
     name: str
     every_s: float
     run: Callable[[], Awaitable[int]]
+    shared: bool = True
 
 
-def standing_duties(store: Store, settings: Settings) -> list[Duty]:
+def standing_duties(store: Store, settings: Settings, retention: Retention) -> list[Duty]:
     """Those that every gateway has."""
-    return [Duty("expired checkpoints", settings.duty_s, partial(delete_expired, store, settings))]
+    every_s = settings.duty_s
+    return [
+        Duty("expired checkpoints", every_s, partial(delete_expired, store, settings)),
+        Duty("silent sessions", every_s, retention.end_silent_sessions),
+        Duty("idle runs of ended sessions", every_s, retention.drop_idle_runs, shared=False),
+        Duty("old results", every_s, retention.delete_results),
+        Duty("old calls", every_s, retention.delete_futures),
+        Duty("unnamed weights", every_s, retention.release_weights),
+        Duty("losses of ended sessions", every_s, retention.delete_losses),
+    ]
 
 
 class Duties:
@@ -77,6 +89,9 @@ class Duties:
         """Perform a duty if it is due and nobody else does; seconds until it may be due again."""
         lease = DutyLease(duty.name, self._holder, duty.every_s, self._lease_s)
         try:
+            if not duty.shared:
+                await duty.run()
+                return duty.every_s
             wait = await self._store.duties.take(lease)
             if wait == 0:
                 await self._store.duties.report(await self._reported(duty, lease))
@@ -84,7 +99,7 @@ class Duties:
             log.warning("duty %r has been taken over by another gateway", duty.name)
         except (
             Exception
-        ) as error:  # boundary: the database knows of no round, so that the next one comes in its time
+        ) as error:  # boundary: the database knows of no such round; the next one comes in its time
             log.warning("duty %r could not be performed: %s", duty.name, error)
         else:
             return wait or duty.every_s

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator
 
-from gateway.errors import BadRequest, NotFound, NumberTaken, StoreUnavailable
+from gateway.errors import BadRequest, Gone, NotFound, NumberTaken, StoreUnavailable, TandemError
 from gateway.store import Store
 from gateway.store.futures import Submission
 from gateway.store.notices import Notice
-from gateway.store.records import Future, Settled
+from gateway.store.records import Future, FutureStatus, Settled
+from gateway.store.usage import session_of_id
 
 _READ_AT_A_TIME = 32
 """Outcomes; each may be some megabytes."""
@@ -34,7 +37,8 @@ def _all_held(engine: str) -> bool:
 
 class Futures:
     """The accepted calls of this gateway process. `on_accepted` hands each to its engine's dispatcher, with its
-    input where that is at hand; `held` says of an engine whether this process dispatches for it."""
+    input where that is at hand; `held` says of an engine whether this process dispatches for it. Futures are kept for
+    `kept_s` seconds at least."""
 
     def __init__(
         self,
@@ -42,10 +46,12 @@ class Futures:
         on_accepted: Callable[[Future, bytes | None], None],
         cache_bytes: int,
         held: Callable[[str], bool] = _all_held,
+        kept_s: float = math.inf,
     ) -> None:
         self._store = store
         self._on_accepted = on_accepted
         self._held = held
+        self._kept_s = kept_s
         self._recent = RecentlySettled(cache_bytes)
         self._waiters: dict[str, set[asyncio.Future[Settled]]] = {}
         self._open: dict[str, Future] = {}
@@ -104,7 +110,7 @@ class Futures:
         """The outcome, waiting for it up to `hold_s` seconds; None if it is still open then, or if `gone` says that
         nobody waits any longer.
 
-        Raises NotFound for a future that does not exist or is somebody else's.
+        Raises NotFound for a future that does not exist or is somebody else's, Gone for one that is not kept any more.
         """
         settled = self._recent.get(request_id)
         if settled is None:
@@ -207,10 +213,20 @@ class Futures:
     async def _look_up(self, request_id: str, owner: str) -> Settled | None:
         future = await self._store.futures.get(request_id)
         if future is None or future.owner != owner:
-            raise _unknown(request_id)
+            raise await self._missing(request_id, owner)
         if future.open:
             return None
-        return Settled(future, await self._store.futures.result(request_id))
+        result = await self._store.futures.result(request_id)
+        if result is None and future.status is FutureStatus.DONE:
+            raise Gone(f"the result of {request_id} is not kept any more", param="request_id")
+        return Settled(future, result)
+
+    async def _missing(self, request_id: str, owner: str) -> TandemError:
+        """Of what belonged to an old enough session of the caller's, nobody knows any more whether it was there."""
+        session = await self._store.sessions.get(session_of_id(request_id.rpartition(":")[0]))
+        if session is None or session.owner != owner or time.time() - session.created_at < self._kept_s:
+            return _unknown(request_id)
+        return Gone(f"there is no future {request_id!r}, or it is not kept any more", param="request_id")
 
 
 class RecentlySettled:

@@ -22,6 +22,7 @@ _PREFIX = "TANDEM_"
 _SHORTEST_TOKEN_S = 900
 _LONGEST_TOKEN_S = 7 * 86400
 _SHORTEST_ADDRESS_S = 600
+_SHORTEST_SILENCE_S = 300
 _LONGEST_ADDRESS_S = 7 * 86400
 BUILT_IN = "tandem/tiny"
 """The base model that comes with Tandem."""
@@ -119,6 +120,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Engines that may die while they perform an operation, or restore its run for it, before it fails."""
     lease_s: float = 15.0
     """Seconds for which a gateway holds an engine's lease; renewed three times in each."""
+    session_timeout_s: float = 86400.0
+    """Seconds without a sign of life from its client after which a session ends; at least 300."""
+    result_retention_s: float = 7 * 86400.0
+    """Seconds for which a result can be fetched."""
+    future_retention_s: float = 30 * 86400.0
+    """Seconds for which calls are remembered that no log needs; at least `result_retention_s`."""
+    unnamed_retention_s: float = 86400.0
+    """Seconds for which weights that were saved without a name are kept after the end of their session, and inflight
+    ones after newer ones; at least 300."""
     duty_s: float = 60.0
     """Seconds from one round of a background duty to the next: deleting what has expired, freeing what nobody needs."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -234,8 +244,22 @@ def _checked(settings: Settings) -> Settings:
                 f"body_memory_bytes is {settings.body_memory_bytes}; the largest body must fit: {name} is "
                 f"{getattr(settings, name)}"
             )
+    _check_retention(settings)
     _check_what_clients_meet(settings)
     return settings
+
+
+def _check_retention(settings: Settings) -> None:
+    for name in ("session_timeout_s", "unnamed_retention_s"):
+        if getattr(settings, name) < _SHORTEST_SILENCE_S:
+            raise ConfigurationError(
+                f"{name} is {getattr(settings, name)}; it must be at least {_SHORTEST_SILENCE_S} seconds"
+            )
+    if not 0 < settings.result_retention_s <= settings.future_retention_s:
+        raise ConfigurationError(
+            f"result_retention_s is {settings.result_retention_s}; it must be above 0 and at most future_retention_s, "
+            f"which is {settings.future_retention_s}"
+        )
 
 
 def _check_what_clients_meet(settings: Settings) -> None:

@@ -110,8 +110,15 @@ class Gateway:
         """An owner's session that is not finished. Raises NotFound and Gone."""
         session = await self.session(owner, session_id)
         if session.finished_at is not None:
-            raise Gone(f"session {session_id} is finished; create a new one", param="session_id")
+            raise _over(session)
         return session
+
+    async def heard_of(self, owner: str, session_id: str) -> None:
+        """The client of a session is alive. Raises NotFound, and Gone, also when another gateway has ended it."""
+        session = await self.live_session(owner, session_id)
+        if not await self.store.sessions.beat(session_id):
+            self.known_sessions.forget(session_id)
+            raise _over(session)
 
     async def run(self, owner: str, run_id: str) -> Run:
         """An owner's run. Raises NotFound."""
@@ -151,6 +158,14 @@ class Gateway:
         if sampler is None or sampler.owner != owner:
             raise NotFound(f"there is no sampling session {sampler_id!r}", param="sampling_session_id")
         return sampler
+
+
+def _over(session: Session) -> Gone:
+    return Gone(
+        f"session {session.session_id} has ended: its client finished it or was not heard of for long; create a new "
+        "one",
+        param="session_id",
+    )
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -26,7 +26,7 @@ from engines.operations import (
     encode,
 )
 from gateway.checkpoints import checkpoint_path
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, Gone
 from gateway.sealing import plain_folder
 from gateway.state import Gateway
 from gateway.store.futures import Submission
@@ -248,10 +248,18 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
 
 
 async def weights_of(gateway: Gateway, sampler: Sampler) -> str | None:
-    """The folder that a sampler samples now: its own, or the newest inflight one of its run."""
-    if sampler.inflight_seq is None or sampler.run_id is None:
-        return sampler.folder
-    return await gateway.store.samplers.newest_inflight(sampler.run_id) or sampler.folder
+    """The folder that a sampler samples now: its own, or the newest inflight one of its run. Raises Gone when it is not
+    kept any more."""
+    sampled = sampler
+    if sampler.inflight_seq is not None and sampler.run_id is not None:
+        sampled = await gateway.store.samplers.newest_inflight(sampler.run_id) or sampler
+    if sampled.released_at is not None:
+        raise Gone(
+            f"the weights of {sampler.sampler_id} were saved without a name, and are not kept any more since their "
+            "session has ended; save them under a name to keep them",
+            param="sampling_session_id",
+        )
+    return sampled.folder
 
 
 async def submit_rejected_sample(gateway: Gateway, sampler: Sampler, turn: Turn, message: str) -> Future:

@@ -156,7 +156,9 @@ def folder_in_use(connection: Connection, folder: str) -> bool:
     """
     references = union_all(
         select(C.c.path).where(C.c.folder == folder),
-        select(schema.samplers.c.sampler_id).where(schema.samplers.c.folder == folder),
+        select(schema.samplers.c.sampler_id).where(
+            schema.samplers.c.folder == folder, schema.samplers.c.released_at.is_(None)
+        ),
         select(schema.runs.c.run_id).where(schema.runs.c.origin_folder == folder),
         select(schema.futures.c.request_id).where(
             schema.futures.c.folder == folder, schema.futures.c.kind == "load_weights"

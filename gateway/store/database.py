@@ -57,6 +57,8 @@ class _Driver(Protocol):
 
     async def close(self) -> None: ...
 
+    def engines(self) -> list[Engine]: ...
+
 
 _POSTGRES = {"timeout": 15, "command_timeout": 120, "server_settings": {"synchronous_commit": "on"}}
 """A silent server is an error within these seconds; a commit is on disk whatever the role's default is."""
@@ -96,6 +98,9 @@ class _PostgresDriver:
         await self._readers.dispose()
         await self._writers.dispose()
 
+    def engines(self) -> list[Engine]:
+        return [self._readers.sync_engine, self._writers.sync_engine]
+
 
 class _SqliteDriver:
     def __init__(self, url: str, synchronous: str, readers: int) -> None:
@@ -130,6 +135,9 @@ class _SqliteDriver:
         self._writing.shutdown()
         self._reading.shutdown()
         self._engine.dispose()
+
+    def engines(self) -> list[Engine]:
+        return [self._engine]
 
 
 def _in_transaction(connection: Connection, work: Callable[[Connection], T]) -> T:
@@ -175,6 +183,10 @@ class Database:
         self._wake_later: asyncio.TimerHandle | None = None
         self._closing = False
         self._task: asyncio.Task[None] | None = None
+
+    def engines(self) -> list[Engine]:
+        """What sends the statements, for whoever listens to them."""
+        return self._driver.engines()
 
     def start(self) -> None:
         """Start the writer; call it in the running loop."""

@@ -159,16 +159,14 @@ class FutureStore:
 
     async def open_ids(self, engine: str, since: float) -> list[str]:
         """Ids of what was accepted for an engine at `since` or later and is open."""
-        query = select(F.c.request_id).where(
-            F.c.engine == engine, F.c.status.in_(OPEN), F.c.created_at >= since
-        )
+        query = select(F.c.request_id).where(F.c.engine == engine, schema.OPEN, F.c.created_at >= since)
         return [row.request_id for row in await self._database.rows(query)]
 
     async def queues(self, engine: str) -> list[Queued]:
         """What waits for an engine, counted by owner and run; samples belong to none."""
         query = (
             select(F.c.owner, F.c.run_id, func.count().label("waiting"), func.max(F.c.seq_id).label("last"))
-            .where(F.c.engine == engine, F.c.status.in_(OPEN))
+            .where(F.c.engine == engine, schema.OPEN)
             .group_by(F.c.owner, F.c.run_id)
         )
         return [
@@ -188,7 +186,7 @@ class FutureStore:
 
     async def open_of_engine(self, engine: str) -> list[Future]:
         """What an engine still owes, oldest first."""
-        query = select(F).where(F.c.engine == engine, F.c.status.in_(OPEN)).order_by(F.c.created_at)
+        query = select(F).where(F.c.engine == engine, schema.OPEN).order_by(F.c.created_at)
         return await self._all(query)
 
     async def of_run_from(self, run_id: str, seq_id: int) -> list[Future]:
@@ -197,9 +195,12 @@ class FutureStore:
         return await self._all(select(F).where(F.c.run_id == run_id, unsettled).order_by(F.c.seq_id))
 
     async def next_number(self, run_id: str) -> int:
-        """The first number of a log that no entry has, nor any entry behind it."""
-        query = select(func.coalesce(func.max(F.c.seq_id), 0)).where(F.c.run_id == run_id)
-        return int((await self._database.rows(query))[0][0]) + 1
+        """The first number of a log that no entry has had, nor any entry behind it."""
+        newest = select(func.coalesce(func.max(F.c.seq_id), 0)).where(F.c.run_id == run_id)
+        next_seq = select(schema.runs.c.next_seq).where(schema.runs.c.run_id == run_id)
+        query = select(newest.scalar_subquery().label("newest"), next_seq.scalar_subquery().label("next_seq"))
+        [row] = await self._database.rows(query)
+        return max(int(row.newest) + 1, row.next_seq or 0)
 
     async def applied_to_run(
         self, run_id: str, after: int, before: int, kinds: Sequence[str], limit: int
@@ -262,7 +263,7 @@ class FutureStore:
 
     async def counts(self) -> dict[tuple[str, str], int]:
         """How many open futures there are by (engine, status)."""
-        query = select(F.c.engine, F.c.status, func.count().label("open")).where(F.c.status.in_(OPEN))
+        query = select(F.c.engine, F.c.status, func.count().label("open")).where(schema.OPEN)
         rows = await self._database.rows(query.group_by(F.c.engine, F.c.status))
         return {(str(row.engine), str(row.status)): int(row.open) for row in rows}
 

@@ -167,7 +167,8 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """`inflight_seq` is set when it follows its run: it samples the newest weights that were saved so."""
+    """`inflight_seq` is set when it follows its run: it samples the newest weights that were saved so. `released_at` is
+    when unnamed weights were given up."""
 
     sampler_id: str
     owner: str
@@ -179,6 +180,7 @@ class Sampler:
     folder: str | None
     created_at: float
     inflight_seq: int | None = None
+    released_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

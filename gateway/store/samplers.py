@@ -18,7 +18,7 @@ C = schema.sampler_clients
 
 
 class SamplerStore:
-    """The samplers of all owners. Rows never change."""
+    """The samplers of all owners. Rows never change, but for being released."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -32,11 +32,11 @@ class SamplerStore:
         row = await self._database.first(select(S).where(S.c.sampler_id == sampler_id))
         return Sampler(**row._mapping) if row is not None else None
 
-    async def newest_inflight(self, run_id: str) -> str | None:
-        """The folder of the weights that were last saved as inflight for a run; rows are as old as their saves."""
-        newest = select(S.c.folder).where(S.c.run_id == run_id, S.c.inflight_seq.is_not(None))
+    async def newest_inflight(self, run_id: str) -> Sampler | None:
+        """The sampler of the weights that were last saved as inflight for a run; rows are as old as their saves."""
+        newest = select(S).where(S.c.run_id == run_id, S.c.inflight_seq.is_not(None))
         row = await self._database.first(newest.order_by(S.c.inflight_seq.desc()).limit(1))
-        return row.folder if row is not None else None
+        return Sampler(**row._mapping) if row is not None else None
 
     async def join(self, sampler_id: str) -> int:
         """The number of a further client of a sampler: 1, 2, 3 …, none twice."""

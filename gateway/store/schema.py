@@ -19,6 +19,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    TextClause,
     UniqueConstraint,
     text,
 )
@@ -31,6 +32,26 @@ metadata = MetaData(
         "pk": "pk_%(table_name)s",
     }
 )
+
+ALIVE = text("finished_at is null")
+"""Sessions that have not ended."""
+UNNAMED = text("path is null and folder is not null and released_at is null")
+"""Samplers of weights that were saved without a name and are still kept."""
+ENDED = text("status in ('unloaded', 'failed')")
+"""Runs that take no operation any more."""
+OPEN = text("status in ('queued', 'running')")
+"""Futures that still wait for their outcome."""
+SPENT = text(
+    "finished_at is not null and (status = 'failed' or kind not in "
+    "('create_run', 'forward_backward', 'optim_step', 'load_weights'))"
+)
+"""Futures that no replay applies again: those that only read, whose outcome is stored elsewhere, or that failed."""
+
+
+def _partial(name: str, condition: TextClause, *columns: str) -> Index:
+    """An index of the rows that a condition holds for. A query uses it that states the same condition, word by word."""
+    return Index(name, *columns, sqlite_where=condition, postgresql_where=condition)
+
 
 _Counted = BigInteger().with_variant(Integer(), "sqlite")
 """The type of keys that the database counts up; SQLite does so for one type only."""
@@ -71,6 +92,7 @@ sessions = Table(
     Column("finish_detail", String),
     UniqueConstraint("owner", "idempotency_key"),
     Index(None, "owner", "created_at"),
+    _partial("ix_sessions_alive", ALIVE, "created_at"),
 )
 
 runs = Table(
@@ -98,6 +120,7 @@ runs = Table(
     Index(None, "owner", "created_at"),
     Index(None, "session_id"),
     Index(None, "origin_folder"),
+    _partial("ix_runs_ended", ENDED, "last_request_at"),
 )
 
 futures = Table(
@@ -130,13 +153,7 @@ futures = Table(
     Column("started_at", Double),
     Column("finished_at", Double),
     UniqueConstraint("run_id", "seq_id"),
-    Index(
-        "ix_futures_open",
-        "engine",
-        "created_at",
-        sqlite_where=text("status in ('queued', 'running')"),
-        postgresql_where=text("status in ('queued', 'running')"),
-    ),
+    _partial("ix_futures_open", OPEN, "engine", "created_at"),
     Index(
         "uq_futures_running",
         "run_id",
@@ -145,7 +162,9 @@ futures = Table(
         postgresql_where=text("status = 'running' and run_id is not null"),
     ),
     Index(None, "owner", "created_at"),
-    Index(None, "folder"),
+    Index(None, "created_at"),
+    _partial("ix_futures_folder", text("folder is not null"), "folder"),
+    _partial("ix_futures_spent", SPENT, "finished_at"),
 )
 
 inputs = Table(
@@ -160,6 +179,8 @@ results = Table(
     metadata,
     Column("request_id", String, primary_key=True),
     Column("body", LargeBinary, nullable=False),
+    Column("stored_at", Double, nullable=False),
+    Index(None, "stored_at"),
 )
 
 steps = Table(
@@ -215,9 +236,11 @@ samplers = Table(
         BigInteger,
         comment="seq_id of the save of an inflight sampler: all of a run sample the highest one's folder",
     ),
+    Column("released_at", Double, comment="when unnamed weights were given up"),
     Index(None, "session_id"),
     Index(None, "folder"),
     Index(None, "run_id", "inflight_seq"),
+    _partial("ix_samplers_unnamed", UNNAMED, "session_id"),
 )
 
 sampler_clients = Table(

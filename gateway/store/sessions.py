@@ -60,9 +60,9 @@ class SessionStore:
         query = select(S.c.session_id, S.c.user_metadata).where(S.c.session_id.in_(session_ids))
         return {row.session_id: row.user_metadata for row in await self._database.rows(query)}
 
-    async def beat(self, session_id: str) -> None:
-        """Its client is alive."""
-        await self._database.write(touch_sessions, session_id)
+    async def beat(self, session_id: str) -> bool:
+        """Its client is alive. Whether the session is: one that has ended stays so."""
+        return await self._database.write(touch_sessions, session_id)
 
     async def search(self, search: SessionSearch, limit: int) -> list[Found]:
         """Sessions by what is known of them, newest first."""
@@ -113,9 +113,11 @@ def insert_sessions(connection: Connection, sessions: list[Session]) -> list[Ses
     return stored
 
 
-def touch_sessions(connection: Connection, session_ids: list[str]) -> list[None]:
-    connection.execute(update(S).where(S.c.session_id.in_(session_ids)).values(heartbeat_at=now()))
-    return [None] * len(session_ids)
+def touch_sessions(connection: Connection, session_ids: list[str]) -> list[bool]:
+    alive = S.c.session_id.in_(session_ids) & S.c.finished_at.is_(None)
+    change = update(S).where(alive).values(heartbeat_at=now()).returning(S.c.session_id)
+    touched = set(connection.execute(change).scalars())
+    return [session_id in touched for session_id in session_ids]
 
 
 def finish_sessions(connection: Connection, finishes: list[Finish]) -> list[None]:

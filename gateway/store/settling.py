@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, case, insert, literal, select, update
+from sqlalchemy import Connection, bindparam, case, delete, insert, literal, select, update
 
+from engines.operations import CHANGES_STATE
 from gateway.store import schema
 from gateway.store.checkpoints import folder_in_use, insert_checkpoint
 from gateway.store.dialect import insert_or_ignore, now
@@ -37,6 +38,11 @@ _OPEN = select(F.c.request_id, F.c.status, F.c.epoch).where(
     F.c.request_id.in_(bindparam("keys", expanding=True))
 )
 _OPEN_LOCKED = _OPEN.with_for_update()
+
+_DELETE_INPUTS = delete(schema.inputs).where(
+    schema.inputs.c.request_id.in_(bindparam("keys", expanding=True))
+)
+"""Of what no replay applies again; it was kept for another engine in case the first one dies."""
 
 _RECORD_STEP = insert(schema.steps).from_select(
     ["run_id", "step", "seq_id", "loss", "tokens", "grad_norm", "learning_rate", "seconds", "finished_at"],
@@ -172,9 +178,16 @@ def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) 
         for outcome in outcomes
     ]
     connection.execute(_SETTLE_FUTURE, rows)
-    bodies = [{"request_id": o.future.request_id, "body": o.result} for o in outcomes if o.result is not None]
+    bodies = [
+        {"request_id": outcome.future.request_id, "body": outcome.result, "stored_at": at}
+        for outcome in outcomes
+        if outcome.result is not None
+    ]
     if bodies:
         connection.execute(insert_or_ignore(connection, schema.results), bodies)
+    spent = [o.future.request_id for o in outcomes if o.failed or o.future.kind not in CHANGES_STATE]
+    if spent:
+        connection.execute(_DELETE_INPUTS, {"keys": spent})
     count_outcomes(connection, (outcome.usage for outcome in outcomes if not outcome.failed))
 
 

@@ -17,6 +17,7 @@ from gateway.store.gateways import GatewayStore
 from gateway.store.keys import KeyStore
 from gateway.store.leases import LeaseStore
 from gateway.store.records import ApiKey
+from gateway.store.retention import RetentionStore
 from gateway.store.runs import RunStore
 from gateway.store.samplers import SamplerStore
 from gateway.store.secrets import SecretStore
@@ -40,6 +41,7 @@ class Store:
         self.samplers = SamplerStore(database)
         self.custom_losses = CustomLossStore(database)
         self.leases = LeaseStore(database)
+        self.retention = RetentionStore(database)
         self.duties = DutyStore(database)
         self.engine_facts = EngineFactStore(database)
         self.gateways = GatewayStore(database)

@@ -91,8 +91,7 @@ async def create_session(request: Request, owner: Owner, gateway: Running) -> Re
 async def session_heartbeat(request: Request, owner: Owner, gateway: Running) -> Response:
     """The client is alive; 410 tells it that the session is over."""
     body = await json_body(request, schemas.SessionHeartbeat)
-    await gateway.live_session(owner, body.session_id)
-    await gateway.store.sessions.beat(body.session_id)
+    await gateway.heard_of(owner, body.session_id)
     return json_reply({"type": "session_heartbeat"})
 
 

@@ -43,7 +43,7 @@ def in_words(kind: type[msgspec.Struct], field: msgspec.structs.FieldInfo) -> st
     if isinstance(default, tuple):
         return ", ".join(default)
     if isinstance(default, float):
-        return f"{default:g}"
+        return f"{default:.10g}"
     return str(default)
 
 
