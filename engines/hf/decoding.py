@@ -83,9 +83,7 @@ class Decoder:
         packs = [[row] for row in rows] if self.one_by_one else [rows]
         states = hidden if self.one_by_one else [torch.cat(hidden)]
         logits = [
-            self.base.unembedding.logits(
-                state, segments_of([row.sample.adapter for row in pack], [1] * len(pack))
-            )
+            self.base.logits(state, segments_of([row.sample.adapter for row in pack], [1] * len(pack)))
             for state, pack in zip(states, packs, strict=True)
         ]
         return logits[0] if len(logits) == 1 else torch.cat(logits)

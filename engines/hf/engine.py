@@ -116,6 +116,7 @@ class HfEngine(Engine):
         return [_attempt(self._optim_step, item) for item in items]
 
     def _optim_step(self, item: RunOperation[OptimStep]) -> OptimStepResult:
+        self.base.threads.share_all()
         norm = optim_step(self._run(item.run_id), item.operation)
         return OptimStepResult(metrics={"unclipped_grad_l2:mean": norm})
 

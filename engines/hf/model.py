@@ -20,6 +20,7 @@ from engines.hf.attention import ATTENTION, Layout, ProbeLayout, Unsupported
 from engines.hf.logprobs import Unembedding
 from engines.hf.lora import LoraLinear, Routing, Segment, Site
 from engines.hf.options import HfOptions, cpu_threads
+from engines.hf.threads import Threads
 from engines.interface import EngineConfig, LoadError
 
 PROBE_LENGTHS = (7, 12, 12, 5)
@@ -36,15 +37,19 @@ class Pack(NamedTuple):
 class BaseModel:
     """The frozen weights of one model on one device. Its layers apply the adapters that `routing` names."""
 
-    def __init__(self, module: PreTrainedModel, device: torch.device, max_context: int) -> None:
+    def __init__(
+        self, module: PreTrainedModel, device: torch.device, max_context: int, threads: Threads
+    ) -> None:
         self.module = module
         self.device = device
         self.max_context = max_context
+        self.threads = threads
         self.decoder: nn.Module = module.get_decoder()
         self.routing = Routing()
         self.sites = _attach(module, self.routing)
         head = module.get_output_embeddings()
         self.unembedding = Unembedding(head.weight, head.bias, len(self.sites) - 1)
+        self._weights = sum(site.in_features * site.out_features for site in self.sites[:-1])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,12 +58,18 @@ class BaseModel:
 
     def hidden(self, pack: Pack, layout: Layout, segments: Sequence[Segment]) -> Tensor:
         """Hidden states after the last norm, [T, H], of a batch of one pack (or [B, H] of B rows of one token)."""
+        self.threads.share(self._weights, pack.tokens.numel())
         with self.routing.along(segments):
             out = self.decoder(
                 input_ids=pack.tokens, position_ids=pack.positions, use_cache=False, layout=layout
             )
         states: Tensor = out.last_hidden_state
         return states.reshape(-1, states.shape[-1])
+
+    def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Logits float32 [T, V] of few rows of states [T, H]."""
+        self.threads.share(self.unembedding.weight.numel(), hidden.shape[0])
+        return self.unembedding.logits(hidden, segments)
 
     def pack(
         self, sequences: Sequence[Sequence[int] | NDArray[np.generic]], firsts: Sequence[int] | None = None
@@ -85,14 +96,14 @@ class BaseModel:
 
 def load_base_model(config: EngineConfig, options: HfOptions) -> BaseModel:
     """Raises LoadError when the model is not there, is not a causal language model, or cannot be packed."""
-    torch.set_num_threads(cpu_threads(options))
+    threads = Threads(cpu_threads(options))
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
     transformers.utils.logging.disable_progress_bar()
     device = _device(options.device)
     module = _read_weights(config.model, _dtype(options.dtype, device)).to(device)
     module.requires_grad_(False).eval()
-    base = BaseModel(module, device, _max_context(module, options))
+    base = BaseModel(module, device, _max_context(module, options), threads)
     _probe(base, config.model)
     return base
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -318,7 +319,8 @@ class TrainingLane:
 
 def sent(future: Future, epoch: int) -> Future:
     """The future as a claim leaves it: an attempt is a start of the engine that it was sent to."""
-    return replace(future, epoch=epoch, attempts=future.attempts + (future.epoch != epoch))
+    attempts = future.attempts + (future.epoch != epoch)
+    return replace(future, epoch=epoch, attempts=attempts, started_at=time.time())
 
 
 def worn_out(future: Future, settings: Settings) -> Outcome | None:

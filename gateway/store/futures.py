@@ -65,6 +65,14 @@ class Queued(NamedTuple):
     last: int
 
 
+@dataclass(frozen=True, slots=True)
+class _ClaimBehind:
+    """A claim that has not been written yet, less what is settled meanwhile."""
+
+    request_ids: set[str]
+    epoch: int
+
+
 # Statements of the busiest paths are built once: building one costs as much as executing it.
 _CLAIM = (
     update(F)
@@ -89,6 +97,7 @@ class FutureStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._behind: dict[str, _ClaimBehind] = {}
 
     async def submit(
         self,
@@ -108,8 +117,20 @@ class FutureStore:
         return await self._database.write(claim_futures, claim, recomputable=True)
 
     def claim_behind(self, claim: Claim) -> asyncio.Future[None]:
-        """Mark futures as running whose inputs are at hand; settling finds out whether they could be."""
-        return self._database.write_behind(mark_futures, claim)
+        """Mark futures as running whose inputs are at hand; settling finds out whether they could be.
+
+        What is settled before the mark has been written needs none: the outcome counts the attempt.
+        """
+        behind = _ClaimBehind(set(claim.request_ids), claim.epoch)
+        self._behind.update(dict.fromkeys(claim.request_ids, behind))
+        written = self._database.write_behind(mark_futures, behind)
+        written.add_done_callback(lambda _: self._forget(claim.request_ids, behind))
+        return written
+
+    def _forget(self, request_ids: Sequence[str], behind: _ClaimBehind) -> None:
+        for request_id in request_ids:
+            if self._behind.get(request_id) is behind:
+                del self._behind[request_id]
 
     async def count_deaths(self, request_ids: Sequence[str]) -> None:
         """An engine has died while it performed these."""
@@ -124,6 +145,9 @@ class FutureStore:
         Takes effect before any claim that is called after it, without having to be awaited first. A failure may come
         from outside the log, such as a gap that stayed open for too long: it is flushed.
         """
+        behind = self._behind.pop(outcome.future.request_id, None)
+        if behind is not None:
+            behind.request_ids.discard(outcome.future.request_id)
         notice = Notice("settled", outcome.future.request_id)
         return self._database.write(
             settle_futures, outcome, then, recomputable=not outcome.failed, notice=notice
@@ -318,10 +342,11 @@ def claim_futures(connection: Connection, claims: list[Claim]) -> list[dict[str,
     return answers
 
 
-def mark_futures(connection: Connection, claims: list[Claim]) -> list[None]:
+def mark_futures(connection: Connection, claims: list[_ClaimBehind]) -> list[None]:
     """The same without reading the inputs, those of one epoch in one statement."""
     for epoch, group in groupby(claims, key=lambda claim: claim.epoch):
-        _mark_running(connection, [key for claim in group for key in claim.request_ids], epoch)
+        if request_ids := [key for claim in group for key in tuple(claim.request_ids)]:
+            _mark_running(connection, request_ids, epoch)
     return [None] * len(claims)
 
 

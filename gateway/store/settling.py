@@ -1,7 +1,7 @@
 """Settling: the outcome of a future and all that comes with it, in one transaction.
 
-The future's own row decides: if it is not running in the epoch that the outcome belongs to, somebody else has taken
-over and nothing of the outcome is stored. That is the whole of the fence on the database's side.
+The future's own row decides: if it is not open, or was claimed in a newer epoch than the outcome belongs to, somebody
+else has taken over and nothing of the outcome is stored. That is the whole of the fence on the database's side.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from gateway.store.usage import count_outcomes
 F = schema.futures
 R = schema.runs
 
+_SAME_EPOCH = F.c.epoch.is_not_distinct_from(bindparam("by_epoch", type_=F.c.epoch.type))
+"""The claim has been written. It need not have been: an outcome that comes first counts its attempt itself."""
+
 _SETTLE_FUTURE = (
     update(F)
     .where(F.c.request_id == bindparam("key"))
     .values(
         status=bindparam("to_status"),
+        epoch=bindparam("by_epoch"),
+        attempts=F.c.attempts + case((_SAME_EPOCH, 0), else_=1),
+        started_at=case((_SAME_EPOCH, F.c.started_at), else_=bindparam("started")),
         error=bindparam("to_error"),
         error_category=bindparam("to_category"),
         error_id=bindparam("to_error_id"),
@@ -109,13 +115,15 @@ def _finished(outcome: Outcome, at: float) -> Future:
 
 
 def _settleable(connection: Connection, outcomes: list[Outcome]) -> set[str]:
-    """Those futures that are open and of the epoch that their outcome was computed in."""
+    """Those futures that are open and that no newer epoch has claimed than the one of their outcome."""
     epochs = {outcome.future.request_id: outcome.future.epoch for outcome in outcomes}
     query = _OPEN if connection.dialect.name == "sqlite" else _OPEN_LOCKED
     rows = connection.execute(query, {"keys": list(epochs)})
     open_statuses = (FutureStatus.QUEUED, FutureStatus.RUNNING)
     return {
-        row.request_id for row in rows if row.status in open_statuses and row.epoch == epochs[row.request_id]
+        row.request_id
+        for row in rows
+        if row.status in open_statuses and (row.epoch or 0) <= (epochs[row.request_id] or 0)
     }
 
 
@@ -169,6 +177,8 @@ def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) 
     rows = [
         {
             "key": outcome.future.request_id,
+            "by_epoch": outcome.future.epoch,
+            "started": outcome.future.started_at,
             "to_status": FutureStatus.FAILED if outcome.failed else FutureStatus.DONE,
             "to_error": outcome.error,
             "to_category": outcome.error_category,
