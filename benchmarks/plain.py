@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import ROOT
-from benchmarks.workload import prompts, training_batches, vocabulary
+from benchmarks.workload import prompts, tenant_batches, training_batches, vocabulary
 
 ADAM = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
 """Of both sides' optimizers."""
@@ -79,47 +79,59 @@ def load(folder: str, threads: int) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def lora(rank: int) -> Any:
+    """PEFT's settings of an adapter like Tandem's."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=LAYERS, bias="none")
+
+
+def start_like_tandem(model: Any, adapter: str, rank: int, seed: int) -> None:
+    """The same initial numbers on both sides, so that equal losses show equal work."""
+    import torch
+
+    from engines.adapters import initial_a
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            site, found, _ = name.removeprefix("base_model.model.").partition(f".lora_A.{adapter}.")
+            if found:
+                weight.copy_(torch.from_numpy(initial_a(seed, site, rank, weight.shape[1])))
+
+
+def optimizer(model: Any) -> Any:
+    """AdamW of what is trained now."""
+    import torch
+
+    return torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=ADAM["learning_rate"],
+        betas=(ADAM["beta1"], ADAM["beta2"]),
+        eps=ADAM["eps"],
+        weight_decay=0.0,
+    )
+
+
 class Training:
     """Adapter, data and optimizer, from one order to the next."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
         base = load(settings["folder"], settings["threads"])
         self.parameters = sum(weight.numel() for weight in base.parameters())
-        config = LoraConfig(
-            r=settings["rank"], lora_alpha=ALPHA, lora_dropout=0.0, target_modules=LAYERS, bias="none"
-        )
+        config = lora(settings["rank"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that tied weights cannot be merged, which nobody does here
             self.model = get_peft_model(base, config)
-        self._start_like_tandem(settings["rank"], settings["seed"])
+        start_like_tandem(self.model, "default", settings["rank"], settings["seed"])
         self.model.train()
         size = vocabulary(Path(settings["folder"]))
         made = training_batches(size, settings["batches"], settings["rows"], settings["length"])
         self.batches = [[torch.from_numpy(part).long() for part in batch] for batch in made]
-        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained,
-            lr=ADAM["learning_rate"],
-            betas=(ADAM["beta1"], ADAM["beta2"]),
-            eps=ADAM["eps"],
-            weight_decay=0.0,
-        )
+        self.optimizer = optimizer(self.model)
         self.done = 0
-
-    def _start_like_tandem(self, rank: int, seed: int) -> None:
-        """The same initial numbers on both sides, so that equal losses show equal work."""
-        import torch
-
-        from engines.adapters import initial_a
-
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                site, found, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
-                if found:
-                    weight.copy_(torch.from_numpy(initial_a(seed, site, rank, weight.shape[1])))
 
     def perform(self, order: dict[str, Any]) -> dict[str, Any]:
         """So many steps: their seconds and losses."""
@@ -135,6 +147,54 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             losses.append(loss.item())
+            self.done += 1
+        return {"seconds": time.perf_counter() - started, "losses": losses}
+
+
+class Tenants:
+    """Many adapters on one model, trained one after the other, each with an optimizer of its own."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from peft import get_peft_model
+
+        base = load(settings["folder"], settings["threads"])
+        self.parameters = sum(weight.numel() for weight in base.parameters())
+        config = lora(settings["rank"])
+        names = [f"run{number}" for number in range(settings["runs"])]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            self.model = get_peft_model(base, config, names[0])
+            for name in names[1:]:
+                self.model.add_adapter(name, config)
+        self.model.train()
+        self.optimizers = {}
+        for number, name in enumerate(names):
+            start_like_tandem(self.model, name, settings["rank"], settings["seed"] + number)
+            self.model.set_adapter(name)
+            self.optimizers[name] = optimizer(self.model)
+        size = vocabulary(Path(settings["folder"]))
+        span = settings["shortest"], settings["longest"]
+        self.steps = tenant_batches(size, settings["batches"], settings["runs"], *span)
+        self.done = 0
+
+    def perform(self, order: dict[str, Any]) -> dict[str, Any]:
+        """So many steps of every run: their seconds, and each run's losses."""
+        import torch
+        import torch.nn.functional as F
+
+        losses = []
+        started = time.perf_counter()
+        for _ in range(order["steps"]):
+            rows = self.steps[self.done % len(self.steps)]
+            for (name, steps), (inputs, targets) in zip(self.optimizers.items(), rows, strict=True):
+                self.model.set_adapter(name)
+                logits = self.model(input_ids=torch.from_numpy(inputs).long(), use_cache=False).logits
+                wanted = torch.from_numpy(targets).long().flatten()
+                loss = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum")
+                loss.backward()
+                steps.step()
+                steps.zero_grad()
+                losses.append(loss.item())
             self.done += 1
         return {"seconds": time.perf_counter() - started, "losses": losses}
 
@@ -176,7 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", type=json.loads, help="JSON; given by PlainProcess")
     settings = parser.parse_args().settings
-    worker = Training(settings) if settings["work"] == "train" else Generating(settings)
+    workers = {"train": Training, "tenants": Tenants, "generate": Generating}
+    worker: Any = workers[settings["work"]](settings)
     print(json.dumps({"parameters": worker.parameters}), flush=True)
     for line in sys.stdin:
         print(json.dumps(worker.perform(json.loads(line))), flush=True)

@@ -61,6 +61,17 @@ def training_batches(size: int, count: int, rows: int, length: int) -> list[Batc
     return [Batch(some[:, :-1], some[:, 1:]) for some in tokens]
 
 
+def tenant_batches(size: int, count: int, runs: int, shortest: int, longest: int) -> list[list[Batch]]:
+    """`count` steps of one sequence for each of the runs, of random lengths from `shortest` to `longest`."""
+    rng = np.random.default_rng(3)
+    steps = []
+    for _ in range(count):
+        lengths = rng.integers(shortest, longest + 1, runs)
+        rows = [rng.integers(0, size, (1, length + 1)).astype(np.int32) for length in lengths]
+        steps.append([Batch(row[:, :-1], row[:, 1:]) for row in rows])
+    return steps
+
+
 def prompts(size: int, count: int, shortest: int, longest: int) -> list[list[int]]:
     """Random prompts whose lengths are spread evenly between the two."""
     rng = np.random.default_rng(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -101,16 +101,19 @@ class HfEngine(Engine):
     def forward_backward(
         self, items: Sequence[RunOperation[ForwardBackward]]
     ) -> list[ForwardResult | UserError]:
-        return [_attempt(self._forward_backward, item) for item in items]
-
-    def _forward_backward(self, item: RunOperation[ForwardBackward]) -> ForwardResult:
-        return forward_backward(self.base, self._run(item.run_id), item.operation, self.pass_tokens)
+        return self._in_passes(forward_backward, items)
 
     def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
-        return [_attempt(self._forward, item) for item in items]
+        return self._in_passes(forward, items)
 
-    def _forward(self, item: RunOperation[Forward]) -> ForwardResult:
-        return forward(self.base, self._run(item.run_id), item.operation, self.pass_tokens)
+    def _in_passes(
+        self, perform: Callable[..., list[ForwardResult | UserError]], items: Sequence[RunOperation[Any]]
+    ) -> list[ForwardResult | UserError]:
+        """Operations of all runs together, or in passes of their own when the engine is deterministic."""
+        known = [(self.runs[item.run_id], item.operation) for item in items if item.run_id in self.runs]
+        together = not self.options.deterministic
+        results = iter(perform(self.base, known, self.pass_tokens, together=together) if known else ())
+        return [next(results) if item.run_id in self.runs else _unknown(item.run_id) for item in items]
 
     def optim_step(self, items: Sequence[RunOperation[OptimStep]]) -> list[OptimStepResult | UserError]:
         return [_attempt(self._optim_step, item) for item in items]
@@ -149,7 +152,7 @@ class HfEngine(Engine):
     def _run(self, run_id: str) -> Run:
         run = self.runs.get(run_id)
         if run is None:
-            raise UserError(f"there is no run {run_id} in this engine; create it first")
+            raise _unknown(run_id)
         return run
 
     # ------------------------------------------------------------------ sampling
@@ -199,6 +202,10 @@ def _describe(config: EngineConfig, options: HfOptions, base: BaseModel) -> Engi
         versions=versions(options),
         layers={site.name: (site.in_features, site.out_features) for site in base.sites},
     )
+
+
+def _unknown(run_id: str) -> UserError:
+    return UserError(f"there is no run {run_id} in this engine; create it first")
 
 
 def _attempt(perform: Callable[[RunOperation[Op]], Result], item: RunOperation[Op]) -> Result | UserError:

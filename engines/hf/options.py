@@ -35,8 +35,8 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt_cache_mib: int = 256
     """Memory for what later prompts of the same sampler may begin with; the least recently used prompt goes first."""
     deterministic: bool = False
-    """Decode every sequence in a pass of its own and ask torch for deterministic kernels, so that numbers do not
-    depend on what else is being sampled. Training never depends on other runs."""
+    """Compute every run's operation and every decoded sequence in passes of their own and ask torch for deterministic
+    kernels, so that numbers do not depend, to the last bit, on what else is being trained or sampled."""
 
 
 def read_options(options: dict[str, Any]) -> HfOptions:

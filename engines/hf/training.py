@@ -1,10 +1,13 @@
-"""One training operation: collate -> forward -> loss -> backward -> split."""
+"""The operations of several runs in common passes: collate -> forward -> loss -> backward -> split.
+
+Rows of different runs never meet: attention stays within a sequence, each adapter is applied to its own segment, and
+each loss is computed from its own operation's rows. What is not finite in one of them leaves the others as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -12,14 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.hf.attention import PackedLayout
+from engines.hf.collating import Batch, Operation, Piece, collate, width_of
 from engines.hf.lora import Adapter, Segment
-from engines.hf.losses import Shares, judge_of
-from engines.hf.model import BaseModel, Pack
+from engines.hf.losses import Judge, judge_of
+from engines.hf.model import BaseModel
 from engines.hf.optimizer import AdamW
 from engines.interface import UserError
-from engines.losses import LOSSES
-from engines.operations import Datum, Forward, ForwardBackward, ForwardResult, OptimStep
+from engines.operations import Forward, ForwardBackward, ForwardResult, OptimStep
 from engines.tensors import Tensor as Bytes
 
 
@@ -32,54 +34,85 @@ class Run:
     pending: Tensor | None = None
 
 
-class Batch(NamedTuple):
-    """The data of one pass, one after the other. `targets` int64 and the inputs are [T, K] on the device, K the largest
-    of the data; what pads a datum to K has weight 0."""
+class Rows(NamedTuple):
+    """Where the log-probs of some data of an operation are: the rows of `piece` in pass `number`."""
 
-    pack: Pack
-    layout: PackedLayout
-    targets: Tensor
-    shares: Shares
+    number: int
+    piece: Piece
 
 
-class Passed(NamedTuple):
-    """What one pass leaves on the device: log-probs float32 [T, K] and the summed loss, float64 []."""
+class Share:
+    """One operation on its way through the passes of a call, and what they leave of it on the device."""
 
-    batch: Batch
-    logprobs: Tensor
-    loss: Tensor
+    def __init__(self, run: Run, operation: Operation) -> None:
+        self.run = run
+        self.operation = operation
+        self.judge: Judge | None = None
+        self.loss = torch.zeros((), dtype=torch.float64, device=run.adapter.values.device)
+        self.rows: list[Rows] = []
+        self.gradient: Tensor | None = None
+        self.refusal: UserError | None = None
+
+    def judged(self, logprobs: Tensor, piece: Piece, *, with_slope: bool) -> Tensor:
+        """Take the loss of the piece's own log-probs [T, K]; gives its slope, the derivative by each of them.
+
+        Data that the loss refuses have none: the operation fails in the end.
+        """
+        try:
+            self.judge = self.judge or judge_of(self.operation)
+            judged = self.judge.judge(logprobs, piece.shares, with_slope=with_slope)
+        except UserError as error:
+            self.refusal = self.refusal or error
+            return torch.zeros_like(logprobs)
+        self.loss += judged.loss
+        return torch.zeros_like(logprobs) if judged.slope is None else judged.slope
+
+    def add(self, gradient: Tensor) -> None:
+        """Take the gradient of one pass."""
+        self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
+
+    def apply(self) -> None:
+        """Add the gradient to the run's own."""
+        pending = self.run.pending
+        self.run.pending = (
+            self.gradient if pending is None or self.gradient is None else pending.add_(self.gradient)
+        )
 
 
-def forward(base: BaseModel, run: Run, operation: Forward, pass_tokens: int) -> ForwardResult:
-    """Losses and log-probs; the run does not change. UserError when the loss is not finite."""
-    judge = judge_of(operation)
-    passes = []
+def forward(
+    base: BaseModel, items: Sequence[tuple[Run, Forward]], pass_tokens: int, *, together: bool
+) -> list[ForwardResult | UserError]:
+    """Losses and log-probs of operations of different runs, in common passes if `together`; no run changes.
+
+    UserError where the loss is not finite, or refuses its data.
+    """
+    shares = [Share(run, operation) for run, operation in items]
+    passes: list[Tensor] = []
     with torch.no_grad():
-        for batch in collate(base, operation, pass_tokens):
-            logprobs = _logprobs(base, run.adapter, batch)
-            judged = judge.judge(logprobs, batch.shares, with_slope=False)
-            passes.append(Passed(batch, logprobs, judged.loss))
-    return _split(operation, passes, None, judge.metrics())
+        for batch in collate(base, [operation for _, operation in items], pass_tokens, together=together):
+            logprobs = _logprobs(base, shares, batch)
+            _judge(shares, batch, logprobs, len(passes), with_slope=False)
+            passes.append(logprobs)
+    return _split(shares, passes)
 
 
 def forward_backward(
-    base: BaseModel, run: Run, operation: ForwardBackward, pass_tokens: int
-) -> ForwardResult:
-    """The same, and the gradient is added to the run's. UserError, without effect, when anything is not finite."""
-    judge = judge_of(operation)
-    leaves = run.adapter.leaves()
-    gradient = None
-    passes = []
-    for batch in collate(base, operation, pass_tokens):
-        logprobs = _logprobs(base, run.adapter, batch)
-        judged = judge.judge(logprobs.detach(), batch.shares, with_slope=True)
-        grads = torch.autograd.grad(logprobs, leaves, judged.slope)
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        gradient = flat if gradient is None else gradient.add_(flat)
-        passes.append(Passed(batch, logprobs.detach(), judged.loss))
-    result = _split(operation, passes, gradient, judge.metrics())
-    run.pending = gradient if run.pending is None or gradient is None else run.pending.add_(gradient)
-    return result
+    base: BaseModel, items: Sequence[tuple[Run, ForwardBackward]], pass_tokens: int, *, together: bool
+) -> list[ForwardResult | UserError]:
+    """The same, and each gradient is added to its run's. UserError, without effect, where anything is not finite."""
+    shares = [Share(run, operation) for run, operation in items]
+    leaves = [run.adapter.leaves() for run, _ in items]
+    passes: list[Tensor] = []
+    for batch in collate(base, [operation for _, operation in items], pass_tokens, together=together):
+        logprobs = _logprobs(base, shares, batch)
+        slope = _judge(shares, batch, logprobs.detach(), len(passes), with_slope=True)
+        _differentiate(shares, leaves, batch, logprobs, slope)
+        passes.append(logprobs.detach())
+    outcomes = _split(shares, passes)
+    for share, outcome in zip(shares, outcomes, strict=True):
+        if not isinstance(outcome, UserError):
+            share.apply()
+    return outcomes
 
 
 def optim_step(run: Run, settings: OptimStep) -> float:
@@ -95,114 +128,79 @@ def optim_step(run: Run, settings: OptimStep) -> float:
     return norm
 
 
-def _logprobs(base: BaseModel, adapter: Adapter, batch: Batch) -> Tensor:
+def _logprobs(base: BaseModel, shares: Sequence[Share], batch: Batch) -> Tensor:
     """Log-probs float32 [T, K] of the targets."""
-    segments = (Segment(adapter, 0, batch.targets.shape[0]),)
+    segments = [
+        Segment(shares[piece.operation].run.adapter, piece.rows.start, piece.rows.stop)
+        for piece in batch.pieces
+    ]
     hidden = base.hidden(batch.pack, batch.layout, segments)
     return base.unembedding.logprobs(hidden, batch.targets, segments)
 
 
-# ---------------------------------------------------------------------------- collate
+def _judge(
+    shares: Sequence[Share], batch: Batch, logprobs: Tensor, number: int, *, with_slope: bool
+) -> Tensor:
+    """Each operation's loss of pass `number`; gives the slope by all log-probs, float32 [T, K]."""
+    slopes = []
+    for piece in batch.pieces:
+        share = shares[piece.operation]
+        share.rows.append(Rows(number, piece))
+        slopes.append(share.judged(logprobs[piece.rows], piece, with_slope=with_slope))
+    return slopes[0] if len(slopes) == 1 else torch.cat(slopes)
 
 
-def collate(base: BaseModel, operation: Forward | ForwardBackward, pass_tokens: int) -> Iterator[Batch]:
-    """Pack the data, shortest first, into passes of at most `pass_tokens` tokens (a longer datum goes alone)."""
-    for members in _fill(operation.data, pass_tokens):
-        data = [operation.data[i] for i in members]
-        width = max(_width(datum) for datum in data)
-        targets = torch.from_numpy(_rows(data, "target_tokens", width, np.int64))
-        lengths = [datum.tokens.shape[0] for datum in data]
-        ends = list(accumulate(lengths))
-        yield Batch(
-            base.pack([datum.tokens.array() for datum in data]),
-            PackedLayout(lengths),
-            targets.to(base.device, non_blocking=True),
-            Shares(
-                members,
-                [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)],
-                _inputs(base, operation, data, width),
-            ),
-        )
-
-
-def _inputs(
-    base: BaseModel, operation: Forward | ForwardBackward, data: Sequence[Datum], width: int
-) -> dict[str, Tensor]:
-    """The loss inputs besides the targets; of the settings per token those that any of the data brings. A traced loss
-    takes its own from the data."""
-    if operation.custom is not None:
-        return {}
-    spec = LOSSES[operation.loss]
-    settings = spec.with_defaults(operation.loss_config)
-    names = [name for name in spec.inputs if name != "target_tokens"]
-    names += [name for name in spec.per_token if any(name in datum.loss_inputs for datum in data)]
-    rows = [_rows(data, name, width, np.float32, settings.get(name)) for name in names]
-    inputs = torch.from_numpy(np.stack(rows)).to(base.device, non_blocking=True)
-    return dict(zip(names, inputs, strict=True))
-
-
-def _fill(data: Sequence[Datum], pass_tokens: int) -> Iterator[list[int]]:
-    """Positions of the data of each pass. Sorted by length, so that equal lengths attend in one call."""
-    members: list[int] = []
-    tokens = 0
-    for i in sorted(range(len(data)), key=lambda i: data[i].tokens.shape[0]):
-        length = data[i].tokens.shape[0]
-        if members and tokens + length > pass_tokens:
-            yield members
-            members, tokens = [], 0
-        members.append(i)
-        tokens += length
-    if members:
-        yield members
-
-
-def _width(datum: Datum) -> int:
-    """K of a datum; 1 for targets of shape [N]."""
-    shape = datum.loss_inputs["target_tokens"].shape
-    return shape[1] if len(shape) == 2 else 1
-
-
-def _rows(
-    data: Sequence[Datum], name: str, width: int, dtype: type[np.generic], setting: float | None = None
-) -> NDArray[np.generic]:
-    """One loss input of all data as [T, width], padded with zeros on the right. A datum that lacks it has the setting
-    for every token."""
-    parts = []
-    for datum in data:
-        length = datum.tokens.shape[0]
-        given = datum.loss_inputs.get(name)
-        part = np.full((length, width), setting) if given is None else given.array().reshape(length, -1)
-        parts.append(np.pad(part, ((0, 0), (0, width - part.shape[1]))) if part.shape[1] < width else part)
-    return np.concatenate(parts).astype(dtype, copy=False)
+def _differentiate(
+    shares: Sequence[Share], leaves: Sequence[list[Tensor]], batch: Batch, logprobs: Tensor, slope: Tensor
+) -> None:
+    """Give each operation of the pass the gradient by the `leaves` of its run's adapter."""
+    numbers = [piece.operation for piece in batch.pieces]
+    wanted = [leaf for number in numbers for leaf in leaves[number]]
+    grads = iter(torch.autograd.grad(logprobs, wanted, slope))
+    for number in numbers:
+        shares[number].add(torch.cat([next(grads).reshape(-1) for _ in leaves[number]]))
 
 
 # ---------------------------------------------------------------------------- split
 
 
-def _split(
-    operation: Forward | ForwardBackward,
-    passes: Sequence[Passed],
-    gradient: Tensor | None,
-    metrics: dict[str, float],
-) -> ForwardResult:
-    """Read everything from the device at once and give each datum its own part."""
-    loss = torch.stack([done.loss for done in passes]).sum()
-    numbers = [loss, torch.zeros_like(loss) if gradient is None else gradient.isfinite().all().logical_not()]
-    total, broken = torch.stack([number.to(torch.float64) for number in numbers]).tolist()
-    if not np.isfinite(total) or broken:
-        what = f"loss is {total}" if not np.isfinite(total) else "gradient holds infinities or NaN"
-        raise UserError(
+def _split(shares: Sequence[Share], passes: Sequence[Tensor]) -> list[ForwardResult | UserError]:
+    """Read everything from the device at once and give each datum of each operation its own part."""
+    losses = torch.stack([share.loss for share in shares])
+    broken = torch.stack([_broken(share) for share in shares])
+    totals = torch.stack([losses, broken]).tolist()
+    host = [logprobs.cpu().numpy() for logprobs in passes]
+    return [
+        _outcome(share, host, total, gradient_broken=bool(flag))
+        for share, total, flag in zip(shares, *totals, strict=True)
+    ]
+
+
+def _broken(share: Share) -> Tensor:
+    """Float64 []: 1 when the gradient is not finite."""
+    if share.gradient is None:
+        return torch.zeros_like(share.loss)
+    return share.gradient.isfinite().all().logical_not().to(torch.float64)
+
+
+def _outcome(
+    share: Share, host: Sequence[NDArray[np.float32]], loss: float, *, gradient_broken: bool
+) -> ForwardResult | UserError:
+    operation = share.operation
+    if share.refusal is not None:
+        return share.refusal
+    if not np.isfinite(loss) or gradient_broken:
+        what = f"loss is {loss}" if not np.isfinite(loss) else "gradient holds infinities or NaN"
+        return UserError(
             f"{operation.loss}: the {what}; check the loss inputs, and whether earlier steps have made the weights "
             "diverge. The operation had no effect."
         )
     outputs: list[dict[str, Bytes]] = [{} for _ in operation.data]
-    for done in passes:
-        rows = done.logprobs.cpu().numpy()
-        start = 0
-        for i in done.batch.shares.members:
-            datum = operation.data[i]
-            stop = start + datum.tokens.shape[0]
+    for number, piece in share.rows:
+        rows = host[number][piece.rows]
+        for member, own in zip(piece.shares.members, piece.shares.rows, strict=True):
+            datum = operation.data[member]
             shape = datum.loss_inputs["target_tokens"].shape
-            outputs[i] = {"logprobs": Bytes.of(rows[start:stop, : _width(datum)].reshape(shape))}
-            start = stop
-    return ForwardResult(outputs=outputs, metrics={**metrics, "loss:sum": total})
+            outputs[member] = {"logprobs": Bytes.of(rows[own, : width_of(datum)].reshape(shape))}
+    metrics = {} if share.judge is None else share.judge.metrics()
+    return ForwardResult(outputs=outputs, metrics={**metrics, "loss:sum": loss})
