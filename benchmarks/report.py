@@ -132,6 +132,30 @@ def sampling(results: Results) -> list[str]:
     ]
 
 
+def tenants(results: Results) -> list[str]:
+    """One row a model and span of lengths: the three ways, and what common passes bring."""
+    rows = [
+        "| model | tokens a sequence | together, tokens/s | apart | PEFT | together to apart | together to PEFT |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    spans = [
+        (model, span, found) for model, spans in results["models"].items() for span, found in spans.items()
+    ]
+    for model, span, found in spans:
+        rates = " | ".join(_rate(found[side]) for side in ("together", "apart", "peft"))
+        compared = [found["ratios"][f"together_to_{other}"] for other in ("apart", "peft")]
+        ratios = " | ".join(f"**{median(them):.2f}** ({_range(them)})" for them in compared)
+        rows.append(f"| {model} | {span} | {rates} | {ratios} |")
+    worst = max(found["largest_difference_of_losses"] for _, _, found in spans)
+    shares = [share for _, _, found in spans for share in found["others"]]
+    return [
+        *rows,
+        "",
+        f"{spans[0][2]['runs']} runs. Their losses differ from PEFT's by at most {worst:.1g}, relatively. Other "
+        f"processes used {median(shares):.0%} of the machine, at most {max(shares):.0%}.",
+    ]
+
+
 def _others(results: Results) -> str:
     """How undisturbed the rounds were."""
     shares = [share for found in results["models"].values() for share in found["others"]]
@@ -193,6 +217,7 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "roundtrip-postgres": roundtrip,
     "training": training,
     "sampling": sampling,
+    "tenants": tenants,
     "pressure": pressure,
 }
 CHARTS: Mapping[str, Chart] = {"training": training_chart, "sampling": sampling_chart}

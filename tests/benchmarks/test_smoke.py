@@ -100,3 +100,12 @@ def test_sampling(tmp_path: Path) -> None:
         assert len(found[side]["tokens_per_second"]) == 2
         assert min(found[side]["tokens_per_second"]) > 0
     assert found["same_tokens"] == 1.0
+
+
+def test_tenants(tmp_path: Path) -> None:
+    run_short("tenants", tmp_path, "--models", TINY, "--threads", "1")
+    found = results_of("tenants", tmp_path)["models"][TINY]["4-9"]
+    assert found["runs"] == 2
+    for side in ("together", "apart", "peft"):
+        assert min(found[side]["tokens_per_second"]) > 0
+    assert found["largest_difference_of_losses"] < 1e-4
