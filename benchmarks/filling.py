@@ -117,7 +117,7 @@ def _insert(connection: Connection, table: Table, columns: Columns, count: int, 
     ]
     numbers = select(literal(0).label("i")).cte("numbers", recursive=True)
     numbers = numbers.union_all(select(numbers.c.i + 1).where(numbers.c.i + 1 < count))
-    rows: Select[Any] = (
+    rows: Any = (
         select(*map(literal_column, expressions)).select_from(numbers).where(literal_column(condition))
     )
     connection.execute(insert(table).from_select(list(columns), rows))
