@@ -44,6 +44,7 @@ from gateway.signed_urls import SignedUrls
 from gateway.state import Gateway
 from gateway.store import Store
 from gateway.store.database import Database
+from gateway.store.outages import once_it_answers
 from gateway.store.records import Future, Settled
 from gateway.tokens import Tokens
 
@@ -148,10 +149,12 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     database = Database(settings.url, sqlite_synchronous=settings.sqlite_synchronous)
     store = Store(database)
     try:
-        await prepare(database, settings)
+        patience_s = 0.0 if settings.embedded else settings.database_wait_s
+        await once_it_answers(lambda: prepare(database, settings), patience_s)
         store.start()
-        gateway = _assemble(settings, store, await store.secrets.get("signing"))
-        await gateway.notices.start()
+        secret = await once_it_answers(lambda: store.secrets.get("signing"), patience_s)
+        gateway = _assemble(settings, store, secret)
+        await once_it_answers(gateway.notices.start, patience_s)
         gateway.fleet.start()
         gateway.duties.start()
         try:

@@ -58,11 +58,11 @@ class Notices:
         if self._settings.embedded:
             return
         await self._report()
+        await self._tell_of_change()
         listener = Listener(self._settings.url, self._heard, self._connected)
         self._spawn(listener.listen_forever())
         self._spawn(self._forever(self._due, self._settings.lease_s / 3, self._report))
         self._spawn(self._forever(self._look_due, _LOOK_EVERY_S, self._look))
-        await self._tell_of_change()
 
     async def stop(self) -> None:
         """Listen no longer, and tell others so."""

@@ -60,6 +60,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Folder for the embedded database, checkpoints and sockets."""
     database_url: str = ""
     """SQLAlchemy URL: `postgresql+asyncpg://user@host/name`; empty: SQLite in `data_dir`."""
+    database_wait_s: float = 30.0
+    """Seconds for which a gateway that starts waits for a Postgres that does not answer; after that it ends."""
     sqlite_synchronous: Literal["FULL", "NORMAL"] = "FULL"
     """FULL: an accepted operation survives a power loss. NORMAL: it survives the death of any process."""
     engines: tuple[EngineSettings, ...] = (EngineSettings(name="tiny", base_model=BUILT_IN),)

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,8 @@ class PostgresServer:
             tempfile.mkdtemp(prefix="pg-", dir="/tmp")
         )  # short: a socket's path has at most 107 bytes
         try:
-            self._process = self._start(find_programs(), durable)
+            self._command = self._initialised(find_programs(), durable)
+            self._process = self._start()
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
@@ -79,6 +81,21 @@ class PostgresServer:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def stop(self, how: signal.Signals) -> None:
+        """End the server; SIGINT is its fast mode, SIGQUIT its immediate one, after which it has to recover."""
+        self._process.send_signal(how)
+        self._process.wait(START_WITHIN_S)
+
+    def start_again(self) -> None:
+        """Start what was stopped, with the databases it had; returns when it answers."""
+        self._process = self._start()
+
+    def cut_connections(self, database: str) -> int:
+        """End the connections to a database, whatever they are doing; how many there were."""
+        with self._connect() as connection:
+            others = "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s"
+            return len(connection.execute(others, [database]).fetchall())
 
     def create_database(self, template: str = "template1") -> str:
         """Make a database, as a copy of another; return its name."""
@@ -94,7 +111,8 @@ class PostgresServer:
         """The URL of a database, for SQLAlchemy with asyncpg."""
         return f"postgresql+asyncpg://postgres@/{database}?host={self.folder}"
 
-    def _start(self, programs: Path, durable: bool) -> subprocess.Popen[bytes]:
+    def _initialised(self, programs: Path, durable: bool) -> list[str]:
+        """Make an empty data folder; the command that serves it."""
         account = self._account()
         if account and not programs.is_relative_to("/usr"):
             programs = self._copied(programs)
@@ -104,20 +122,13 @@ class PostgresServer:
             [*initdb, "-E", "UTF8", "--locale=C"], check=True, capture_output=True, cwd="/", **account
         )
         settings = ["listen_addresses=", "max_connections=200", *(_DURABLE if durable else _FAST_AND_UNSAFE)]
-        with (self.folder / "log").open("wb") as log:
+        command = [f"{programs}/postgres", "-D", f"{data}", "-k", f"{self.folder}"]
+        return [*command, *(f"--{setting}" for setting in settings)]
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(
-                [
-                    programs / "postgres",
-                    "-D",
-                    data,
-                    "-k",
-                    self.folder,
-                    *(f"--{setting}" for setting in settings),
-                ],
-                cwd="/",
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                **account,
+                self._command, cwd="/", stdout=log, stderr=subprocess.STDOUT, **self._account()
             )
         deadline = time.monotonic() + START_WITHIN_S
         while not self._answers():

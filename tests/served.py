@@ -89,6 +89,16 @@ class ServedGateway:
             time.sleep(0.05)
         raise RuntimeError(f"the gateway is not ready; its log:\n{self.log.read_text()[-4000:]}")
 
+    def migrate(self) -> None:
+        """Bring the database's schema up to date, as an operator does before the first start on Postgres."""
+        subprocess.run(
+            [sys.executable, "-m", "gateway.migrate"],
+            env=self._environment,
+            capture_output=True,
+            timeout=60,
+            check=True,
+        )
+
     def add_key(self, owner: str) -> str:
         """A new API key, made as an operator makes one beside the gateway; returns when it works."""
         command = [sys.executable, "-m", "gateway.keys", "add", owner]
@@ -122,9 +132,22 @@ class ServedGateway:
         self._process.wait(30)
         self._process = None  # who waits for it to be ready waits for the next one
 
+    @property
+    def running(self) -> bool:
+        """Whether its process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    def pause(self) -> None:
+        """Its process stands still, as on a machine that is suspended."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After a pause."""
+        os.kill(self.pid, signal.SIGCONT)
+
     def close(self) -> None:
         """Leave no process behind."""
-        if self._process is not None and self._process.poll() is None:
+        if self.running:
             self.kill()
 
     def stop(self) -> int:

@@ -5,10 +5,12 @@ Messages are not looked at: they are translated to the server's language and cha
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -16,6 +18,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from gateway.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_AGAIN_S = 0.5
 
 _CONFLICTS = ("40001", "40P01")
 """Serialization failure and deadlock: two transactions in each other's way."""
@@ -72,6 +78,21 @@ def translated_errors() -> Iterator[None]:
         raise StoreUnavailable(
             "the database cannot serve this now; the gateway's log says why. Try again in a moment"
         ) from error
+
+
+async def once_it_answers(work: Callable[[], Awaitable[T]], within_s: float) -> T:
+    """What `work` gives, tried again while the database does not answer: a server that is being restarted is no reason
+    for a gateway not to start. Raises StoreUnavailable when it is still away after `within_s` seconds."""
+    deadline = asyncio.get_running_loop().time() + within_s
+    while True:
+        try:
+            return await work()
+        except StoreUnavailable:
+            left_s = deadline - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise
+        log.warning("waiting for the database, for %.0f s more", left_s)
+        await asyncio.sleep(min(_AGAIN_S, left_s))
 
 
 def is_outage(error: BaseException) -> bool:

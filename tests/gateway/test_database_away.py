@@ -1,0 +1,65 @@
+"""A Postgres that is not there when a gateway starts."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.postgres import PostgresServer
+from tests.served import ServedGateway
+
+pytestmark = pytest.mark.postgres
+
+
+@pytest.fixture
+def server() -> Iterator[PostgresServer]:
+    """A server of this test's own, to be stopped and started."""
+    own = PostgresServer()
+    yield own
+    own.close()
+
+
+@pytest.fixture
+def url(server: PostgresServer, tmp_path: Path) -> str:
+    """A database with the schema."""
+    url = server.url(server.create_database())
+    ServedGateway(tmp_path, None, database_url=url).migrate()
+    return url
+
+
+def test_a_gateway_that_starts_waits_for_it(server: PostgresServer, url: str, tmp_path: Path) -> None:
+    gateway = ServedGateway(tmp_path, None, database_url=url)
+    server.stop(signal.SIGINT)
+    try:
+        gateway.launch()
+        deadline = time.monotonic() + 30
+        while "waiting for the database" not in gateway.log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.start_again()
+        gateway.wait_until_ready()
+        assert httpx.get(f"{gateway.url}/readyz", timeout=10).status_code == 200
+    finally:
+        gateway.close()
+
+
+def test_one_that_stays_away_ends_the_start_with_a_sentence(
+    server: PostgresServer, url: str, tmp_path: Path
+) -> None:
+    gateway = ServedGateway(tmp_path, None, database_url=url, database_wait_s="0.5")
+    server.stop(signal.SIGINT)
+    try:
+        gateway.launch()
+        deadline = time.monotonic() + 30
+        while gateway.running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not gateway.running
+        assert "the database cannot serve this now" in gateway.log.read_text()
+        assert "Traceback" not in gateway.log.read_text()
+    finally:
+        gateway.close()
+        server.start_again()
