@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 _HEAD_END = b"\r\n\r\n"
 _LARGEST_HEAD = 64 * 1024
@@ -65,7 +66,7 @@ class Proxy:
         return f"http://127.0.0.1:{self.port}"
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Proxy]:
+    def running(self) -> Iterator[Self]:
         """Serve until the block ends."""
         started = threading.Event()
         stop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -128,7 +129,7 @@ class Proxy:
         if fate < trouble.lost_requests + trouble.lost_answers:
             self.happened["lost answers"] += 1
             return None
-        return answer
+        return answer or None
 
     async def _forward(self, message: Message, delay_s: float) -> bytes:
         await asyncio.sleep(delay_s)
