@@ -26,11 +26,14 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 class Measured:
     """A gateway in a process of its own, with one engine."""
 
-    def __init__(self, folder: Path, engine: dict[str, Any], database_url: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, engine: dict[str, Any], database_url: str | None = None, **settings: str
+    ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self._folder = folder
         self._engine = engine
         self._database_url = database_url
+        self._settings = {f"TANDEM_{name.upper()}": value for name, value in settings.items()}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -40,6 +43,7 @@ class Measured:
             "TANDEM_DATA_DIR": str(self._folder),
             "TANDEM_ENGINES": json.dumps([self._engine]),
             "PYTHONPATH": str(ROOT),
+            **self._settings,
         }
         if self._database_url is not None:
             environment["TANDEM_DATABASE_URL"] = self._database_url
@@ -75,9 +79,11 @@ class Measured:
 
 
 @contextmanager
-def gateway(folder: Path, engine: dict[str, Any], database_url: str | None = None) -> Iterator[Measured]:
+def gateway(
+    folder: Path, engine: dict[str, Any], database_url: str | None = None, **settings: str
+) -> Iterator[Measured]:
     """A gateway for the time of a measurement."""
-    measured = Measured(folder, engine, database_url)
+    measured = Measured(folder, engine, database_url, **settings)
     try:
         measured.start()
         yield measured

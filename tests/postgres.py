@@ -107,6 +107,12 @@ class PostgresServer:
         """Remove a database, ending whatever is still connected to it."""
         self._execute(f'drop database "{name}" with (force)')
 
+    def give(self, folder: Path) -> None:
+        """Make a folder the server's own."""
+        account = self._account()
+        if account:
+            os.chown(folder, account["user"], account["group"])
+
     def url(self, database: str) -> str:
         """The URL of a database, for SQLAlchemy with asyncpg."""
         return f"postgresql+asyncpg://postgres@/{database}?host={self.folder}"

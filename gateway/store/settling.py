@@ -40,10 +40,18 @@ _SETTLE_FUTURE = (
     )
 )
 
-_OPEN = select(F.c.request_id, F.c.status, F.c.epoch).where(
-    F.c.request_id.in_(bindparam("keys", expanding=True))
+_OPEN = (
+    select(F.c.request_id, F.c.status, F.c.epoch, F.c.run_id, R.c.next_seq)
+    .outerjoin(R, R.c.run_id == F.c.run_id)
+    .where(F.c.request_id.in_(bindparam("keys", expanding=True)))
 )
-_OPEN_LOCKED = _OPEN.with_for_update()
+_OPEN_LOCKED = _OPEN.with_for_update(of=F)
+_BEFORE = (
+    select(F.c.request_id)
+    .where(F.c.run_id == bindparam("run"), F.c.seq_id >= bindparam("first"), F.c.seq_id < bindparam("seq"))
+    .where(schema.OPEN)
+    .limit(1)
+)
 
 _DELETE_INPUTS = delete(schema.inputs).where(
     schema.inputs.c.request_id.in_(bindparam("keys", expanding=True))
@@ -85,15 +93,13 @@ _ADVANCE_RUN = (
 
 def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Settled | None]:
     """Store several outcomes; None for each that is not its sender's to settle any more."""
-    settleable = _settleable(connection, outcomes)
     at = now()
     answers: list[Settled | None] = []
     stored: list[Outcome] = []
-    for outcome in outcomes:
-        if outcome.future.request_id not in settleable:
+    for outcome, settleable in zip(outcomes, _settleable(connection, outcomes), strict=True):
+        if not settleable:
             answers.append(None)
             continue
-        settleable.discard(outcome.future.request_id)
         final, orphan = _store_saved(connection, outcome)
         stored.append(final)
         answers.append(Settled(_finished(final, at), final.result, orphan))
@@ -114,17 +120,36 @@ def _finished(outcome: Outcome, at: float) -> Future:
     )
 
 
-def _settleable(connection: Connection, outcomes: list[Outcome]) -> set[str]:
-    """Those futures that are open and that no newer epoch has claimed than the one of their outcome."""
-    epochs = {outcome.future.request_id: outcome.future.epoch for outcome in outcomes}
+def _settleable(connection: Connection, outcomes: list[Outcome]) -> list[bool]:
+    """Whether each future is open, claimed by no newer epoch than the one of its outcome, and in its turn."""
     query = _OPEN if connection.dialect.name == "sqlite" else _OPEN_LOCKED
-    rows = connection.execute(query, {"keys": list(epochs)})
-    open_statuses = (FutureStatus.QUEUED, FutureStatus.RUNNING)
-    return {
-        row.request_id
-        for row in rows
-        if row.status in open_statuses and (row.epoch or 0) <= (epochs[row.request_id] or 0)
-    }
+    found = connection.execute(query, {"keys": [outcome.future.request_id for outcome in outcomes]}).all()
+    rows = {row.request_id: row for row in found}
+    next_seqs: dict[str, int] = {row.run_id: row.next_seq for row in found if row.run_id is not None}
+    answers = []
+    for outcome in outcomes:
+        row = rows.pop(outcome.future.request_id, None)
+        is_open = row is not None and row.status in (FutureStatus.QUEUED, FutureStatus.RUNNING)
+        ours = is_open and (row.epoch or 0) <= (outcome.future.epoch or 0)
+        answers.append(ours and _in_turn(connection, outcome.future, next_seqs))
+    return answers
+
+
+def _in_turn(connection: Connection, future: Future, next_seqs: dict[str, int]) -> bool:
+    """Whether nothing before it in its log is open.
+
+    An outcome behind one that could not be stored (the disk was full for a moment) would move the log past that one,
+    which would be lost.
+    """
+    if future.run_id is None:
+        return True
+    first = next_seqs[future.run_id]
+    if future.seq_id > first:  # numbers between them were rejected, or never came
+        between = {"run": future.run_id, "first": first, "seq": future.seq_id}
+        if connection.execute(_BEFORE, between).first() is not None:
+            return False
+    next_seqs[future.run_id] = max(first, future.seq_id + 1)
+    return True
 
 
 def _store_saved(connection: Connection, outcome: Outcome) -> tuple[Outcome, str | None]:

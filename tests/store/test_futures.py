@@ -77,6 +77,40 @@ async def test_a_failed_creation_fails_the_run(store: Store) -> None:
     assert after.status is RunStatus.FAILED
 
 
+async def test_an_outcome_waits_for_those_before_it(store: Store) -> None:
+    """One that could not be stored must not be overtaken: it would come too late then, and be lost."""
+    run = await begun_run(store)
+    create, *operations = [an_operation(run, 0, "create_run"), *(an_operation(run, n) for n in (1, 2, 3))]
+    await claim_and_settle(store, create)
+    for operation in operations:
+        await store.futures.submit(Submission(operation, b"x"))
+    first, second, third = operations
+    assert await store.futures.settle(Outcome(second, b"r")) is None
+    assert await store.futures.settle(Outcome(third, error="bad", error_category="user")) is None
+    stored = await store.runs.get(run.run_id)
+    assert stored is not None and stored.next_seq == 1
+    together = [store.futures.settle(Outcome(each, b"r")) for each in (first, second, third)]
+    assert None not in await asyncio.gather(*together)
+    stored = await store.runs.get(run.run_id)
+    assert stored is not None and stored.next_seq == 4
+
+
+async def test_numbers_that_were_rejected_or_never_came_hold_nothing_up(store: Store) -> None:
+    run = await begun_run(store)
+    await claim_and_settle(store, an_operation(run, 0, "create_run"))
+    rejected = an_operation(run, 1, status=FutureStatus.FAILED, error="bad", error_category="user")
+    await store.futures.submit(Submission(rejected, b""))
+    for seq_id in (2, 7):
+        future = an_operation(run, seq_id)
+        await store.futures.submit(Submission(future, b"x"))
+        await claim_and_settle(store, future)
+    late = an_operation(run, 5)
+    await store.futures.submit(Submission(late, b"x"))
+    assert await store.futures.settle(Outcome(late, error="late", error_category="user")) is not None
+    stored = await store.runs.get(run.run_id)
+    assert stored is not None and stored.next_seq == 8
+
+
 async def test_an_outcome_of_an_older_epoch_is_refused(store: Store) -> None:
     run = await begun_run(store)
     create = an_operation(run, 0, "create_run")

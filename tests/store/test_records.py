@@ -98,7 +98,9 @@ async def test_a_sampler_never_changes(store: Store) -> None:
 async def test_a_save_under_the_number_of_another_sampler_fails_and_frees_its_folder(store: Store) -> None:
     session = await store.sessions.create(a_session())
     run = a_run(session)
-    await store.futures.submit(Submission(an_operation(run, 0, "create_run"), b"x", run))
+    create = an_operation(run, 0, "create_run")
+    await store.futures.submit(Submission(create, b"x", run))
+    assert await store.futures.settle(Outcome(create, b"")) is not None
     saves = [an_operation(run, n, "save_weights", folder=f"checkpoints/u{n}") for n in (1, 2, 3)]
     for save in saves:
         await store.futures.submit(Submission(save, b"x"))

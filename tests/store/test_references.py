@@ -28,7 +28,9 @@ async def a_checkpoint(store: Store, **changes: object) -> Checkpoint:
     """A checkpoint of a run of its own, stored as a save's outcome stores it."""
     session = await store.sessions.create(a_session())
     run = a_run(session)
-    await store.futures.submit(Submission(an_operation(run, 0, "create_run"), b"x", run))
+    create = an_operation(run, 0, "create_run")
+    await store.futures.submit(Submission(create, b"x", run))
+    assert await store.futures.settle(Outcome(create, result=b"")) is not None
     number = next(_NUMBERS)
     checkpoint = Checkpoint(
         path=f"tinker://{run.run_id}/weights/n",

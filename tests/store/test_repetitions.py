@@ -26,7 +26,9 @@ def futures_of(store: Store, cache_bytes: int = 10**6) -> tuple[Futures, list[Fu
 
 async def an_accepted(store: Store, futures: Futures, digest: bytes | None = SENT) -> Future:
     run = a_run(await store.sessions.create(a_session()))
-    await futures.submit(Submission(an_operation(run, 0, "create_run"), b"x", run))
+    create = an_operation(run, 0, "create_run")
+    await futures.submit(Submission(create, b"x", run))
+    assert await store.futures.settle(Outcome(create, b""), futures.settled) is not None
     future = an_operation(run, 1, digest=digest)
     await futures.submit(Submission(future, b"x"))
     return future

@@ -30,7 +30,9 @@ HOUR = 3600
 async def a_stored_run(store: Store, **changes: Any) -> Run:
     session = await store.sessions.create(a_session(**changes))
     run = a_run(session)
-    await store.futures.submit(Submission(an_operation(run, 0, "create_run"), b"x", run))
+    create = an_operation(run, 0, "create_run")
+    await store.futures.submit(Submission(create, b"x", run))
+    assert await store.futures.settle(Outcome(create, b"")) is not None
     return run
 
 
