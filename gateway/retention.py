@@ -12,10 +12,10 @@ from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.retention import Batch
 
-_BATCH = 200
+_BATCH = 100
 """Rows of one transaction: some milliseconds of the only writer's time."""
 _REST = 2.0
-"""Seconds of rest for each second of a batch, so that a round takes a third of the writer's time at most."""
+"""Seconds of rest for each second of a batch: all of this together takes a third of the writer's time at most."""
 
 
 class Retention:
@@ -30,6 +30,7 @@ class Retention:
         self._fleet = fleet
         self._on_released = on_released
         self._rows = store.retention
+        self._deleting = asyncio.Lock()
 
     async def end_silent_sessions(self) -> int:
         """End sessions whose clients were not heard of for long; nothing stored goes with them."""
@@ -38,7 +39,7 @@ class Retention:
         async def batch() -> int:
             return len(await self._rows.end_silent_sessions(_over(timeout_s)))
 
-        return await _in_batches(batch)
+        return await self._in_batches(batch)
 
     async def drop_idle_runs(self) -> int:
         """Free what this process's engines hold of runs whose session has ended, whichever gateway ended it. Their logs
@@ -58,13 +59,13 @@ class Retention:
     async def delete_results(self) -> int:
         """Results that nobody may fetch any more."""
         kept_s = self._settings.result_retention_s
-        return await _in_batches(lambda: self._rows.delete_results(_over(kept_s)))
+        return await self._in_batches(lambda: self._rows.delete_results(_over(kept_s)))
 
     async def delete_futures(self) -> int:
         """Calls that no log needs, and the logs of runs that have ended."""
         kept_s = self._settings.future_retention_s
-        found = await _in_batches(lambda: self._rows.delete_futures(_over(kept_s)))
-        while deleted := await _in_batches(lambda: self._rows.delete_dead_logs(_over(kept_s))):
+        found = await self._in_batches(lambda: self._rows.delete_futures(_over(kept_s)))
+        while deleted := await self._in_batches(lambda: self._rows.delete_dead_logs(_over(kept_s))):
             found += deleted  # the end of a log is a small batch, and there may be another one
         return found
 
@@ -80,25 +81,25 @@ class Retention:
                 await remove_folder(self._settings, folder)
             return len(released.sampler_ids)
 
-        return await _in_batches(batch)
+        return await self._in_batches(batch)
 
     async def delete_losses(self) -> int:
         """Custom losses of sessions that have ended; operations carry theirs with them."""
         kept_s = self._settings.result_retention_s
-        return await _in_batches(lambda: self._rows.delete_losses(_over(kept_s)))
+        return await self._in_batches(lambda: self._rows.delete_losses(_over(kept_s)))
+
+    async def _in_batches(self, batch: Callable[[], Awaitable[int]]) -> int:
+        """All there is, leaving the writer to others between two batches of whichever kind."""
+        total = 0
+        while True:
+            async with self._deleting:
+                began = time.monotonic()
+                found = await batch()
+                total += found
+                if found < _BATCH:
+                    return total
+                await asyncio.sleep(_REST * (time.monotonic() - began))
 
 
 def _over(seconds: float) -> Batch:
     return Batch(time.time() - seconds, _BATCH)
-
-
-async def _in_batches(batch: Callable[[], Awaitable[int]]) -> int:
-    """All there is, leaving the writer to others between two batches."""
-    total = 0
-    while True:
-        began = time.monotonic()
-        found = await batch()
-        total += found
-        if found < _BATCH:
-            return total
-        await asyncio.sleep(_REST * (time.monotonic() - began))

@@ -129,9 +129,11 @@ def _settleable(connection: Connection, outcomes: list[Outcome]) -> list[bool]:
     answers = []
     for outcome in outcomes:
         row = rows.pop(outcome.future.request_id, None)
-        is_open = row is not None and row.status in (FutureStatus.QUEUED, FutureStatus.RUNNING)
-        ours = is_open and (row.epoch or 0) <= (outcome.future.epoch or 0)
-        answers.append(ours and _in_turn(connection, outcome.future, next_seqs))
+        if row is None or row.status not in (FutureStatus.QUEUED, FutureStatus.RUNNING):
+            answers.append(False)
+        else:
+            ours = (row.epoch or 0) <= (outcome.future.epoch or 0)
+            answers.append(ours and _in_turn(connection, outcome.future, next_seqs))
     return answers
 
 
