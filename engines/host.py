@@ -1,9 +1,10 @@
-"""The engine process: `python -m engines.host --connect ipc://…`, started by the gateway.
+"""The engine process: `python -m engines.host --connect ipc://… --vitals 7`, started by the gateway.
 
 It says Hello, loads the model that it is told to, and then repeats: receive → perform → reply. Training calls and
 decoding steps share the time, so that neither keeps the other waiting for long. The process ends when its owner says
 so, closes its standard input (as the system does for an owner that dies) or is silent, or by SIGTERM; what it holds in
-memory can be built again from the runs' logs, so it may end anywhere. SIGINT is the owner's business.
+memory can be built again from the runs' logs, so it may end anywhere. SIGINT is the owner's business. What it is doing
+stands in a page that the owner reads (`engines.vitals`), also when this process does not answer any more.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from engines.performing import TrainingCalls, failure_of_engine
 from engines.registry import engine_class
 from engines.sampling_calls import SamplingCalls
 from engines.snapshot_writing import SnapshotWriter
+from engines.vitals import Doing, Heart, Vitals
 
 log = logging.getLogger("engines.host")
 
@@ -67,8 +69,11 @@ Call = Perform | TakeSnapshot | Restore | DropRun
 class Host:
     """The loop of a loaded engine."""
 
-    def __init__(self, socket: Socket, engine: Engine, info: EngineInfo, config: EngineConfig) -> None:
+    def __init__(
+        self, socket: Socket, vitals: Vitals, engine: Engine, info: EngineInfo, config: EngineConfig
+    ) -> None:
         self._socket = socket
+        self._vitals = vitals
         self._engine = engine
         self._owner_timeout_s = config.owner_timeout_s
         self._training = TrainingCalls(engine, info, config)
@@ -113,7 +118,8 @@ class Host:
             case Perform() | TakeSnapshot() | Restore() | DropRun():
                 self._waiting.append((message, payloads))
             case Sample():
-                self._samples.start(message, payloads[0])
+                with self._vitals.during(Doing.SAMPLING):
+                    self._samples.start(message, payloads[0])
             case Cancel():
                 self._samples.cancel(message.call_id)
             case Ping():
@@ -134,18 +140,24 @@ class Host:
             self._perform(*self._waiting.popleft())
             self._training_lead_s += time.monotonic() - begun
         elif sampling:
-            self._samples.advance()
+            with self._vitals.during(Doing.SAMPLING):
+                self._samples.advance()
             self._training_lead_s -= time.monotonic() - begun
 
     def _perform(self, call: Call, payloads: list[bytes]) -> None:
         match call:
             case Perform():
-                performed, results = self._training.perform(call, payloads)
+                doing = Doing.REPLAYING if call.replay else Doing.TRAINING
+                with self._vitals.during(doing, call.runs[0].seq_id if call.runs else 0):
+                    performed, results = self._training.perform(call, payloads)
                 self._send(performed, *results)
             case TakeSnapshot():
-                self._take_snapshot(call)
+                with self._vitals.during(Doing.SNAPSHOT, call.seq_id):
+                    self._take_snapshot(call)
             case Restore():
-                self._send(self._training.restore(call, payloads[0]))
+                with self._vitals.during(Doing.REPLAYING, call.seq_id):
+                    restored = self._training.restore(call, payloads[0])
+                self._send(restored)
             case DropRun():
                 self._training.drop(call.run_id)
 
@@ -163,7 +175,7 @@ class Host:
 # ---------------------------------------------------------------------------- from greeting to exit
 
 
-def run(socket: Socket) -> int:
+def run(socket: Socket, heart: Heart) -> int:
     """A process's whole life on a connected socket; gives its exit status."""
     socket.send_multipart(pack(Hello(PROTOCOL, os.getpid(), platform.python_version())))
     said = _await_load(socket)
@@ -171,15 +183,17 @@ def run(socket: Socket) -> int:
         return EXIT_STOPPED if isinstance(said, Stop) else EXIT_OWNER_GONE
     config = said.config
     start_logging(config.name)
-    engine = _load(socket, config)
+    with heart.vitals.during(Doing.LOADING):
+        engine = _load(socket, config)
     if engine is None:
         return EXIT_LOAD_FAILED
+    heart.passes = lambda: engine.passes
     info = engine.info()
     log.info("loaded %s: %s, %s on %s", config.base_model, info.architecture, info.dtype, info.device)
     log.info(
         "versions: %s", ", ".join(f"{name} {version}" for name, version in sorted(info.versions.items()))
     )
-    status = Host(socket, engine, info, config).serve()
+    status = Host(socket, heart.vitals, engine, info, config).serve()
     engine.close()
     log.info("ends with status %d", status)
     return status
@@ -242,17 +256,27 @@ def main() -> int:
     parser.add_argument(
         "--connect", required=True, metavar="ADDRESS", help="where the gateway listens: ipc://…"
     )
-    address: str = parser.parse_args().connect
+    parser.add_argument(
+        "--vitals",
+        required=True,
+        type=int,
+        metavar="FD",
+        help="inherited descriptor of the page for vital signs",
+    )
+    arguments = parser.parse_args()
+    address: str = arguments.connect
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start_logging(f"process {os.getpid()}")
     exit_with_owner()
+    heart = Heart(Vitals(arguments.vitals))
+    heart.start()
     context = zmq.Context()
     socket: Socket = context.socket(zmq.DEALER)
     socket.set_hwm(0)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.connect(address)
     try:
-        return run(socket)
+        return run(socket, heart)
     finally:
         socket.close()
         context.term()

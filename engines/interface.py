@@ -229,6 +229,12 @@ class Engine(ABC):
     def sampling(self) -> bool:
         """Whether `advance` has work."""
 
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Grows with every pass through the model, in the middle of a call or a step too. Read by another thread: a
+        call in which it stands still for long (setting `engine_hang_s`) is stuck, and the process is replaced."""
+
     @abstractmethod
     def stats(self) -> dict[str, float]:
         """Counters for the metrics page: at least `resident_runs`, `resident_adapters`, `active_samples`."""

@@ -14,8 +14,8 @@ import msgspec
 from engines.interface import EngineConfig, EngineInfo
 from engines.operations import OperationKind
 
-PROTOCOL = 3
-"""Raised when a message changes its meaning; gateway and engine process must agree on it."""
+PROTOCOL = 4
+"""Raised when a message, or the page of vital signs, changes its meaning; gateway and engine process must agree."""
 
 
 class RunAddress(msgspec.Struct, frozen=True, array_like=True):
@@ -203,7 +203,8 @@ class SampleDelta(msgspec.Struct, frozen=True, tag="sample_delta"):
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
-    """Answer to `Ping`, sent between calls; `stats` are the engine's counters by name."""
+    """Answer to `Ping`, sent between calls; `stats` are the engine's counters by name. Signs of life are elsewhere: in
+    `engines.vitals`."""
 
     stats: dict[str, float]
 

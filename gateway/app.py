@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import resource
 import secrets
-import signal
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from types import FrameType
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -40,6 +36,7 @@ from gateway.openapi import with_refusals
 from gateway.pages import add_pages
 from gateway.retention import Retention
 from gateway.settings import Settings, load_settings
+from gateway.shutdown import draining_on_signals
 from gateway.signed_urls import SignedUrls
 from gateway.state import Gateway
 from gateway.store import Store
@@ -158,13 +155,12 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
         gateway.fleet.start()
         gateway.duties.start()
         try:
-            with answering_waiters_on_signals(
-                gateway.futures.answer_waiters, gateway.completions.answer_waiters
-            ):
+            answers = (gateway.futures.answer_waiters, gateway.completions.answer_waiters)
+            with draining_on_signals(gateway.fleet, answers):
                 yield gateway
         finally:
             await gateway.duties.stop()
-            await gateway.fleet.stop()
+            await gateway.fleet.drain()
             await gateway.notices.stop()
             await gateway.removals.close()
     finally:
@@ -218,34 +214,6 @@ def _configure_log(level: str) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s gateway: %(message)s"))
         logger.addHandler(handler)
-
-
-@contextmanager
-def answering_waiters_on_signals(*answers: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM answer every waiting client at once; the server would otherwise wait for their long polls.
-
-    The server's own handlers, which were installed before, do the rest.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        for answer in answers:
-            loop.call_soon_threadsafe(answer)
-        server = previous[signal.Signals(number)]
-        if callable(server):
-            server(number, frame)
-
-    for number in previous:
-        signal.signal(number, on_signal)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _check_file_limit() -> None:

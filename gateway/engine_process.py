@@ -23,6 +23,8 @@ from engines import messages
 from engines.interface import EngineConfig, EngineInfo, UserError
 from engines.messages import RunAddress, SampleDelta
 from engines.operations import OperationKind
+from engines.vitals import Doing, Signs, Vitals
+from gateway.engine_watch import Patience, until_condemned
 from gateway.errors import EngineFailed, EngineLost
 from gateway.settings import engine_environment
 
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_STOP_S = 10.0
+_DEATH_S = 10.0
+"""Seconds that a killed process is waited for; one that hangs inside a system call dies when that returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,18 @@ class EngineProcess:
     info: EngineInfo
     tokenizer_files: dict[str, bytes]
 
-    def __init__(self, config: EngineConfig, python: str) -> None:
+    def __init__(self, config: EngineConfig, python: str, patience: Patience) -> None:
         self.config = config
         self.stats: dict[str, float] = {}
+        self.served = False
+        """Whether it has answered a call, so that starting it was worth it."""
+        self.last_signs = Signs(0, (0, 0), Doing.NOTHING, 0)
+        """Once it is lost: what it was doing then."""
+        self.lost_samples = 0
+        """Once it is lost: how many samples it had."""
         self._python = python
+        self._patience = patience
+        self._vitals = Vitals.create()
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
         self._address = f"ipc://{Path(self._folder.name) / 'engine.sock'}"
         self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
@@ -80,9 +91,11 @@ class EngineProcess:
         return self._process.pid if self._process is not None else None
 
     @classmethod
-    async def start(cls, config: EngineConfig, python: str, timeout_s: float) -> EngineProcess:
+    async def start(
+        cls, config: EngineConfig, python: str, timeout_s: float, patience: Patience
+    ) -> EngineProcess:
         """Start a process and wait until its model is loaded. Raises EngineStartFailed, of which ModelRefused."""
-        engine = cls(config, python)
+        engine = cls(config, python, patience)
         try:
             await engine._spawn()
             await asyncio.wait_for(asyncio.shield(engine._ready), timeout_s)
@@ -149,27 +162,33 @@ class EngineProcess:
         """Free what a run occupies."""
         await self._send(messages.DropRun(run_id))
 
-    async def stop(self) -> None:
-        """Let the process finish the call at hand and exit; kill it if it takes long."""
+    @property
+    def busy(self) -> bool:
+        """Whether it has calls or samples, whoever sent them."""
+        return bool(self._calls or self._samples)
+
+    async def stop(self, within_s: float) -> None:
+        """Let the process finish the call at hand and exit; kill it when the time is over."""
         if self._process is None:
             return
         with contextlib.suppress(EngineLost):
             await self._send(messages.Stop())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), _STOP_S)
+            await asyncio.wait_for(self._process.wait(), within_s)
         await self.kill()
 
     async def kill(self) -> None:
         """End the process at once and release everything."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
-            await self._process.wait()
+            await self._await_death(self._process)
         self._lose("it was stopped")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close()
         self._folder.cleanup()
+        self._vitals.close()
 
     # ------------------------------------------------------------------ inside
 
@@ -181,12 +200,16 @@ class EngineProcess:
             "engines.host",
             "--connect",
             self._address,
+            "--vitals",
+            str(self._vitals.descriptor),
             stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and then the engine exits
             env=engine_environment(),
+            pass_fds=(self._vitals.descriptor,),
         )
         self._tasks = [
             asyncio.create_task(self._receive_forever(), name=f"engine-{self.config.name}-receive"),
             asyncio.create_task(self._ping_forever(), name=f"engine-{self.config.name}-ping"),
+            asyncio.create_task(self._await_end(self._process), name=f"engine-{self.config.name}-end"),
             asyncio.create_task(self._watch(self._process), name=f"engine-{self.config.name}-watch"),
         ]
         for task in self._tasks:
@@ -205,6 +228,20 @@ class EngineProcess:
                 self._process.kill()
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """A process that shows no life, or gets no further, is killed; whoever waits for it is told at once."""
+        cause = await until_condemned(self._vitals, self._patience)
+        log.error("engine %s: process %d is killed: %s", self.config.name, process.pid, cause)
+        self._lose(cause)
+        if process.returncode is None:
+            process.kill()
+
+    async def _await_death(self, process: asyncio.subprocess.Process) -> None:
+        try:
+            await asyncio.wait_for(process.wait(), _DEATH_S)
+        except TimeoutError:
+            log.error("engine %s: process %d was killed and does not end", self.config.name, process.pid)
+
+    async def _await_end(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()
         cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         self._lose(f"its process ended ({cause})")
@@ -224,10 +261,12 @@ class EngineProcess:
     async def _accept(self, message: messages.FromEngine, payloads: list[bytes]) -> None:
         match message:
             case messages.Performed():
+                self.served = True
                 _resolve(self._calls.pop(message.call_id, None), (message, payloads))
             case messages.SampleDelta():
                 self._put(message.call_id, message)
             case messages.Sampled():
+                self.served = True
                 self._put(message.call_id, _sample_outcome(message, payloads))
             case messages.Pong():
                 self.stats = message.stats
@@ -260,6 +299,8 @@ class EngineProcess:
         """Tell everyone who waits that no answer will come."""
         if self.lost.done():
             return
+        self.last_signs = self._vitals.read()
+        self.lost_samples = len(self._samples)
         self.lost.set_result(cause)
         error = EngineLost(f"engine {self.config.name} is gone: {cause}")
         _fail(self._ready, error)

@@ -33,6 +33,8 @@ class Fleet:
     ) -> None:
         self.holder = _holder(settings)
         """This process, as leases name it."""
+        self._drain_s = settings.drain_s
+        self._drained: asyncio.Future[None] | None = None
         self.dispatchers: dict[str, Dispatcher] = {}
         for engine in settings.engines:
             supervisor = Supervisor(engine, settings, store, self.holder)
@@ -46,10 +48,24 @@ class Fleet:
             dispatcher.supervisor.start()
             dispatcher.start()
 
-    async def stop(self) -> None:
-        """Stop feeding, then stop the processes. What is open stays in the database."""
-        await asyncio.gather(*(dispatcher.stop() for dispatcher in self.dispatchers.values()))
-        await asyncio.gather(*(dispatcher.supervisor.stop() for dispatcher in self.dispatchers.values()))
+    async def drain(self) -> None:
+        """Finish what is at hand and begin nothing, within `drain_s`; then stop the processes and give the leases back.
+
+        What is open stays in the database. More than once is no error.
+        """
+        if self._drained is None:
+            self._drained = asyncio.ensure_future(self._drain())
+        await asyncio.shield(self._drained)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the end of this gateway has begun."""
+        return self._drained is not None
+
+    async def _drain(self) -> None:
+        deadline = asyncio.get_running_loop().time() + self._drain_s
+        await asyncio.gather(*(dispatcher.drain(deadline) for dispatcher in self.dispatchers.values()))
+        await asyncio.gather(*(each.supervisor.stop(deadline) for each in self.dispatchers.values()))
 
     def accept(self, future: Future, body: bytes | None) -> None:
         """A future has become durable; `body` is its input where that is at hand."""

@@ -21,7 +21,8 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """200 when the database answers and every engine has loaded its model, here or at another gateway, else 503.
+    """200 when the database answers and every engine has loaded its model, here or at another gateway, else 503, as
+    while this gateway shuts down.
 
     The answer has the state of each. What is wrong with an engine names paths and hosts: it is told to callers who may
     use the gateway.
@@ -31,8 +32,9 @@ async def readyz(request: Request) -> Response:
     known = await _is_known(gateway, request)
     supervisors = [dispatcher.supervisor for dispatcher in gateway.fleet.dispatchers.values()]
     engines = {supervisor.engine.name: _describe(supervisor, known) for supervisor in supervisors}
-    ready = all(supervisor.wherever is EngineState.READY for supervisor in supervisors)
-    return JSONResponse({"ready": ready, "engines": engines}, 200 if ready else 503)
+    draining = gateway.fleet.draining
+    ready = not draining and all(supervisor.wherever is EngineState.READY for supervisor in supervisors)
+    return JSONResponse({"ready": ready, "draining": draining, "engines": engines}, 200 if ready else 503)
 
 
 async def _is_known(gateway: Gateway, request: Request) -> bool:

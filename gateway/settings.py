@@ -115,11 +115,19 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine_start_timeout_s: float = 600.0
     """Seconds in which an engine process must have loaded its model."""
     engine_restart_delay_s: float = 0.5
-    """Seconds before an engine that died is started again; doubles with each failure in a row, up to a minute."""
+    """Seconds before an engine that died is started again; doubles with each life in a row that has answered no call,
+    up to a minute."""
     engine_owner_timeout_s: float = 30.0
     """Seconds without a sign of life from the gateway after which an engine process exits."""
-    max_attempts: int = 3
-    """Engines that may die while they perform an operation, or restore its run for it, before it fails."""
+    engine_silence_s: float = 15.0
+    """Seconds without a sign of life from an engine process, in a call or not, after which it is killed and replaced;
+    four times as long while it loads."""
+    engine_hang_s: float = 600.0
+    """Seconds in which one call or decoding step gets no further, after which the process is killed and replaced."""
+    max_attempts: int = 2
+    """Engines that may die over an operation before it fails."""
+    drain_s: float = 10.0
+    """Seconds in which a gateway that is to end finishes the calls at hand; the rest is done by its successor."""
     lease_s: float = 15.0
     """Seconds for which a gateway holds an engine's lease; renewed three times in each."""
     session_timeout_s: float = 86400.0
@@ -228,9 +236,7 @@ def _checked(settings: Settings) -> Settings:
     for name in names:
         if names.count(name) > 1:
             raise ConfigurationError(f"engines: the name {name!r} stands twice; names are unique")
-    for name in ("gap_timeout_s", "lease_s", "engine_start_timeout_s", "engine_owner_timeout_s", "duty_s"):
-        if getattr(settings, name) <= 0:
-            raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be above 0 seconds")
+    _check_times(settings)
     for name in (
         "max_body_bytes",
         "max_decompressed_bytes",
@@ -262,6 +268,22 @@ def _check_retention(settings: Settings) -> None:
             f"result_retention_s is {settings.result_retention_s}; it must be above 0 and at most future_retention_s, "
             f"which is {settings.future_retention_s}"
         )
+
+
+def _check_times(settings: Settings) -> None:
+    for name in (
+        "gap_timeout_s",
+        "lease_s",
+        "engine_start_timeout_s",
+        "engine_owner_timeout_s",
+        "duty_s",
+        "drain_s",
+    ):
+        if getattr(settings, name) <= 0:
+            raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be above 0 seconds")
+    for name in ("engine_silence_s", "engine_hang_s"):
+        if getattr(settings, name) < 1:
+            raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1 second")
 
 
 def _check_what_clients_meet(settings: Settings) -> None:

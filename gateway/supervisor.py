@@ -1,4 +1,4 @@
-"""Keeps one engine running: takes its lease, starts it with a new epoch, notices its death, starts it again.
+"""Keeps one engine running: takes its lease, starts it with a new epoch, notices its end, starts it again.
 
 While another gateway has the lease this one waits for it, and knows what the engine has told there. The state says what
 an operator sees; `now` hands out the process for as long as it lives.
@@ -13,6 +13,7 @@ import logging
 
 from engines.interface import EngineConfig, EngineInfo
 from gateway.engine_process import EngineProcess, EngineStartFailed, ModelRefused
+from gateway.engine_watch import Patience
 from gateway.errors import EngineElsewhere, EngineUnavailable, ModelNotLoadable, StoreUnavailable
 from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
@@ -26,6 +27,11 @@ _LONGEST_DELAY_S = 60.0
 _FAILED_DELAY_S = 60.0
 """Seconds after which a model that could not be loaded is tried again: somebody may have put it right meanwhile."""
 _STEADY_S = 60.0
+"""Seconds of a life after which the next one follows soon, also when no call was answered in it."""
+_LEAST_STOP_S = 1.0
+"""Seconds for an idle process to exit by itself, however little of the time to drain is left."""
+_FAILING_STARTS = 3
+"""Starts in a row that must fail before new work is refused."""
 
 
 class EngineState(enum.StrEnum):
@@ -35,6 +41,7 @@ class EngineState(enum.StrEnum):
     STARTING = "starting"  # its process loads the model
     READY = "ready"  # it takes work
     DOWN = "down"  # it died or could not start; it is started again after a pause
+    FAILING = "failing"  # several starts in a row have failed; it is tried again, more and more rarely
     FAILED = "failed"  # it cannot load its model, and says what to change; it is tried again now and then
     STOPPED = "stopped"  # the gateway shuts down
 
@@ -63,17 +70,25 @@ class Supervisor:
         self._holder = holder
         self._changed = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
         self._stopping = False
+        self._bad_lives = 0
+        self._failed_starts = 0
 
     def start(self) -> None:
         """Start supervising; call it in the running loop."""
         self._task = asyncio.create_task(self._supervise(), name=f"supervise-{self.engine.name}")
 
-    async def stop(self) -> None:
-        """Stop the process and give the lease back."""
+    def close(self) -> None:
+        """Hand the process out to nobody new: the gateway shuts down."""
+        self._closed = True
+
+    async def stop(self, deadline: float) -> None:
+        """Stop the process, by the loop's time `deadline` or soon after, and give the lease back."""
         self._stopping = True
-        if self.process is not None:
-            await self.process.stop()  # first: the task below kills what it finds running
+        if self.process is not None:  # first: the task below kills what it finds running
+            left_s = deadline - asyncio.get_running_loop().time()
+            await self.process.stop(max(left_s, _LEAST_STOP_S))
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -101,6 +116,8 @@ class Supervisor:
         """The running process; raises ModelNotLoadable, EngineElsewhere when another gateway has it ready, or
         EngineUnavailable saying what the engine does instead."""
         self.require_loadable()
+        if self._closed:
+            raise EngineUnavailable("the gateway shuts down; try again in a moment")
         if self.state is EngineState.READY and self.process is not None:
             return self.process
         if self.elsewhere is not None and self.wherever is EngineState.READY:
@@ -133,22 +150,23 @@ class Supervisor:
         return f"{state} ({self.trouble})" if unwell else state
 
     def require_loadable(self) -> None:
-        """Raises ModelNotLoadable, with the engine's own sentence: nobody can tell how long new work would wait."""
+        """Raises ModelNotLoadable, with the engine's own sentence, or EngineUnavailable while it fails to start over
+        and over: nobody can tell how long new work would wait."""
         if self.wherever is EngineState.FAILED:
             raise ModelNotLoadable(
                 f"the engine of {self.engine.base_model} cannot load it: {self.trouble}", param="base_model"
             )
+        if self.wherever is EngineState.FAILING:
+            raise EngineUnavailable(
+                f"the engine of {self.engine.base_model} is {self.described}; new work is taken when it has started"
+            )
 
     async def _supervise(self) -> None:
-        failures = 0
-        loop = asyncio.get_running_loop()
         while True:
-            started_at = loop.time()
             outcome = await self._live_once()
             if self._stopping:
                 return
-            failures = 0 if loop.time() - started_at > _STEADY_S else failures + 1
-            delay = _FAILED_DELAY_S if outcome is EngineState.FAILED else self._delay(failures)
+            delay = _FAILED_DELAY_S if outcome is EngineState.FAILED else self._delay()
             log.warning(
                 "engine %s is %s: %s; starting it again in %.1f s",
                 self.engine.name,
@@ -163,12 +181,15 @@ class Supervisor:
 
     async def _live_once(self) -> EngineState:
         """One life of the engine; what it is in after that, which `problem` explains."""
+        self._bad_lives += 1
         try:
             await self._live()
         except ModelRefused as error:
             self.problem = str(error)
             return EngineState.FAILED
-        except (EngineStartFailed, StoreUnavailable) as error:
+        except EngineStartFailed as error:
+            return self._start_failed(str(error))
+        except StoreUnavailable as error:
             self.problem = str(error)
         except (
             Exception
@@ -177,21 +198,35 @@ class Supervisor:
             self.problem = f"unexpected error, see the log: {type(error).__name__}"
         return EngineState.DOWN
 
-    def _delay(self, failures: int) -> float:
-        return min(self._settings.engine_restart_delay_s * 2.0 ** (failures - 1), _LONGEST_DELAY_S)
+    def _start_failed(self, problem: str) -> EngineState:
+        self._failed_starts += 1
+        if self._failed_starts < _FAILING_STARTS:
+            self.problem = problem
+            return EngineState.DOWN
+        self.problem = f"{self._failed_starts} starts in a row have failed, the last one because {problem}"
+        return EngineState.FAILING
+
+    def _delay(self) -> float:
+        """Doubles with each life in which nothing was achieved; a good one is followed by the next at once."""
+        doubled = 2.0 ** min(max(self._bad_lives - 1, 0), 30)
+        return min(self._settings.engine_restart_delay_s * doubled, _LONGEST_DELAY_S)
 
     async def _live(self) -> None:
         """From lease to death."""
         self.epoch = await self._take_lease()
-        if self.wherever is EngineState.FAILED:  # which it stays until it does load
+        if self.wherever in (EngineState.FAILED, EngineState.FAILING):  # which it stays until it does load
             self.problem = self.trouble
-            await self._become(EngineState.FAILED)
+            await self._become(self.wherever)
         else:
             await self._become(EngineState.STARTING)
         self.starts += 1
+        settings = self._settings
+        patience = Patience(settings.engine_silence_s, settings.engine_hang_s)
         self.process = await EngineProcess.start(
-            self._config(), self.engine.python, self._settings.engine_start_timeout_s
+            self._config(), self.engine.python, settings.engine_start_timeout_s, patience
         )
+        started_at = asyncio.get_running_loop().time()
+        self._failed_starts = 0
         try:
             self.info = self.process.info
             self.tokenizer_files = self.process.tokenizer_files
@@ -204,6 +239,8 @@ class Supervisor:
             await self._tell(self.process)
             self.problem = await self._until_lost(self.process)
         finally:
+            if self.process.served or asyncio.get_running_loop().time() - started_at > _STEADY_S:
+                self._bad_lives = 0
             await self._become(EngineState.DOWN)
             await self.process.kill()
             self.process = None

@@ -150,11 +150,20 @@ class ServedGateway:
         if self.running:
             self.kill()
 
-    def stop(self) -> int:
-        """As Ctrl-C does; the exit status."""
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """As Ctrl-C does, or another signal; the exit status."""
+        self.signal(number)
+        return self.wait()
+
+    def signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
         assert self._process is not None
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        assert self._process is not None
         return self._process.wait(30)
 
 

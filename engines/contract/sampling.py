@@ -49,6 +49,16 @@ class SamplingContract:
         assert np.isnan(scores[0])
         assert distance([scores[1:]], [caller.score(prompt)]) < self.sampling_tolerance
 
+    def test_every_step_is_counted_as_a_pass(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        engine.start_sample(1, request(text(caller.info, 6), max_tokens=4))
+        seen = [engine.passes]
+        while engine.sampling:
+            engine.advance()
+            seen.append(engine.passes)
+        assert len(seen) >= 4
+        assert seen == sorted(set(seen))
+
     def test_prompt_log_probs_are_not_tempered(self, engine: Engine) -> None:
         caller = Caller(engine)
         prompt = text(caller.info, 6)

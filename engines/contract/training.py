@@ -44,6 +44,16 @@ class TrainingContract:
         assert all(0 <= token < info.vocab_size for token in info.eos_tokens)
         assert {"resident_runs", "resident_adapters", "active_samples"} <= engine.stats().keys()
 
+    def test_passes_are_counted_so_that_a_call_which_gets_no_further_is_noticed(self, engine: Engine) -> None:
+        caller = Caller(engine)
+        caller.create("run")
+        data = batch(caller.info)
+        seen = [engine.passes]
+        for call in (caller.forward_backward, caller.forward):
+            call(data)
+            seen.append(engine.passes)
+        assert seen == sorted(set(seen))
+
     def test_parameters_grow_with_the_rank(self, engine: Engine) -> None:
         caller = Caller(engine)
         one = caller.create("one", rank=1).parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -56,6 +57,7 @@ class FakeEngine(Engine):
         self._versions = AdapterVersions(self._storage)
         self._samples: dict[int, Sample] = {}
         self._info = _info(config, options)
+        self._passes = 0
 
     @classmethod
     def load(cls, config: EngineConfig) -> FakeEngine:
@@ -157,6 +159,7 @@ class FakeEngine(Engine):
     def advance(self) -> list[SampleEvent]:
         if self._samples:
             self._delay()
+            self._passes += 1
         events: list[SampleEvent] = []
         for sample in list(self._samples.values()):
             events += sample.advance()
@@ -170,6 +173,10 @@ class FakeEngine(Engine):
     @property
     def sampling(self) -> bool:
         return bool(self._samples)
+
+    @property
+    def passes(self) -> int:
+        return self._passes
 
     def stats(self) -> dict[str, float]:
         return {
@@ -185,15 +192,18 @@ class FakeEngine(Engine):
             time.sleep(self._options.delay_s)
 
     def _look_at(self, texts: Iterable[NDArray[Any]]) -> None:
-        """Break, or die, at the tokens that the options name."""
-        fatal, failing = self._options.crash_on_token, self._options.fail_on_token
-        if fatal is None and failing is None:
-            return
+        """Break, get stuck or die at the tokens that the options name."""
+        options = self._options
         for text in texts:
-            if fatal is not None and fatal in text:
+            self._passes += 1
+            if options.crash_on_token is not None and options.crash_on_token in text:
                 os._exit(_CRASHED)
-            if failing is not None and failing in text:
-                raise RuntimeError(f"token {failing} was met, which options.fail_on_token names")
+            if options.hang_on_token is not None and options.hang_on_token in text:
+                threading.Event().wait()
+            if options.fail_on_token is not None and options.fail_on_token in text:
+                raise RuntimeError(
+                    f"token {options.fail_on_token} was met, which options.fail_on_token names"
+                )
 
 
 def _attempt(perform: Callable[[str, Op], Outcome], item: RunOperation[Op]) -> Outcome | UserError:

@@ -16,6 +16,8 @@ class FakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that every training call and every decoding step takes longer."""
     crash_on_token: int | None = None
     """The process dies at once when a training datum or a prompt contains this token."""
+    hang_on_token: int | None = None
+    """The call never ends when a training datum or a prompt contains this token."""
     fail_on_token: int | None = None
     """The call raises RuntimeError when a training datum or a prompt contains this token."""
     max_context: int = 8192

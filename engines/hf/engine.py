@@ -175,6 +175,10 @@ class HfEngine(Engine):
     def sampling(self) -> bool:
         return self.decoder.active > 0
 
+    @property
+    def passes(self) -> int:
+        return self.base.passes
+
     def stats(self) -> dict[str, float]:
         return {
             "resident_runs": len(self.runs),

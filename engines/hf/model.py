@@ -46,6 +46,7 @@ class BaseModel:
         self.threads = threads
         self.decoder: nn.Module = module.get_decoder()
         self.routing = Routing()
+        self.passes = 0
         self.sites = _attach(module, self.routing)
         head = module.get_output_embeddings()
         self.unembedding = Unembedding(head.weight, head.bias, len(self.sites) - 1)
@@ -58,6 +59,7 @@ class BaseModel:
 
     def hidden(self, pack: Pack, layout: Layout, segments: Sequence[Segment]) -> Tensor:
         """Hidden states after the last norm, [T, H], of a batch of one pack (or [B, H] of B rows of one token)."""
+        self.passes += 1
         self.threads.share(self._weights, pack.tokens.numel())
         with self.routing.along(segments):
             out = self.decoder(

@@ -8,9 +8,11 @@ still open, and a run that the engine does not have is built again from its log 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
+from gateway.dispatch.blame import Blame
 from gateway.dispatch.elsewhere import QueuesElsewhere
 from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.sampling import GIVEN_UP, SamplingLane
@@ -27,6 +29,9 @@ from gateway.supervisor import EngineState, Supervisor
 log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.2
+_LOOK_S = 0.02
+_LAST_WRITES_S = 1.0
+"""Seconds for the last outcomes to be stored when the time to drain is over."""
 
 
 class Dispatcher:
@@ -44,14 +49,16 @@ class Dispatcher:
         on_lost: Callable[[str], None],
     ) -> None:
         self.supervisor = supervisor
-        self.training = TrainingLane(store, settings, on_settled)
-        self.sampling = SamplingLane(store, settings, on_settled)
+        self._blame = Blame(settings.max_attempts)
+        self.training = TrainingLane(store, settings, on_settled, self._blame)
+        self.sampling = SamplingLane(store, settings, on_settled, self._blame)
         self._store = store
         self._on_opened = on_opened
         self._on_settled = on_settled
         self._on_lost = on_lost
         self._elsewhere = QueuesElsewhere(store, settings, supervisor.engine.name)
         self._task: asyncio.Task[None] | None = None
+        self._engine: EngineProcess | None = None
         self._died_over: list[str] = []
 
     @property
@@ -73,12 +80,24 @@ class Dispatcher:
         """Start feeding; call it in the running loop."""
         self._task = asyncio.create_task(self._feed_forever(), name=f"dispatch-{self.name}")
 
-    async def stop(self) -> None:
-        """Stop feeding. What is under way stays open in the database."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+    async def drain(self, deadline: float) -> None:
+        """Begin nothing any more, wait until the loop's time `deadline` for what is in the engine, and store what has
+        come out of it. What is under way then stays open in the database."""
+        self.supervisor.close()
+        self.training.close()
+        self.sampling.close()
+        if self._task is None:
+            return
+        engine = self._engine
+        if engine is not None:
+            await asyncio.wait({self._task}, timeout=_left(deadline))
+            while engine.busy and _left(deadline):  # noqa: ASYNC110 - requests that are not stored tell nobody
+                await asyncio.sleep(_LOOK_S)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
         await self.sampling.cancel()
+        with contextlib.suppress(StoreUnavailable, TimeoutError):
+            await asyncio.wait_for(self._store.database.barrier(), max(_left(deadline), _LAST_WRITES_S))
 
     def accept(self, future: Future, body: bytes | None) -> None:
         """A future of this engine has become durable; `body` is its input where that is at hand.
@@ -133,7 +152,9 @@ class Dispatcher:
             engine = await self.supervisor.ready()
             try:
                 await self._reload()
+                self._engine = engine
                 await self._feed(engine)
+                return
             except* (EngineLost, StoreUnavailable, Interrupted) as group:
                 causes = "; ".join(dict.fromkeys(str(error) for error in group.exceptions))
                 log.warning("engine %s: starting over from the database: %s", self.name, causes)
@@ -141,8 +162,10 @@ class Dispatcher:
                 Exception
             ):  # boundary: a bug must not silence an engine for good; it is logged, memory is rebuilt
                 log.exception("engine %s: unexpected error while feeding it", self.name)
+            finally:
+                self._engine = None
             if engine.lost.done():
-                self._died_over += [*self.training.in_engine, *self.sampling.in_engine]
+                self._put_down(engine)
             await asyncio.sleep(_PAUSE_S)
 
     async def _forget(self) -> None:
@@ -153,10 +176,18 @@ class Dispatcher:
         self.training.reset()
         self._on_lost(self.name)
 
+    def _put_down(self, engine: EngineProcess) -> None:
+        """Find out over what an engine has died."""
+        if self.training.restoring is not None:
+            self._blame.died_restoring(engine.last_signs, self.training.restoring)
+        self._died_over += self._blame.died(
+            engine.last_signs, self.training.in_engine, self.sampling.in_engine, engine.lost_samples
+        )
+
     async def _reload(self) -> None:
         """Forget what is in memory, then read what this engine owes; what arrives meanwhile is kept.
 
-        What was in an engine when it died is written down first. A gateway that dies blames nobody.
+        What engines have died over is written down first. A gateway that dies blames nobody.
         """
         await self._store.futures.count_deaths(self._died_over)
         self._died_over = []
@@ -170,11 +201,20 @@ class Dispatcher:
                 self.training.reopen(future.run_id)
 
     async def _feed(self, engine: EngineProcess) -> None:
+        """Until both lanes have been closed and are empty; raises what ends it before."""
         quarantine = Quarantine()  # a new one for each engine process: nobody is in it yet
-        async with asyncio.TaskGroup() as lanes:
-            lanes.create_task(self.training.feed(engine, quarantine))
-            lanes.create_task(self.sampling.feed(engine, quarantine))
-            lanes.create_task(_raise_when_lost(engine))
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(_raise_when_lost(engine))
+            lanes = [
+                group.create_task(self.training.feed(engine, quarantine)),
+                group.create_task(self.sampling.feed(engine, quarantine)),
+            ]
+            await asyncio.wait(lanes)
+            watch.cancel()
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - asyncio.get_running_loop().time(), 0.0)
 
 
 async def _raise_when_lost(engine: EngineProcess) -> None:

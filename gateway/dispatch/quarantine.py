@@ -4,17 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from gateway.store.records import Future
-
-_SUSPECT = 2
-"""Deaths of the engine after which what was under way is repeated alone. After the first one all go on together: most
-deaths are nobody's fault, and hundreds of samples one by one would take long."""
-
-
-def suspected(future: Future) -> bool:
-    """Whether engines have died over it so often that it has to run alone."""
-    return future.deaths >= _SUSPECT
-
 
 class Quarantine:
     """Who is in an engine, over both lanes: any number together, or one alone."""

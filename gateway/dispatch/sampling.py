@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from engines.interface import UserError
+from gateway.dispatch.blame import Blame
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed
-from gateway.dispatch.quarantine import Quarantine, suspected
+from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.run_queue import Turns
 from gateway.dispatch.standing import Standing
-from gateway.dispatch.training import Interrupted, sent, worn_out
+from gateway.dispatch.training import Interrupted, sent
 from gateway.engine_process import Drawn, EngineProcess
 from gateway.errors import EngineFailed, EngineLost, TooManyRequests
 from gateway.settings import Settings
@@ -40,9 +41,14 @@ class SamplingLane:
     """The samples of one engine: most wait here, some are in the engine's batch."""
 
     def __init__(
-        self, store: Store, settings: Settings, on_settled: Callable[[Settled | None], None]
+        self,
+        store: Store,
+        settings: Settings,
+        on_settled: Callable[[Settled | None], None],
+        blame: Blame,
     ) -> None:
         self._store = store
+        self._blame = blame
         self._settings = settings
         self._on_settled = on_settled
         self._waiting: dict[str, Future] = {}
@@ -51,6 +57,7 @@ class SamplingLane:
         self._active: dict[str, _Active] = {}
         self._given_up: set[str] = set()
         self._broken: BaseException | None = None
+        self._closed = False
         self._wake = asyncio.Event()
         self.in_engine: set[str] = set()
 
@@ -73,6 +80,11 @@ class SamplingLane:
         self._inputs.clear()
         self._broken = None
         self.in_engine.clear()
+
+    def close(self) -> None:
+        """Begin nothing any more; `feed` ends when nothing is under way."""
+        self._closed = True
+        self._wake.set()
 
     async def cancel(self) -> None:
         """Leave what is under way; it stays open in the database."""
@@ -123,8 +135,8 @@ class SamplingLane:
             )
 
     async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
-        """Until the engine is lost or a write fails."""
-        while True:
+        """Until the lane is closed and empty. Raises EngineLost, and Interrupted when a write fails."""
+        while not (self._closed and not self._active):
             await self._wake.wait()
             self._wake.clear()
             if engine.lost.done():
@@ -143,10 +155,10 @@ class SamplingLane:
 
     async def _claim(self, engine: EngineProcess, quarantine: Quarantine) -> list[tuple[Future, bytes]]:
         """As many samples as there is room for in the engine, owners in turn."""
-        batch = self._take_batch()
+        batch = [] if self._closed else self._take_batch()
         if not batch:
             return []
-        await quarantine.enter(alone=suspected(batch[0]), count=len(batch))
+        await quarantine.enter(alone=self._blame.suspected(batch[0]), count=len(batch))
         epoch = engine.config.epoch
         inputs = await self._claimed_inputs(Claim(tuple(future.request_id for future in batch), epoch))
         quarantine.leave(count=len(batch) - len(inputs))
@@ -161,11 +173,11 @@ class SamplingLane:
         while (request_id := self._next(room - len(batch), served)) is not None:
             future = self._waiting[request_id]
             served.add(future.owner)
-            if suspected(future) and batch:
+            if self._blame.suspected(future) and batch:
                 self._turns.put_back(future.owner, request_id)  # next, and alone
                 break
             batch.append(self._waiting.pop(request_id))
-            if suspected(future):
+            if self._blame.suspected(future):
                 break
         return batch
 
@@ -185,7 +197,7 @@ class SamplingLane:
 
     async def _sample(self, engine: EngineProcess, future: Future, body: bytes) -> None:
         self.in_engine.add(future.request_id)
-        outcome = worn_out(future, self._settings) or await self._outcome(engine, future, body)
+        outcome = self._blame.worn_out(future) or await self._outcome(engine, future, body)
         if outcome is not None:
             self.in_engine.discard(future.request_id)
             await self._store.futures.settle(outcome, self._on_settled)

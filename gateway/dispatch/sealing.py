@@ -37,6 +37,10 @@ class Sealing:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def finish(self) -> None:
+        """Wait until everything is encrypted and handed over."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def cancel(self) -> None:
         """Forget everything: it is done again from the database. What a thread has begun it ends all the same."""
         for task in self._tasks:

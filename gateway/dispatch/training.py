@@ -12,9 +12,10 @@ from typing import Any
 
 from engines.messages import RunAddress
 from engines.operations import OperationKind
+from gateway.dispatch.blame import Blame
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, outcomes_of
-from gateway.dispatch.quarantine import Quarantine, suspected
+from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.recovery import Restoration, RestoreFailed
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
@@ -28,6 +29,7 @@ from gateway.store.records import Future, Outcome, Settled
 
 log = logging.getLogger(__name__)
 
+_RESTORE_TRIES = 3
 _RESTORE_AGAIN_S = 0.25
 """Seconds before a restoration that failed is tried again; doubles with each try."""
 
@@ -40,15 +42,21 @@ class TrainingLane:
     """The operations of all runs of one engine, each run's in order."""
 
     def __init__(
-        self, store: Store, settings: Settings, on_settled: Callable[[Settled | None], None]
+        self,
+        store: Store,
+        settings: Settings,
+        on_settled: Callable[[Settled | None], None],
+        blame: Blame,
     ) -> None:
         self._store = store
+        self._blame = blame
         self._settings = settings
         self._on_settled = on_settled
         self._queue = TrainingQueue()
         self._unopened: dict[str, list[Future]] = {}
         self._inputs = RecentInputs(settings.input_cache_bytes)
         self._broken: Exception | None = None
+        self._closed = False
         self._wake = asyncio.Event()
         self._to_drop: set[str] = set()
         self._sealing = Sealing(settings)
@@ -56,6 +64,7 @@ class TrainingLane:
         self._failed_restores: dict[str, int] = {}
         self.resident: set[str] = set()
         self.in_engine: tuple[str, ...] = ()
+        self.restoring: str | None = None
 
     def accept(self, future: Future, body: bytes | None = None) -> None:
         """Queue an operation that has become durable; `body` is its input where that is at hand."""
@@ -85,6 +94,12 @@ class TrainingLane:
         self._failed_restores.clear()
         self.resident.clear()
         self.in_engine = ()
+        self.restoring = None
+
+    def close(self) -> None:
+        """Begin nothing any more; `feed` ends when the call at hand has."""
+        self._closed = True
+        self._wake.set()
 
     def reopen(self, run_id: str) -> None:
         """A run has open operations in the database."""
@@ -136,15 +151,18 @@ class TrainingLane:
         return None
 
     async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
-        """Until the engine is lost, or what is in memory cannot be trusted any more."""
+        """Until the lane is closed. Raises EngineLost, and Interrupted when what is in memory cannot be trusted."""
         while True:
             await self._work_or_time(engine)
+            if self._closed:
+                await self._sealing.finish()
+                return
             await self._open_runs()
             await self._drop_runs(engine)
             self._fail_gaps()
             batch = self._queue.take_batch()
             if batch:
-                await quarantine.enter(alone=suspected(batch[0]))
+                await quarantine.enter(alone=self._blame.suspected(batch[0]))
                 await self._advance(engine, batch)
                 quarantine.leave()
 
@@ -152,13 +170,14 @@ class TrainingLane:
         """Perform what the engine has the runs for; bring a run that it lacks a piece nearer."""
         ready: list[Future] = []
         for future in batch:
-            if (refusal := worn_out(future, self._settings)) is not None:
+            if (refusal := self._blame.worn_out(future)) is not None:
                 self._settle_one(refusal)
             elif future.kind == "create_run" or future.run_id in self.resident:
                 ready.append(future)
             else:
-                self.in_engine = (future.request_id,)
+                self.restoring = future.run_id
                 await self._restore(engine, future)
+                self.restoring = None
         if ready:
             self.in_engine = tuple(future.request_id for future in ready)
             await self._perform(engine, await self._claim(engine, ready))
@@ -166,7 +185,7 @@ class TrainingLane:
 
     async def _work_or_time(self, engine: EngineProcess) -> None:
         """Wait until there may be something to do: an operation, a broken write, or a gap to look after."""
-        if not (self._queue or self._unopened or self._broken):
+        if not (self._queue or self._unopened or self._broken or self._closed):
             with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps
                 await asyncio.wait_for(self._wake.wait(), min(self._settings.gap_timeout_s / 4, 5.0))
             self._wake.clear()
@@ -242,6 +261,7 @@ class TrainingLane:
         if complete:
             del self._restorations[run_id]
             self._failed_restores.pop(run_id, None)
+            self._blame.restored(run_id)
             self.resident.add(run_id)
         self._queue.put_back(future)
 
@@ -255,7 +275,7 @@ class TrainingLane:
         """What may pass (no memory beside the other runs, say) is tried again a few times, then it fails."""
         run_id = future.run_id or ""
         tries = self._failed_restores[run_id] = self._failed_restores.get(run_id, 0) + 1
-        if not error.passing or tries >= self._settings.max_attempts:
+        if not error.passing or tries >= _RESTORE_TRIES:
             del self._failed_restores[run_id]
             self._settle_one(failed(future, error.category, str(error)))
             return
@@ -321,13 +341,3 @@ def sent(future: Future, epoch: int) -> Future:
     """The future as a claim leaves it: an attempt is a start of the engine that it was sent to."""
     attempts = future.attempts + (future.epoch != epoch)
     return replace(future, epoch=epoch, attempts=attempts, started_at=time.time())
-
-
-def worn_out(future: Future, settings: Settings) -> Outcome | None:
-    """A call that engines keep dying over fails, so that everything else can go on."""
-    if future.deaths < settings.max_attempts:
-        return None
-    log.error("%s failed: the engine died %d times while it was performed", future.request_id, future.deaths)
-    return failed(
-        future, "server", f"the engine died {future.deaths} times while it performed this operation"
-    )

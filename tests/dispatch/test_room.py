@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from gateway.dispatch.blame import Blame
 from gateway.dispatch.sampling import SamplingLane
 from gateway.dispatch.training import TrainingLane
 from gateway.errors import TooManyRequests
@@ -19,7 +20,7 @@ SETTINGS = Settings(max_queued_per_run=3, max_queued_per_owner=5, max_queued_sam
 
 def training(*accepted: Future) -> TrainingLane:
     """A lane that has these operations and feeds no engine."""
-    lane = TrainingLane(cast(Store, None), SETTINGS, lambda settled: None)
+    lane = TrainingLane(cast(Store, None), SETTINGS, lambda settled: None, Blame(2))
     for future in accepted:
         if future.run_id not in lane._queue.runs:
             lane.accept(operation(future.run_id or "", 0, "create_run", future.owner))
@@ -81,7 +82,7 @@ def test_what_others_wait_for_is_taken_though_the_queue_is_full() -> None:
 
 def test_operations_of_runs_that_are_not_open_count_too() -> None:
     """As all do while their engine starts."""
-    lane = TrainingLane(cast(Store, None), SETTINGS, lambda settled: None)
+    lane = TrainingLane(cast(Store, None), SETTINGS, lambda settled: None, Blame(2))
     for run_id in ("a", "b"):
         for seq_id in (4, 5):
             lane.accept(operation(run_id, seq_id))
@@ -95,7 +96,7 @@ def test_operations_of_runs_that_are_not_open_count_too() -> None:
 
 
 def test_samples_of_an_owner_have_a_bound() -> None:
-    lane = SamplingLane(cast(Store, None), SETTINGS, lambda settled: None)
+    lane = SamplingLane(cast(Store, None), SETTINGS, lambda settled: None, Blame(2))
     lane.accept(sample(1))
     lane.require_room("alice")
     lane.accept(sample(2))
@@ -105,7 +106,7 @@ def test_samples_of_an_owner_have_a_bound() -> None:
 
 
 def test_a_waiting_sample_is_told_its_place() -> None:
-    lane = SamplingLane(cast(Store, None), SETTINGS, lambda settled: None)
+    lane = SamplingLane(cast(Store, None), SETTINGS, lambda settled: None, Blame(2))
     for number, owner in ((1, "alice"), (2, "bob"), (3, "alice"), (4, "alice")):
         lane.accept(sample(number, owner))
     standing = lane.standing(sample(4))

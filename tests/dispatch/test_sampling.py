@@ -12,6 +12,7 @@ from typing import cast
 
 import pytest
 
+from gateway.dispatch.blame import Blame
 from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.sampling import SamplingLane
 from gateway.engine_process import Drawn, EngineProcess
@@ -60,7 +61,7 @@ class Place:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.engine = PatientEngine()
-        self.lane = SamplingLane(store, settings, lambda settled: None)
+        self.lane = SamplingLane(store, settings, lambda settled: None, Blame(2))
 
     async def submit(self, owner: str, name: str, deaths: int = 0) -> None:
         future = Future(

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from engines.messages import Failure, Outcome, Performed, RunAddress
+from gateway.dispatch.blame import Blame
 from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.training import TrainingLane
 from gateway.engine_process import EngineProcess
@@ -76,7 +77,7 @@ class Place:
         self.store = store
         self.engine = ScriptedEngine()
         self.settled: dict[str, Settled] = {}
-        self.lane = TrainingLane(store, settings, self._heard)
+        self.lane = TrainingLane(store, settings, self._heard, Blame(2))
         self._arrived = asyncio.Event()
 
     def _heard(self, settled: Settled | None) -> None:
@@ -234,19 +235,20 @@ async def test_a_dropped_run_is_freed_when_nothing_of_it_waits(place: Place) -> 
     assert run.run_id not in place.lane.resident
 
 
-async def test_a_death_in_a_restoration_counts_for_that_operation_alone(place: Place) -> None:
+async def test_a_death_in_a_restoration_is_put_down_to_that_run_and_to_no_operation(place: Place) -> None:
     runs = [await place.begin(owner) for owner in ("alice", "bob")]
     for run in runs:
         await place.outcome(await place.submit(run, 1))
     place.lane.resident.clear()
-    seen: list[tuple[str, ...]] = []
+    seen: list[tuple[str | None, tuple[str, ...]]] = []
 
     def look(call: Call) -> None:
         if call[2]:
-            seen.append(place.lane.in_engine)
+            seen.append((place.lane.restoring, place.lane.in_engine))
 
     place.engine.script = look
     steps = await asyncio.gather(*(place.submit(run, 2, "optim_step") for run in runs))
     for step in steps:
         await place.outcome(step)
-    assert sorted(set(seen)) == sorted((step.request_id,) for step in steps)
+    assert set(seen) == {(run.run_id, ()) for run in runs}
+    assert place.lane.restoring is None

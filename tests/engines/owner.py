@@ -27,6 +27,7 @@ from engines.messages import (
     unpack_from_engine,
 )
 from engines.operations import Operation, OperationKind, encode
+from engines.vitals import Vitals
 from gateway.settings import engine_environment
 
 ROOT = Path(__file__).parents[2]
@@ -53,13 +54,16 @@ class Owner:
         self._folder = tempfile.TemporaryDirectory(prefix="owner-")
         self._log = Path(self._folder.name) / "log"
         address = f"ipc://{self._folder.name}/socket"
+        self.vitals = Vitals.create()
+        page = self.vitals.descriptor
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(address)
         with self._log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "engines.host", "--connect", address],
+                [sys.executable, "-m", "engines.host", "--connect", address, "--vitals", str(page)],
+                pass_fds=(page,),
                 stdin=subprocess.PIPE,
                 stderr=stream,
                 cwd=ROOT,
@@ -78,6 +82,7 @@ class Owner:
             self.process.stdin.close()
         self._socket.close()
         self._context.term()
+        self.vitals.close()
         self._folder.cleanup()
 
     def send(self, message: ToEngine, *payloads: bytes) -> None:

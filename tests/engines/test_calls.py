@@ -38,6 +38,7 @@ from engines.operations import (
 )
 from engines.performing import TrainingCalls
 from engines.sampling_calls import SamplingCalls
+from engines.vitals import Heart, Vitals
 from tests.engines.material import CREATE, STEP, learn, sample
 
 
@@ -319,7 +320,7 @@ def test_an_unexpected_error_while_loading_is_told_without_its_details(
     monkeypatch.setattr(host, "engine_class", explode)
     monkeypatch.setattr(host, "start_logging", lambda name: None)
     wire = Wire(Ping(), Load(config(tmp_path)))
-    assert host.run(wire) == host.EXIT_LOAD_FAILED  # type: ignore[arg-type]
+    assert host.run(wire, Heart(Vitals.create())) == host.EXIT_LOAD_FAILED  # type: ignore[arg-type]
     hello, failed = wire.told
     assert isinstance(hello, Hello)
     assert isinstance(failed, LoadFailed)
@@ -329,9 +330,9 @@ def test_an_unexpected_error_while_loading_is_told_without_its_details(
 
 def test_stop_instead_of_load_is_a_clean_end() -> None:
     wire = Wire(Stop())
-    assert host.run(wire) == host.EXIT_STOPPED  # type: ignore[arg-type]
+    assert host.run(wire, Heart(Vitals.create())) == host.EXIT_STOPPED  # type: ignore[arg-type]
 
 
 def test_an_owner_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_GREETING_S", 0.05)
-    assert host.run(Wire()) == host.EXIT_OWNER_GONE  # type: ignore[arg-type]
+    assert host.run(Wire(), Heart(Vitals.create())) == host.EXIT_OWNER_GONE  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from engines.fake import FakeEngine
 from engines.interface import EngineConfig, RunOperation, SampleEvent, UserError
 from engines.messages import Perform, Performed, RunAddress, Sample, Stop, pack, unpack_from_engine
 from engines.operations import ForwardBackward, ForwardResult, encode
+from engines.vitals import Vitals
 from tests.engines.material import CREATE, learn, sample
 
 CALLS = 40
@@ -92,7 +93,9 @@ def history(
         for i in range(1, CALLS + 1)
     ]
     socket = cast(host.Socket, Script([create, drawing, *calls]))
-    assert host.Host(socket, engine, engine.info(), config).serve() == host.EXIT_STOPPED
+    vitals = Vitals.create()
+    assert host.Host(socket, vitals, engine, engine.info(), config).serve() == host.EXIT_STOPPED
+    vitals.close()
     assert engine.history.count("c") == CALLS
     return engine.history
 

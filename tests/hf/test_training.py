@@ -232,3 +232,11 @@ def check_pending(engine: HfEngine, reference: Reference) -> None:
             assert difference(found, expected) <= TOLERANCE, (site.name, name)
             start += factor.numel()
     assert start == run.pending.numel()
+
+
+def test_every_pass_of_a_call_is_counted_while_it_is_made(make_engine: MakeEngine) -> None:
+    engine = make_engine(pass_tokens=12)
+    create(engine)
+    before = engine.passes
+    forward_backward(engine, supervised([10] * 5))
+    assert engine.passes == before + 5
