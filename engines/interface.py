@@ -40,6 +40,15 @@ class UserError(Exception):
     """The input cannot be honoured; the message names the field, what came and what is allowed."""
 
 
+class OutOfMemory(UserError):
+    """No memory was left for it; it had no effect, and nothing else is touched. `passing`: it may succeed when others
+    have finished; else it needs more than the device has."""
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
+
+
 class LoadError(Exception):
     """The base model or the plugin cannot be loaded; the message says what to change."""
 

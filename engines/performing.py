@@ -17,7 +17,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from engines.checks import check_operation
-from engines.interface import Engine, EngineConfig, EngineInfo, PendingSnapshot, RunOperation, UserError
+from engines.interface import (
+    Engine,
+    EngineConfig,
+    EngineInfo,
+    OutOfMemory,
+    PendingSnapshot,
+    RunOperation,
+    UserError,
+)
 from engines.messages import Failure, Outcome, Perform, Performed, Restore, RunAddress, TakeSnapshot
 from engines.operations import (
     CHANGES_STATE,
@@ -90,7 +98,7 @@ class TrainingCalls:
         lost: list[str] = []
         items = self._admit(call, bodies, outcomes, lost)
         begun = time.perf_counter()
-        results = self._call_engine(call.kind, items) if items else []
+        results = self._call_engine(call, items) if items else []
         seconds = time.perf_counter() - begun
         if isinstance(results, Failure):
             if call.kind in CHANGES_STATE:
@@ -227,11 +235,12 @@ class TrainingCalls:
 
     # ------------------------------------------------------------------ perform
 
-    def _call_engine(self, kind: OperationKind, items: Sequence[Item]) -> list[Any] | Failure:
+    def _call_engine(self, call: Perform, items: Sequence[Item]) -> list[Any] | Failure:
         """A result or failure for each item, or one failure when the engine broke.
 
         The runs of a call that changes them are dropped then; what only reads them leaves them as they were.
         """
+        kind = call.kind
         operations = [RunOperation(item.address.run_id, item.operation) for item in items]
         try:
             results = self._verbs[kind](operations)
@@ -245,12 +254,20 @@ class TrainingCalls:
             for item in items if kind in CHANGES_STATE else ():
                 self.drop(item.address.run_id)
             return failure
-        return [Failure("user", str(each)) if isinstance(each, UserError) else each for each in results]
+        return [
+            refused(each, f"{call.kind} of {item.address.run_id}#{item.address.seq_id}", replay=call.replay)
+            if isinstance(each, UserError)
+            else each
+            for each, item in zip(results, items, strict=True)
+        ]
 
 
 def _failure(error: Exception, kind: OperationKind, places: str) -> Failure:
     """The failure of a call. Storage that cannot be written to is named: its operator can do something about it."""
     failure = failure_of_engine(error, "this operation", f"{kind} of {places}")
+    if isinstance(error, MemoryError):
+        message = f"memory ran out in this operation; send it again later. The log says more under {failure.error_id}"
+        return Failure("server", message, failure.error_id)
     if kind != "save_weights" or not isinstance(error, OSError):
         return failure
     message = (
@@ -258,6 +275,16 @@ def _failure(error: Exception, kind: OperationKind, places: str) -> Failure:
         f"unchanged; save again when the storage is in order. The engine's log says more under {failure.error_id}"
     )
     return Failure("server", message, failure.error_id)
+
+
+def refused(error: UserError, what: str, *, replay: bool = False) -> Failure:
+    """The failure of what the engine did not apply. A lack of memory that may pass is the server's, and so is every one
+    in a replay, for there was enough the first time; another one is the sender's, who would repeat it in vain."""
+    if not isinstance(error, OutOfMemory):
+        return Failure("user", str(error))
+    error_id = secrets.token_hex(6)
+    log.error("error %s: no memory for %s: %s", error_id, what, error)
+    return Failure("server" if error.passing or replay else "user", str(error), error_id)
 
 
 def cause_of(error: OSError) -> str:

@@ -10,7 +10,7 @@ import msgspec
 from engines.interface import Engine, EngineInfo, SampleEnd, SampleEvent, SampleStep, UserError
 from engines.messages import Failure, FromEngine, Sample, Sampled, SampleDelta
 from engines.operations import decode_sample, encode
-from engines.performing import failure_of_engine
+from engines.performing import failure_of_engine, refused
 from engines.sample_checks import check_sample
 
 Send = Callable[..., None]
@@ -80,7 +80,7 @@ class SamplingCalls:
     def _end(self, event: SampleEnd) -> None:
         prompt_tokens = self._prompts.pop(event.call_id)
         if isinstance(event.result, UserError):
-            self._fail(event.call_id, Failure("user", str(event.result)))
+            self._fail(event.call_id, refused(event.result, f"sample {event.call_id}"))
             return
         answer = Sampled(
             event.call_id,

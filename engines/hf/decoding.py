@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from engines.hf.model import BaseModel, Pack
 from engines.hf.prompt_cache import Key, PromptCache
 from engines.hf.prompts import scores_of
 from engines.hf.samples import Row, Sample, segments_of
-from engines.interface import SampleEnd, SampleEvent, UserError
+from engines.interface import OutOfMemory, SampleEnd, SampleEvent, UserError
 from engines.prompts import first_token_needed
 
 GUEST_SLOTS = 16
@@ -50,6 +51,9 @@ class Decoder:
         self.prompts = PromptCache(0 if one_by_one else prompt_cache_bytes)
         self.queue = Line()
         self.rows: list[Row] = []
+        self.step = Step()
+        self.most_rows = self.cache.max_slots
+        """Sequences that may run together; less after memory has run out, until something ends."""
 
     def add(self, sample: Sample) -> None:
         """Queue a sample."""
@@ -69,7 +73,11 @@ class Decoder:
 
     @torch.inference_mode()
     def advance(self) -> list[SampleEvent]:
-        """One more token for every running sequence, the first one for those that join."""
+        """One more token for every running sequence, the first one for those that join.
+
+        When memory runs out (which raises torch's errors), nothing is to be done but `shed`.
+        """
+        self.step = Step([(row, row.held) for row in self.rows])
         rows, hidden = self._decode()
         joined, first_hidden = self._admit()
         rows += joined
@@ -77,6 +85,45 @@ class Decoder:
         if not rows:
             return []
         return self._take(rows, draw(self._logits(rows, hidden), [row.next_draw() for row in rows]))
+
+    @torch.inference_mode()
+    def shed(self) -> list[SampleEvent]:
+        """After a step for which memory was not enough: leave everything as it was before, with less to do in the next.
+
+        Samples that were about to join wait until something ends; one that lacks memory with nothing beside it fails,
+        and of those that run the newest.
+        """
+        self.rows = [row for row, _ in self.step.running]
+        for row, held in self.step.running:
+            row.held = held
+        if not self.rows:
+            self.cache.release()
+        joining = self.step.joining
+        for sample, admitted in joining:
+            self.queue.remove(sample.call_id)
+            sample.admitted, sample.cached = admitted, 0
+            sample.prefix = sample.last = None
+            sample.owned = False
+        self.queue.put_back([sample for sample, _ in joining])
+        newest = max((row.sample for row in self.rows), key=lambda sample: sample.call_id, default=None)
+        if len(joining) > 1 or (joining and newest is not None):
+            self.most_rows = max(len(self.rows), 1)
+            return []
+        lacking = joining[0][0] if joining else newest
+        if lacking is None:
+            raise RuntimeError("memory ran out in a step that did nothing")
+        alone = all(row.sample is lacking for row in self.rows)
+        message = f"{self.base.device} has no memory left for this sample" + (
+            "; ask for a shorter prompt, fewer tokens or fewer sequences"
+            if alone
+            else " beside the others that are drawn; ask again"
+        )
+        self.cancel(lacking.call_id)
+        return [SampleEnd(lacking.call_id, OutOfMemory(message, passing=not alone))]
+
+    def forget_prompts(self) -> None:
+        """Let go of the numbers of earlier prompts."""
+        self.prompts = PromptCache(self.prompts.capacity)
 
     def _logits(self, rows: list[Row], hidden: list[Tensor]) -> Tensor:
         """Logits float32 [n, V] of all rows."""
@@ -120,6 +167,7 @@ class Decoder:
     def _admit(self) -> tuple[list[Row], list[Tensor]]:
         """Take waiting samples into free slots: the new rows, and the state [1, H] that each draws from first."""
         chosen = self._choose()
+        self.step.joining = [(sample, sample.admitted) for sample, _ in chosen]
         self._prefill([sample for sample, _ in chosen if sample.prefix is None])
         joined: list[Row] = []
         hidden: list[Tensor] = []
@@ -149,7 +197,7 @@ class Decoder:
         chosen: dict[int, tuple[Sample, int]] = {}
         later: list[Sample] = []
         room = _Room(self.prefill_tokens, self.queue)
-        while (party := self.queue.next_party(running)) is not None:
+        while running.total() < self.most_rows and (party := self.queue.next_party(running)) is not None:
             if running.total() >= (self.slots if running[party] else self.cache.max_slots):
                 break
             sample = self.queue.take(party)
@@ -244,8 +292,19 @@ class Decoder:
             if slot < len(self.rows):
                 self.cache.copy(len(self.rows), slot, last.held)
                 self.rows[slot] = last
+        if leaving:
+            self.most_rows = self.cache.max_slots
         if not self.rows:
             self.cache.release()
+
+
+@dataclass
+class Step:
+    """What a step began with: the running sequences and what each had in the cache; of the samples that join in it, how
+    many sequences ran already."""
+
+    running: list[tuple[Row, int]] = field(default_factory=list)
+    joining: list[tuple[Sample, int]] = field(default_factory=list)
 
 
 def _key(sample: Sample) -> Key:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from tokenizers import Tokenizer
 
 from engines.hf.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.hf.decoding import Decoder
 from engines.hf.lora import Adapter
+from engines.hf.memory import as_memory_error
 from engines.hf.model import BaseModel, load_base_model, read_tokenizer_files, versions
 from engines.hf.optimizer import AdamW
 from engines.hf.options import HfOptions, read_options
 from engines.hf.samples import new_sample
 from engines.hf.training import Run, forward, forward_backward, optim_step
-from engines.interface import Engine, EngineConfig, EngineInfo, RunOperation, SampleEvent, UserError
+from engines.interface import (
+    Engine,
+    EngineConfig,
+    EngineInfo,
+    OutOfMemory,
+    RunOperation,
+    SampleEvent,
+    UserError,
+)
 from engines.losses import CUSTOM
 from engines.losses.formulas import FORMULAS
 from engines.operations import (
@@ -33,7 +47,13 @@ from engines.operations import (
     SaveWeightsResult,
 )
 
+log = logging.getLogger("engines.hf")
+
 MAX_TOP_LOGPROBS = 256
+_TOO_MUCH_DATA = (
+    "a pass over so much data; send fewer or shorter data in a call (one datum is never split), or have the operator "
+    "lower the option pass_tokens. The operation had no effect"
+)
 
 Op = TypeVar("Op")
 Result = TypeVar("Result")
@@ -82,7 +102,7 @@ class HfEngine(Engine):
     # ------------------------------------------------------------------ training
 
     def create_runs(self, items: Sequence[RunOperation[CreateRun]]) -> list[CreateRunResult | UserError]:
-        return [_attempt(self._create_run, item) for item in items]
+        return [self._with_room(self._create_run, item) for item in items]
 
     def _create_run(self, item: RunOperation[CreateRun]) -> CreateRunResult:
         operation = item.operation
@@ -106,14 +126,57 @@ class HfEngine(Engine):
     def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
         return self._in_passes(forward, items)
 
+    def _with_room(
+        self, perform: Callable[[RunOperation[Op]], Result], item: RunOperation[Op]
+    ) -> Result | UserError:
+        """What has no effect before its end is tried once more, with all the memory that can be made free."""
+        for _ in range(2):
+            try:
+                return _attempt(perform, item)
+            except MemoryError as error:
+                self._make_room(error)
+        return OutOfMemory(f"{self.base.device} has no memory left for another run", passing=True)
+
     def _in_passes(
         self, perform: Callable[..., list[ForwardResult | UserError]], items: Sequence[RunOperation[Any]]
     ) -> list[ForwardResult | UserError]:
         """Operations of all runs together, or in passes of their own when the engine is deterministic."""
         known = [(self.runs[item.run_id], item.operation) for item in items if item.run_id in self.runs]
         together = not self.options.deterministic
-        results = iter(perform(self.base, known, self.pass_tokens, together=together) if known else ())
+        make = partial(perform, self.base, pass_tokens=self.pass_tokens, together=together)
+        results = iter(self._in_passes_that_fit(make, known) if known else ())
         return [next(results) if item.run_id in self.runs else _unknown(item.run_id) for item in items]
+
+    def _in_passes_that_fit(
+        self, make: Callable[..., list[ForwardResult | UserError]], known: list[tuple[Run, Any]]
+    ) -> list[ForwardResult | UserError]:
+        """When memory runs out, nothing has had an effect: each operation is tried again, with all the memory that can
+        be made free and alone."""
+        try:
+            with as_memory_error():
+                return make(known)
+        except MemoryError as error:
+            self._make_room(error)
+        outcomes: list[ForwardResult | UserError] = []
+        for one in known:
+            try:
+                with as_memory_error():
+                    outcomes += make([one])
+            except MemoryError as error:
+                log.warning("an operation is too large: %s", error)
+                outcomes.append(OutOfMemory(f"{self.base.device} has no memory left for {_TOO_MUCH_DATA}"))
+        return outcomes
+
+    def _make_room(self, error: MemoryError) -> None:
+        """Let go of everything that can be computed or read again, and of what the error's frames still hold."""
+        log.warning("out of memory, whatever can be computed again is let go: %s", error)
+        for each in (error, error.__cause__):
+            traceback.clear_frames(each.__traceback__ if each is not None else None)
+        self.decoder.forget_prompts()
+        self.adapters.clear()
+        gc.collect()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def optim_step(self, items: Sequence[RunOperation[OptimStep]]) -> list[OptimStepResult | UserError]:
         return [_attempt(self._optim_step, item) for item in items]
@@ -134,7 +197,7 @@ class HfEngine(Engine):
         return SaveWeightsResult(size_bytes=size)
 
     def load_weights(self, items: Sequence[RunOperation[LoadWeights]]) -> list[LoadWeightsResult | UserError]:
-        return [_attempt(self._load_weights, item) for item in items]
+        return [self._with_room(self._load_weights, item) for item in items]
 
     def _load_weights(self, item: RunOperation[LoadWeights]) -> LoadWeightsResult:
         operation = item.operation
@@ -166,7 +229,12 @@ class HfEngine(Engine):
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def advance(self) -> list[SampleEvent]:
-        return self.decoder.advance()
+        try:
+            with as_memory_error():
+                return self.decoder.advance()
+        except MemoryError as error:
+            self._make_room(error)
+        return self.decoder.shed()
 
     def cancel_sample(self, call_id: int) -> None:
         self.decoder.cancel(call_id)
@@ -213,8 +281,10 @@ def _unknown(run_id: str) -> UserError:
 
 
 def _attempt(perform: Callable[[RunOperation[Op]], Result], item: RunOperation[Op]) -> Result | UserError:
-    """The result, or the UserError that kept the operation from being applied."""
+    """The result, or the UserError that kept the operation from being applied. Raises MemoryError for every lack of
+    memory."""
     try:
-        return perform(item)
+        with as_memory_error():
+            return perform(item)
     except UserError as error:
         return error

@@ -80,8 +80,10 @@ def _grown(size: int, wanted: int, limit: int) -> int:
 
 
 def _enlarged(tensor: Tensor, slots: int, length: int) -> Tensor:
+    """One that is larger already, because memory ran out while the layers grew, is cut: what is behind is not used."""
     grown = tensor.new_zeros((slots, tensor.shape[1], length, tensor.shape[3]))
-    grown[: tensor.shape[0], :, : tensor.shape[2]] = tensor
+    kept = tensor[:slots, :, :length]
+    grown[: kept.shape[0], :, : kept.shape[2]] = kept
     return grown
 
 

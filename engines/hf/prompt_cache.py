@@ -36,7 +36,7 @@ class PromptCache:
     """The prompts that were used last, as many as fit into so many bytes."""
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
         self._prompts: OrderedDict[int, _Prompt] = OrderedDict()
         self._size = 0
         self._next = 0
@@ -59,7 +59,7 @@ class PromptCache:
     def keep(self, key: Key, tokens: Sequence[int], prefix: Prefix) -> None:
         """Remember a prompt; those that it begins with are not needed any more."""
         size = sum(part.numel() * part.element_size() for parts in prefix.values() for part in parts)
-        if len(tokens) < LEAST_TOKENS or size > self._capacity:
+        if len(tokens) < LEAST_TOKENS or size > self.capacity:
             return
         wanted = np.asarray(tokens, dtype=np.int64)
         for place, prompt in self._of(key):
@@ -73,7 +73,7 @@ class PromptCache:
         self._prompts[self._next] = _Prompt(key, wanted, own, size)
         self._next += 1
         self._size += size
-        while self._size > self._capacity or len(self._prompts) > MOST_PROMPTS:
+        while self._size > self.capacity or len(self._prompts) > MOST_PROMPTS:
             self._drop(next(iter(self._prompts)))
 
     @property
