@@ -48,7 +48,7 @@ def draining_on_signals(fleet: Fleet, answers: Sequence[Callable[[], None]]) -> 
         asked = True
         server = previous[
             signal.SIGINT
-        ]  # after SIGTERM it would end itself by that signal, with no status of success
+        ]  # after SIGTERM it would end itself by that signal, not with status 0
         if callable(server):
             loop.call_soon_threadsafe(lambda: ends.append(loop.create_task(_end(fleet, answers, server))))
 
