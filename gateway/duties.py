@@ -21,8 +21,13 @@ from gateway.retention import Retention
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.duties import DutyLease, DutyReport
+from gateway.sweeping import sweep
 
 log = logging.getLogger(__name__)
+
+
+_SELDOM = 60
+"""Rounds of other duties for one of what has to look at every folder."""
 
 
 class DutyTakenOver(Exception):
@@ -50,6 +55,7 @@ def standing_duties(store: Store, settings: Settings, retention: Retention) -> l
         Duty("old results", every_s, retention.delete_results),
         Duty("old calls", every_s, retention.delete_futures),
         Duty("unnamed weights", every_s, retention.release_weights),
+        Duty("stray folders", _SELDOM * every_s, partial(sweep, store, settings)),
         Duty("losses of ended sessions", every_s, retention.delete_losses),
     ]
 

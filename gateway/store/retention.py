@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, union_all, update
 
 from gateway.store import schema
 from gateway.store.checkpoints import folder_in_use
@@ -20,6 +20,7 @@ F = schema.futures
 R = schema.runs
 S = schema.sessions
 A = schema.samplers
+C = schema.checkpoints
 L = schema.custom_losses
 
 EXPIRED = "expired"
@@ -75,6 +76,21 @@ class RetentionStore:
         """Give up unnamed weights of sessions that ended before, and those that newer inflight ones of their run have
         followed before. Their rows say so from then on."""
         return await self._database.write(_release_samplers, batch)
+
+    async def named(self, folders: Collection[str]) -> tuple[set[str], set[str]]:
+        """Which of some stored folders anything refers to or is about to write; and those that are about to be
+        written."""
+        loads = or_(F.c.kind == "load_weights", schema.OPEN)
+        kept = A.c.released_at.is_(None)
+        queries = [
+            select(C.c.folder).where(C.c.folder.in_(folders)),
+            select(A.c.folder).where(A.c.folder.in_(folders), kept),
+            select(R.c.origin_folder).where(R.c.origin_folder.in_(folders)),
+            select(F.c.folder).where(F.c.folder.in_(folders), loads),
+        ]
+        named = {row[0] for row in await self._database.rows(union_all(*queries))}
+        written = select(F.c.folder).where(F.c.folder.in_(folders), schema.OPEN)
+        return named, {row.folder for row in await self._database.rows(written)}
 
     async def delete_losses(self, batch: Batch) -> int:
         """Delete custom losses of sessions that ended before; how many they were."""

@@ -17,6 +17,7 @@ from gateway.app import create_app
 from gateway.settings import EngineSettings, Settings
 from gateway.state import Gateway
 from gateway.store import schema
+from gateway.store.records import DutyRecord
 from tests.gateway.conftest import json_datum
 
 FAKE = EngineSettings(name="fake", plugin="fake", base_model="fake/model")
@@ -83,10 +84,14 @@ class Client:
         raise AssertionError("it did not come to pass in 10 s")
 
     async def rounds(self) -> None:
-        """Returns when every duty has been performed once more."""
-        begun = {duty.name: duty.runs for duty in await self.gateway.store.duties.all()}
+        """Returns when every duty has been performed once more, but for the one that seldom is."""
+
+        async def frequent() -> list[DutyRecord]:
+            return [duty for duty in await self.gateway.store.duties.all() if duty.name != "stray folders"]
+
+        begun = {duty.name: duty.runs for duty in await frequent()}
         for _ in range(1000):
-            duties = await self.gateway.store.duties.all()
+            duties = await frequent()
             if len(duties) >= 6 and all(duty.runs >= begun.get(duty.name, 0) + 2 for duty in duties):
                 assert [duty.last_error for duty in duties if duty.failures] == []
                 return
