@@ -77,12 +77,12 @@ def main() -> int:
             place = folder / f"{number}-{part.kind.database}-{part.kind.plugin}-{part.kind.gateways}"
             place.mkdir(parents=True)
             episodes.append(play(part.kind, count, seed + number, seconds, place, _say))
+            for problem in episodes[-1].problems:
+                _say(problem)
     _report(episodes, time.monotonic() - started)
     problems = [problem for episode in episodes for problem in episode.problems]
     if not problems and arguments.keep is None:
         shutil.rmtree(folder)
-    for problem in problems:
-        print(problem)
     if problems:
         print(f"seed {seed}; look into {folder}")
     return int(bool(problems))

@@ -6,6 +6,7 @@ A course is a function of its numbers alone, so the same one can be followed aga
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import threading
 import time
@@ -23,6 +24,7 @@ KEY = "tml-faults"
 CLIENTS = 8
 PATIENCE_S = 120.0
 """A result that is later than this is missing."""
+_CLOSED_WITHIN_S = 10.0
 _WINDOW = 5
 """Steps that a client has under way."""
 _DATA = 3
@@ -88,10 +90,13 @@ def follow(course: Course, url: str, journal: Journal) -> Followed:
     """Follow a course to its end with the official SDK. An error ends it, and is part of what came of it."""
     followed = Followed(course)
     try:
-        with tinker.ServiceClient(base_url=url, api_key=KEY) as service:
-            _Follower(followed, service, journal).run()
+        service = tinker.ServiceClient(base_url=url, api_key=KEY)
+        _Follower(followed, service, journal).run()
+        # Closing waits for a heartbeat to end that was cancelled, and the SDK (0.38) sometimes loses the cancellation.
+        with contextlib.suppress(TimeoutError):
+            service.close("success").result(timeout=_CLOSED_WITHIN_S)
     except Exception:  # boundary: whatever a client meets is what is being looked for
-        followed.error = traceback.format_exc()
+        followed.error = f"{time.strftime('%H:%M:%S')} {traceback.format_exc()}"
     return followed
 
 
