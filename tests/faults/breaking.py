@@ -14,14 +14,23 @@ from contextlib import suppress
 
 import psycopg
 
-from tests.faults.scene import LEASE_S, DatabaseName, Scene
+from tests.faults.scene import LEASE_S, SILENCE_S, DatabaseName, Scene
 
 Fault = Callable[[Scene, random.Random], bool]
 
 
 def kill_engine(scene: Scene, draw: random.Random) -> bool:
     """kill -9 of the engine process."""
-    return _signal_engines(scene, signal.SIGKILL)
+    return bool(_signal_engines(scene, signal.SIGKILL))
+
+
+def hang_engine(scene: Scene, draw: random.Random) -> bool:
+    """The engine process stands still: for a moment that passes, or for good, until it is taken for dead."""
+    found = _signal_engines(scene, signal.SIGSTOP)
+    if found and draw.random() < 0.5:
+        time.sleep(draw.uniform(0.0, 2 * SILENCE_S))
+        _signal(found, signal.SIGCONT)
+    return bool(found)
 
 
 def kill_gateway(scene: Scene, draw: random.Random) -> bool:
@@ -66,6 +75,7 @@ def cut_connections(scene: Scene, draw: random.Random) -> bool:
 
 EVERYWHERE: dict[str, Fault] = {
     "engine killed": kill_engine,
+    "engine hung": hang_engine,
     "gateway killed": kill_gateway,
     "gateway stopped past its lease": stop_gateway,
 }
@@ -81,12 +91,16 @@ def faults_on(database: DatabaseName) -> dict[str, Fault]:
     return EVERYWHERE if database == "sqlite" else {**EVERYWHERE, **ON_POSTGRES}
 
 
-def _signal_engines(scene: Scene, number: signal.Signals) -> bool:
+def _signal_engines(scene: Scene, number: signal.Signals) -> list[int]:
     found = scene.engine_pids()
-    for pid in found:
+    _signal(found, number)
+    return found
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
         with suppress(ProcessLookupError):  # it ended by itself meanwhile
             os.kill(pid, number)
-    return bool(found)
 
 
 def _restart(scene: Scene, draw: random.Random, how: signal.Signals) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,8 +20,10 @@ from tests.postgres import PostgresServer
 from tests.served import ServedGateway
 
 LEASE_S = 1.5
+SILENCE_S = 2.0
 _IMPATIENT = {
     "lease_s": f"{LEASE_S}",
+    "engine_silence_s": f"{SILENCE_S}",
     "engine_owner_timeout_s": f"{LEASE_S}",
     # No growing pauses and no blame: here most deaths are the harness's doing, hundreds of them in a row.
     "engine_restart_delay_s": "0",
@@ -57,6 +61,9 @@ class Scene:
         self.kind = kind
         self.folder = folder
         self.server = server
+        self.damaged: set[str] = set()
+        """Names of the folders of snapshots that were damaged on purpose."""
+        self._engines: set[int] = set()
         self.database = server.create_database() if server is not None else ""
         settings = dict(_IMPATIENT)
         if server is not None:
@@ -110,7 +117,9 @@ class Scene:
             if gateway.running:
                 with contextlib.suppress(OSError):
                     pids += gateway.engine_pids()
-        return [pid for pid in pids if _is_engine(pid)]
+        found = [pid for pid in pids if _is_engine(pid)]
+        self._engines.update(found)
+        return found
 
     def stop(self) -> list[int]:
         """End it as an operator does; the exit statuses."""
@@ -120,6 +129,10 @@ class Scene:
         """Leave nothing running."""
         for gateway in self.gateways:
             gateway.close()
+        for pid in filter(
+            _is_engine, self._engines
+        ):  # one that was stopped does not see that its owner has gone
+            os.kill(pid, signal.SIGKILL)
 
 
 def _is_engine(pid: int) -> bool:

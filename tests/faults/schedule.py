@@ -24,7 +24,7 @@ SEVERAL = "(one upon the other)"
 
 
 class Stuck(Exception):
-    """No client got anything for long after a fault."""
+    """Clients got nothing for long after a fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Happened:
 
 
 class Schedule:
-    """Draws faults for a scene. After most of them it waits until a client gets something again and a moment more; the
-    others are followed by the next one while recovery is under way."""
+    """Draws faults for a scene. After one in three it waits until every client has got something again, after another
+    until one has; the third is followed by the next fault while recovery is under way."""
 
     def __init__(
         self, scene: Scene, faults: dict[str, Fault], seed: int, journal: Journal, log: Path
@@ -65,15 +65,15 @@ class Schedule:
                 entry = {"number": len(self.happened), "at": wall, "kind": kind, "seconds": over - began}
                 log.write(json.dumps(entry) + "\n")
             progress(f"{self._scene.kind.name}: {len(self.happened)} of {count}: {kind}")
-            if self._draw.random() < 0.7:
-                self._await_result(over)
+            self._await_results(over, self._draw.choice([0, 1, CLIENTS]))
             time.sleep(self._draw.uniform(0.0, _LONGEST_REST_S))
 
-    def _await_result(self, since: float) -> None:
+    def _await_results(self, since: float, clients: int) -> None:
+        """Until so many clients have got something again."""
         deadline = time.monotonic() + _RECOVERED_WITHIN_S
-        while self._journal.last() <= since:
+        while (served := sum(last > since for last in self._journal.last())) < clients:
             if time.monotonic() > deadline:
-                raise Stuck(f"no client has got a result for {_RECOVERED_WITHIN_S:.0f} s")
+                raise Stuck(f"only {served} of {CLIENTS} clients got a result in {_RECOVERED_WITHIN_S:.0f} s")
             time.sleep(0.02)
 
 

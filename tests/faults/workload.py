@@ -80,10 +80,10 @@ class Journal:
         with self._lock:
             return list(self._times[client])
 
-    def last(self) -> float:
-        """When the newest result came; 0.0 before the first."""
+    def last(self) -> list[float]:
+        """When each client's newest result came; 0.0 before its first."""
         with self._lock:
-            return max((times[-1] for times in self._times if times), default=0.0)
+            return [times[-1] if times else 0.0 for times in self._times]
 
 
 def follow(course: Course, url: str, journal: Journal) -> Followed:
