@@ -20,11 +20,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 from sqlalchemy import delete, func, select
 
 from benchmarks.filling import fill
-from benchmarks.measuring import KEY, RESULTS, gateway, keep, median
+from benchmarks.measuring import RESULTS, gateway, keep, median
 from benchmarks.plans import plans
 from benchmarks.roundtrip import ENGINE, client_process
 from gateway.migrate import upgrade
@@ -67,22 +66,19 @@ async def filled(url: str, futures: int) -> tuple[float, list[str]]:
     return seconds, [f"{plan.action}: {line}" for plan in found for line in plan.lines]
 
 
-async def stored(url: str, *, duties_anew: bool = False) -> int:
-    """Calls in a database. `duties_anew`: forget that duties were performed, so that the next gateway does."""
+async def stored(url: str, *, duties_anew: bool = False) -> dict[str, int]:
+    """Calls and results in a database. `duties_anew`: forget that duties were performed, so that the next gateway
+    performs them at once."""
     database = Database(url)
     try:
         if duties_anew:
             await database.alone(lambda connection: connection.execute(delete(schema.duties)))
-        [(count,)] = await database.rows(select(func.count()).select_from(schema.futures))
-        return int(count)
+        counts = {}
+        for name, table in (("calls", schema.futures), ("results", schema.results)):
+            [(counts[name],)] = await database.rows(select(func.count()).select_from(table))
+        return counts
     finally:
         await database.close()
-
-
-def duties(url: str) -> dict[str, Any]:
-    """Those that delete calls and results, as the admin API shows them."""
-    answer = httpx.get(f"{url}/admin/v1/duties", headers={"X-API-Key": KEY}, timeout=30, trust_env=False)
-    return {duty["name"]: duty for duty in answer.json() if duty["name"] in ("old calls", "old results")}
 
 
 def round_trips(folder: Path, full: str, empty: str, repeats: int, count: int) -> dict[str, Any]:
@@ -103,40 +99,22 @@ def round_trips(folder: Path, full: str, empty: str, repeats: int, count: int) -
 
 
 def pruning(folder: Path, full: str, repeats: int, count: int) -> dict[str, Any]:
-    """Rows deleted a second, and futures a second of a client meanwhile and afterwards."""
-    before = asyncio.run(stored(full, duties_anew=True))
-    with gateway(folder / "full", ENGINE, full, duty_s="1e6") as served:
+    """Rows deleted a second while a client goes on, and its futures a second with that and without, in turn."""
+    speeds: dict[str, list[float]] = {"during": [], "without": []}
+    rates: dict[str, list[float]] = {"calls": [], "results": []}
+    for _ in range(repeats):
+        before = asyncio.run(stored(full, duties_anew=True))
         began = time.perf_counter()
-        during: list[dict[str, float]] = []
-        while not during or (len(during) < repeats and not _over(served.url)):
-            during.append(client_process("futures", served.url, 1, count))
+        with gateway(folder / "full", ENGINE, full) as served:
+            speeds["during"].append(client_process("futures", served.url, 1, count)["per_second"])
         seconds = time.perf_counter() - began
-        over = _over(served.url)
-        removed = before + sum(count + 1 for _ in during) - asyncio.run(stored(full))
-        deadline = time.monotonic() + 900
-        while not _over(served.url) and time.monotonic() < deadline:
-            time.sleep(1)
-        found = duties(served.url)
-        after = [client_process("futures", served.url, 1, count) for _ in during]
-    ratio = median([run["per_second"] for run in during]) / median([run["per_second"] for run in after])
-    rates = {name: duty["last_done"] / max(duty["last_seconds"], 1e-9) for name, duty in found.items()}
-    return {
-        "calls_before": before,
-        "calls_removed_meanwhile": removed,
-        "seconds": seconds,
-        "ended_meanwhile": over,
-        "rows_per_second": rates,
-        "during_per_second": [run["per_second"] for run in during],
-        "after_per_second": [run["per_second"] for run in after],
-        "during_p50_ms": [run["p50_ms"] for run in during],
-        "after_p50_ms": [run["p50_ms"] for run in after],
-        "speed_meanwhile": ratio,
-    }
-
-
-def _over(url: str) -> bool:
-    found = duties(url)
-    return len(found) == 2 and all(duty["runs"] for duty in found.values())
+        after = asyncio.run(stored(full))
+        for name, rows in rates.items():
+            rows.append((before[name] + count + 1 - after[name]) / seconds)
+        with gateway(folder / "full", ENGINE, full, **EVERYTHING_STAYS) as served:
+            speeds["without"].append(client_process("futures", served.url, 1, count)["per_second"])
+    ratios = [a / b for a, b in zip(speeds["during"], speeds["without"], strict=True)]
+    return {**speeds, "ratios": ratios, "ratio": median(ratios), "rows_per_second": rates}
 
 
 def measure(kind: str, futures: int, repeats: int, count: int) -> dict[str, Any]:
@@ -164,8 +142,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     futures, repeats, count = (10_000, 1, 10) if args.smoke else (args.futures, args.repeats, 400)
-    results = {kind: measure(kind, futures, repeats, count) for kind in args.stores.split(",")}
-    keep("full_table", {"stores": results}, args.out)
+    results: dict[str, Any] = {}
+    for kind in args.stores.split(","):
+        results[kind] = measure(kind, futures, repeats, count)
+        keep("full-table", {"stores": results}, args.out)
     print(json.dumps(results, indent=1))
 
 

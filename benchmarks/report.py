@@ -212,6 +212,33 @@ def pressure(results: Results) -> list[str]:
     return rows
 
 
+def full_table(results: Results) -> list[str]:
+    """One row a database: a million stored calls against none, and what deleting costs a client meanwhile."""
+    rows = [
+        "| | round trip, full | empty | ratio | calls deleted a second | results | a client's speed meanwhile |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, found in results["stores"].items():
+        trips, pruned = found["round_trip"], found["pruning"]
+        full, empty = median(trips["full"]), median(trips["empty"])
+        calls, deleted = (median(pruned["rows_per_second"][kind]) for kind in ("calls", "results"))
+        rows.append(
+            f"| {name}, {found['futures']:,} calls | {full:.2f} ms | {empty:.2f} ms | **{trips['ratio']:.2f}** "
+            f"({_range(trips['ratios'])}) | {calls:,.0f} | {deleted:,.0f} | **{pruned['ratio']:.2f}** "
+            f"({_range(pruned['ratios'])}) |"
+        )
+    return rows
+
+
+def growth(results: Results) -> list[str]:
+    """Bytes of a thousand steps, with and without what is over."""
+    rows = ["| | in use | file |", "|---|---:|---:|"]
+    for name, what in (("everything kept", "kept"), ("what is over deleted", "deleted")):
+        found = results[what]
+        rows.append(f"| {name} | {found['used'] / 1e6:.1f} MB | {found['file'] / 1e6:.1f} MB |")
+    return [*rows, "", f"{results['steps']:,} steps."]
+
+
 TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "roundtrip-sqlite": roundtrip,
     "roundtrip-postgres": roundtrip,
@@ -219,6 +246,8 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "sampling": sampling,
     "tenants": tenants,
     "pressure": pressure,
+    "full-table": full_table,
+    "growth": growth,
 }
 CHARTS: Mapping[str, Chart] = {"training": training_chart, "sampling": sampling_chart}
 

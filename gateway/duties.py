@@ -30,6 +30,10 @@ _SELDOM = 60
 """Rounds of other duties for one of what has to look at every folder."""
 
 
+_FAREWELL_S = 1.0
+"""Seconds that a stop waits for a database that does not answer; the lease runs out by itself."""
+
+
 class DutyTakenOver(Exception):
     """Another gateway performs a duty, for this one has been silent for longer than its lease."""
 
@@ -119,8 +123,9 @@ class Duties:
         except DutyTakenOver:
             raise
         except asyncio.CancelledError:
-            with contextlib.suppress(StoreUnavailable):
-                await self._store.duties.give_back(lease)
+            with contextlib.suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(_FAREWELL_S):
+                    await self._store.duties.give_back(lease)
             raise
         except (
             Exception

@@ -109,3 +109,21 @@ def test_tenants(tmp_path: Path) -> None:
     for side in ("together", "apart", "peft"):
         assert min(found[side]["tokens_per_second"]) > 0
     assert found["largest_difference_of_losses"] < 1e-4
+
+
+@pytest.mark.postgres
+def test_full_table(tmp_path: Path) -> None:
+    run_short("full_table", tmp_path)
+    stores = results_of("full-table", tmp_path)["stores"]
+    assert set(stores) == {"sqlite", "postgres"}
+    for found in stores.values():
+        assert found["futures"] == 10_000
+        assert found["round_trip"]["ratio"] > 0
+        assert found["pruning"]["rows_per_second"]["calls"][0] > 0
+        assert found["pruning"]["rows_per_second"]["results"][0] > 0
+
+
+def test_growth(tmp_path: Path) -> None:
+    run_short("growth", tmp_path)
+    results = results_of("growth", tmp_path)
+    assert 0 < results["deleted"]["used"] < results["kept"]["used"] <= results["kept"]["file"]

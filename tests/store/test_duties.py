@@ -237,3 +237,23 @@ async def test_what_is_stopped_in_the_middle_is_left_to_others_at_once(store: St
     await asyncio.wait_for(began.wait(), 10)
     await asyncio.wait_for(duties.stop(), 10)
     assert await store.duties.take(lease("you")) == 0
+
+
+async def test_a_database_that_does_not_answer_holds_no_stop_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = asyncio.Event()
+
+    async def endless() -> int:
+        began.set()
+        await asyncio.sleep(1000)
+        return 0
+
+    async def silent(_: DutyLease) -> None:
+        await asyncio.sleep(1000)
+
+    monkeypatch.setattr(store.duties, "give_back", silent)
+    duties = Duties(store, "me", 60.0, [Duty("sweep", 100, endless)])
+    duties.start()
+    await asyncio.wait_for(began.wait(), 10)
+    await asyncio.wait_for(duties.stop(), 5)
