@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +156,31 @@ def tenants(results: Results) -> list[str]:
     ]
 
 
+def paging(results: Results) -> list[str]:
+    """One row a side: speed, and where the processor time of a step goes; then the ratio."""
+    runs, places = results["runs"], results["places"]
+    names = {"paging": f"{runs} runs, memory for {places}", "resident": f"{places} runs, all in memory"}
+    rows = ["| | tokens/s | client, ms a step | gateway, ms | engine, ms |", "|---|---:|---:|---:|---:|"]
+    for side, name in names.items():
+        spent = " | ".join(f"{spent:.1f}" for spent in results[side]["cpu_ms"].values())
+        rows.append(f"| {name} | {_rate(results[side])} | {spent} |")
+    changes = results["counters"]["restores"] / (runs * results["steps"] * (len(results["ratios"]) + 1))
+    return [
+        *rows,
+        "",
+        f"Ratio **{results['ratio']:.2f}** ({_range(results['ratios'])}). A run occupies "
+        f"{results['run_bytes'] / 1e6:.1f} MB; {changes:.2f} times a step one came back into memory. The losses differ "
+        f"from those of a run that stayed by at most {results['largest_difference_of_losses']:.1g}, relatively. "
+        f"{_disturbed(results['others'])}",
+    ]
+
+
 def _others(results: Results) -> str:
-    """How undisturbed the rounds were."""
-    shares = [share for found in results["models"].values() for share in found["others"]]
+    """How undisturbed the rounds of all models were."""
+    return _disturbed([share for found in results["models"].values() for share in found["others"]])
+
+
+def _disturbed(shares: Sequence[float]) -> str:
     return f"Other processes used {median(shares):.0%} of the machine, at most {max(shares):.0%}."
 
 
@@ -245,6 +267,7 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "training": training,
     "sampling": sampling,
     "tenants": tenants,
+    "paging": paging,
     "pressure": pressure,
     "full-table": full_table,
     "growth": growth,

@@ -123,7 +123,7 @@ class Host:
             case Cancel():
                 self._samples.cancel(message.call_id)
             case Ping():
-                self._send(Pong(self._engine.stats()))
+                self._send(Pong(self._engine.stats() | self._training.stats()))
             case Stop():
                 self._stopped = True
             case Load():

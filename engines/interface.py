@@ -25,6 +25,7 @@ from engines.operations import (
     ForwardResult,
     LoadWeights,
     LoadWeightsResult,
+    LoraSpec,
     OptimStep,
     OptimStepResult,
     SampleRequest,
@@ -58,6 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
     `model` is a local folder or a hub name; `base_model` the name it is served under; `storage` the folder that
     storage keys are relative to; `options` belong to the plugin, which refuses unknown ones with LoadError.
+    `run_memory_bytes` and `adapter_memory_bytes` are limits that somebody has set; `engines.memory.limits` has others.
     """
 
     name: str
@@ -69,6 +71,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     epoch: int
     options: dict[str, Any] = {}
     owner_timeout_s: float = 30.0
+    run_memory_bytes: int | None = None
+    adapter_memory_bytes: int | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -94,6 +98,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     layers: dict[str, tuple[int, int]] = {}
     """The linear layers that adapters attach to, by their Hugging Face names: in_features and out_features. Adapters
     from outside are checked against them; an engine that leaves them out takes none."""
+    run_memory_bytes: int = 0
+    """What all runs in memory may take together, as `Engine.run_bytes` counts them; 0: no limit."""
 
 
 T = TypeVar("T")
@@ -168,6 +174,11 @@ class Engine(ABC):
     def create_runs(self, items: Sequence[RunOperation[CreateRun]]) -> list[CreateRunResult | UserError]:
         """Make an adapter for each run: initial weights are `engines.adapters.initial_a(seed, module, ...)` for A and
         zeros for B, or those in the operation's folder. A run that exists already is replaced."""
+
+    @abstractmethod
+    def run_bytes(self, lora: LoraSpec) -> int:
+        """Bytes that a run of this configuration occupies at most, whatever it does: adapter, gradients and optimizer
+        state. The host keeps the sum of all runs within `EngineInfo.run_memory_bytes`."""
 
     @abstractmethod
     def drop_run(self, run_id: str) -> None:

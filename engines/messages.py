@@ -40,8 +40,9 @@ class Outcome(msgspec.Struct, frozen=True):
     """What became of one operation. Its result is the next payload frame, unless it failed.
 
     `summary` repeats the few numbers that the gateway keeps as metrics of the run (`loss`, `tokens`, `grad_norm`,
-    `seconds`), so that it need not decode the result. `digest` is there when the operation has changed a run in a
-    deterministic engine: the first 16 bytes of the SHA-256 of the encoded result, which a replay must give too.
+    `seconds`) or needs itself (`bytes`, what a new run occupies), so that it need not decode the result. `digest` is
+    there when the operation has changed a run in a deterministic engine: the first 16 bytes of the SHA-256 of the
+    encoded result, which a replay must give too.
     """
 
     failure: Failure | None = None
@@ -161,11 +162,14 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
 
 class Performed(msgspec.Struct, frozen=True, tag="performed"):
     """Answer to `Perform`: one outcome for each run, in order; one payload frame for each that succeeded and is no
-    replay. `lost_runs` have been dropped because their state is in doubt: the gateway restores them from their log."""
+    replay. `lost_runs` have been dropped because their state is in doubt: the gateway restores them from their log.
+    `no_room` has the bytes of each run that was not created because it does not fit beside the others; it may come
+    again when others have been dropped."""
 
     call_id: int
     outcomes: list[Outcome]
     lost_runs: list[str] = []
+    no_room: dict[str, int] = {}
 
 
 class SnapshotTaken(msgspec.Struct, frozen=True, tag="snapshot_taken"):

@@ -26,6 +26,7 @@ from engines.interface import (
     RunOperation,
     UserError,
 )
+from engines.memory import RunMemory
 from engines.messages import Failure, Outcome, Perform, Performed, Restore, RunAddress, TakeSnapshot
 from engines.operations import (
     CHANGES_STATE,
@@ -48,6 +49,7 @@ from engines.storage import verify
 log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 16
+_NO_ROOM = Failure("server", "the run has no room in the engine's memory now")
 
 _TYPES: dict[OperationKind, type[Operation]] = {
     "create_run": CreateRun,
@@ -69,6 +71,26 @@ class Item(NamedTuple):
     operation: Operation
 
 
+class Answer:
+    """What is to be said about the operations of one call, by their places in it."""
+
+    def __init__(self, call: Perform) -> None:
+        self.call_id = call.call_id
+        self.outcomes: list[Outcome | None] = [None] * len(call.runs)
+        self.payloads: dict[int, bytes] = {}
+        self.lost: list[str] = []
+        self.no_room: dict[str, int] = {}
+
+    def fail(self, place: int, failure: Failure) -> None:
+        """An operation had no effect."""
+        self.outcomes[place] = Outcome(failure=failure)
+
+    def performed(self) -> Performed:
+        """The header of the message."""
+        complete = [outcome for outcome in self.outcomes if outcome is not None]
+        return Performed(self.call_id, complete, self.lost, self.no_room)
+
+
 class TrainingCalls:
     """The runs of one engine, and what has been applied to each."""
 
@@ -77,6 +99,7 @@ class TrainingCalls:
         self._info = info
         self._epoch = config.epoch
         self._storage = config.storage
+        self._memory = RunMemory(info.run_memory_bytes)
         self._applied: dict[str, int] = {}
         self._changed: dict[str, int] = {}
         self._verbs: dict[OperationKind, Verb] = {
@@ -93,36 +116,43 @@ class TrainingCalls:
 
         Raises ValueError when the call does not carry one body for each run.
         """
-        outcomes: list[Outcome | None] = [None] * len(call.runs)
-        payloads: dict[int, bytes] = {}
-        lost: list[str] = []
-        items = self._admit(call, bodies, outcomes, lost)
+        answer = Answer(call)
+        items = self._admit(call, bodies, answer)
         begun = time.perf_counter()
         results = self._call_engine(call, items) if items else []
         seconds = time.perf_counter() - begun
         if isinstance(results, Failure):
             if call.kind in CHANGES_STATE:
-                lost += [item.address.run_id for item in items]
+                answer.lost += [item.address.run_id for item in items]
             results = [results] * len(items)
         for item, result in zip(items, results, strict=True):
-            if isinstance(result, Failure):
-                outcomes[item.place] = Outcome(failure=result)
+            if isinstance(result, (Failure, UserError)):
+                self._fail(call, item, result, answer)
                 continue
             encoded = encode(result)
-            outcomes[item.place] = Outcome(
-                summary=_summary(item.operation, result, seconds),
+            answer.outcomes[item.place] = Outcome(
+                summary=self._summary(item.operation, result, seconds),
                 digest=self._applied_now(call.kind, item, encoded),
             )
             if not call.replay:
-                payloads[item.place] = encoded
-        complete = [outcome for outcome in outcomes if outcome is not None]
-        return Performed(call.call_id, complete, lost), [payloads[place] for place in sorted(payloads)]
+                answer.payloads[item.place] = encoded
+        return answer.performed(), [answer.payloads[place] for place in sorted(answer.payloads)]
 
     def drop(self, run_id: str) -> None:
         """Free a run; an unknown one is no error."""
         self._applied.pop(run_id, None)
         self._changed.pop(run_id, None)
         self._engine.drop_run(run_id)
+        self._memory.give_back(run_id)
+
+    def stats(self) -> dict[str, float]:
+        """Counters for the metrics page."""
+        return {"run_bytes": self._memory.used, "run_memory_bytes": self._memory.limit}
+
+    def _give_back_unless_there(self, run_id: str) -> None:
+        """A run that was to come has not come; one that was there before still is."""
+        if run_id not in self._applied:
+            self._memory.give_back(run_id)
 
     def _applied_now(self, kind: OperationKind, item: Item, result: bytes) -> bytes:
         """Remember the operation as its run's last one; gives the digest by which its replay is compared."""
@@ -152,24 +182,37 @@ class TrainingCalls:
             return failure_of_engine(error, "taking a snapshot", where)
 
     def restore(self, call: Restore, body: bytes) -> Performed:
-        """Put a run back to what its snapshot holds, if that is what was written."""
-        return Performed(call.call_id, [Outcome(failure=self._restore(call, body))])
-
-    def _restore(self, call: Restore, body: bytes) -> Failure | None:
+        """Put a run back to what its snapshot holds, if that is what was written, and if there is room for it."""
         if (owner := self._newer_owner(call.epoch)) is not None:
-            return Failure("server", f"run {call.run_id} was not restored: {owner}")
+            failure = Failure("server", f"run {call.run_id} was not restored: {owner}")
+            return Performed(call.call_id, [Outcome(failure)])
         try:
             operation = self._decode("create_run", body)
             assert isinstance(operation, CreateRun)
+            size = self._engine.run_bytes(operation.lora)
+            if not self._memory.take(call.run_id, size):
+                return Performed(call.call_id, [Outcome(_NO_ROOM)], no_room={call.run_id: size})
+        except UserError as error:  # no damage: the engine's limit is lower than it was
+            return Performed(call.call_id, [Outcome(Failure("server", str(error)))])
+        problem = self._restore(call, operation)
+        if problem is None:
+            return Performed(call.call_id, [Outcome(summary={"bytes": float(size)})])
+        self._give_back_unless_there(call.run_id)
+        if isinstance(problem, OutOfMemory):
+            return Performed(call.call_id, [Outcome(_NO_ROOM)], no_room={call.run_id: size})
+        return Performed(call.call_id, [Outcome(problem)])
+
+    def _restore(self, call: Restore, operation: CreateRun) -> Failure | OutOfMemory | None:
+        try:
             verify(self._storage, call.folder, call.checksums)
             result = self._engine.restore(call.run_id, operation, call.folder)
         except UserError as error:
-            return Failure("user", str(error))
+            result = error
         except Exception as error:  # boundary: a plugin may raise anything, and its other runs go on
             self.drop(call.run_id)
             return failure_of_engine(error, "restoring a run", f"restoring {call.run_id} from {call.folder}")
         if isinstance(result, UserError):
-            return Failure("user", str(result))
+            return result if isinstance(result, OutOfMemory) else Failure("user", str(result))
         self._applied[call.run_id] = self._changed[call.run_id] = call.seq_id
         return None
 
@@ -182,26 +225,38 @@ class TrainingCalls:
 
     # ------------------------------------------------------------------ admit
 
-    def _admit(
-        self, call: Perform, bodies: Sequence[bytes], outcomes: list[Outcome | None], lost: list[str]
-    ) -> list[Item]:
-        """The operations that may be performed; the others get their failures in `outcomes`."""
+    def _admit(self, call: Perform, bodies: Sequence[bytes], answer: Answer) -> list[Item]:
+        """The operations that may be performed; the answer gets the failures of the others."""
         stale = self._newer_owner(call.epoch)
         items: list[Item] = []
         taken: set[str] = set()
         for place, (address, body) in enumerate(zip(call.runs, bodies, strict=True)):
             refusal = self._refusal(call, address, taken, stale)
             if refusal is not None:
-                outcomes[place] = Outcome(failure=Failure("server", refusal))
+                answer.fail(place, Failure("server", refusal))
                 if stale is None and self._unknown(call, address):
-                    lost.append(address.run_id)
+                    answer.lost.append(address.run_id)
                 continue
             try:
-                items.append(Item(place, address, self._decode(call.kind, body)))
-                taken.add(address.run_id)
+                operation = self._decode(call.kind, body)
+                if self._has_room(address, operation, answer):
+                    items.append(Item(place, address, operation))
+                    taken.add(address.run_id)
+                else:
+                    answer.fail(place, _NO_ROOM)
             except UserError as error:
-                outcomes[place] = Outcome(failure=Failure("user", str(error)))
+                answer.fail(place, Failure("user", str(error)))
         return items
+
+    def _has_room(self, address: RunAddress, operation: Operation, answer: Answer) -> bool:
+        """Whether the run fits that an operation would create; raises UserError when it never does."""
+        if not isinstance(operation, CreateRun):
+            return True
+        size = self._engine.run_bytes(operation.lora)
+        if self._memory.take(address.run_id, size):
+            return True
+        answer.no_room[address.run_id] = size
+        return False
 
     def _refusal(self, call: Perform, address: RunAddress, taken: set[str], stale: str | None) -> str | None:
         """Why an operation must not reach the engine, whatever it holds."""
@@ -236,7 +291,7 @@ class TrainingCalls:
     # ------------------------------------------------------------------ perform
 
     def _call_engine(self, call: Perform, items: Sequence[Item]) -> list[Any] | Failure:
-        """A result or failure for each item, or one failure when the engine broke.
+        """A result or UserError for each item, or one failure when the engine broke.
 
         The runs of a call that changes them are dropped then; what only reads them leaves them as they were.
         """
@@ -254,12 +309,30 @@ class TrainingCalls:
             for item in items if kind in CHANGES_STATE else ():
                 self.drop(item.address.run_id)
             return failure
-        return [
-            refused(each, f"{call.kind} of {item.address.run_id}#{item.address.seq_id}", replay=call.replay)
-            if isinstance(each, UserError)
-            else each
-            for each, item in zip(results, items, strict=True)
-        ]
+        return list(results)
+
+    def _fail(self, call: Perform, item: Item, error: Failure | UserError, answer: Answer) -> None:
+        """An operation was not applied. A run for which memory was not enough may come again when others have left."""
+        run_id, operation = item.address.run_id, item.operation
+        if isinstance(error, OutOfMemory) and isinstance(operation, CreateRun):
+            answer.no_room[run_id] = self._engine.run_bytes(operation.lora)
+        if isinstance(error, UserError):
+            error = refused(error, f"{call.kind} of {run_id}#{item.address.seq_id}", replay=call.replay)
+        answer.fail(item.place, error)
+        self._give_back_unless_there(run_id)
+
+    def _summary(self, operation: Operation, result: Result, seconds: float) -> dict[str, float]:
+        """The numbers that are kept as metrics of the run. `seconds` is the time of the whole call."""
+        summary = {"seconds": seconds}
+        if isinstance(operation, CreateRun):
+            summary["bytes"] = float(self._engine.run_bytes(operation.lora))
+        if isinstance(operation, (Forward, ForwardBackward)) and isinstance(result, ForwardResult):
+            summary["loss"] = result.metrics["loss:sum"]
+            summary["tokens"] = float(sum(datum.tokens.shape[0] for datum in operation.data))
+        if isinstance(operation, OptimStep) and isinstance(result, OptimStepResult):
+            summary["grad_norm"] = result.metrics["unclipped_grad_l2:mean"]
+            summary["learning_rate"] = operation.learning_rate
+        return summary
 
 
 def _failure(error: Exception, kind: OperationKind, places: str) -> Failure:
@@ -298,15 +371,3 @@ def failure_of_engine(error: Exception, what: str, details: str) -> Failure:
     log.error("error %s: the engine failed at %s", error_id, details, exc_info=error)
     message = f"the engine failed at {what}; its log says why under {error_id}"
     return Failure("server", message, error_id)
-
-
-def _summary(operation: Operation, result: Result, seconds: float) -> dict[str, float]:
-    """The numbers that are kept as metrics of the run. `seconds` is the time of the whole call."""
-    summary = {"seconds": seconds}
-    if isinstance(operation, (Forward, ForwardBackward)) and isinstance(result, ForwardResult):
-        summary["loss"] = result.metrics["loss:sum"]
-        summary["tokens"] = float(sum(datum.tokens.shape[0] for datum in operation.data))
-    if isinstance(operation, OptimStep) and isinstance(result, OptimStepResult):
-        summary["grad_norm"] = result.metrics["unclipped_grad_l2:mean"]
-        summary["learning_rate"] = operation.learning_rate
-    return summary

@@ -45,7 +45,7 @@ class Retention:
         """Free what this process's engines hold of runs whose session has ended, whichever gateway ended it. Their logs
         stay: a later operation restores them."""
         resident = [
-            run_id for each in self._fleet.dispatchers.values() for run_id in sorted(each.training.resident)
+            run_id for each in self._fleet.dispatchers.values() for run_id in each.training.residency.runs
         ]
         dropped = 0
         for start in range(0, len(resident), _BATCH):

@@ -46,6 +46,10 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Interpreter of the engine process, for plugins whose packages clash with the gateway's."""
     options: dict[str, Any] = {}
     """The plugin's own settings."""
+    run_memory_bytes: int | None = None
+    """Memory for runs; if there are more, they take turns. Not given: 40 % of what is free when its model is loaded."""
+    adapter_memory_bytes: int | None = None
+    """Memory for sampled adapters; others are read again. Not given: 10 % of what is free when its model is loaded."""
 
     @property
     def source(self) -> str:
@@ -230,12 +234,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _checked(settings: Settings) -> Settings:
     """What types cannot say."""
-    names = [engine.name for engine in settings.engines]
-    if not names:
-        raise ConfigurationError("engines is empty; at least one engine is needed")
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigurationError(f"engines: the name {name!r} stands twice; names are unique")
+    _check_engines(settings.engines)
     _check_times(settings)
     for name in (
         "max_body_bytes",
@@ -284,6 +283,22 @@ def _check_times(settings: Settings) -> None:
     for name in ("engine_silence_s", "engine_hang_s"):
         if getattr(settings, name) < 1:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1 second")
+
+
+def _check_engines(engines: tuple[EngineSettings, ...]) -> None:
+    names = [engine.name for engine in engines]
+    if not names:
+        raise ConfigurationError("engines is empty; at least one engine is needed")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"engines: the name {name!r} stands twice; names are unique")
+    for engine in engines:
+        for setting in ("run_memory_bytes", "adapter_memory_bytes"):
+            size = getattr(engine, setting)
+            if size is not None and size < 1:
+                raise ConfigurationError(
+                    f"engines: {setting} of {engine.name!r} is {size}; it must be at least 1"
+                )
 
 
 def _check_what_clients_meet(settings: Settings) -> None:

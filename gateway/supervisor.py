@@ -257,6 +257,8 @@ class Supervisor:
             epoch=self.epoch,
             options=engine.options,
             owner_timeout_s=settings.engine_owner_timeout_s,
+            run_memory_bytes=engine.run_memory_bytes,
+            adapter_memory_bytes=engine.adapter_memory_bytes,
         )
 
     async def _tell(self, process: EngineProcess) -> None:

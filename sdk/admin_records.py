@@ -182,6 +182,11 @@ class Engine:
     epoch: int
     starts: int
     resident_runs: int
+    waiting_runs: int
+    run_bytes: int
+    run_memory_bytes: int
+    evictions: int
+    restores: int
     max_context: int | None
     device: str | None
     dtype: str | None

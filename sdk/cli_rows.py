@@ -22,6 +22,7 @@ RUNS = (
     Column("model"),
     Column("rank", "rank {}", right=True),
     Column("step", "step {}", right=True),
+    Column("where"),
     Column("owner", "of {}"),
     Column("last used", "used {}"),
 )
@@ -70,6 +71,8 @@ ENGINES = (
     Column("dtype"),
     Column("context", "context {}", right=True),
     Column("runs", "{} runs in memory", right=True),
+    Column("their memory", "{}", right=True),
+    Column("evicted", "evicted {}", right=True),
     Column("starts", "starts {}", right=True),
     Column("pid", "pid {}", right=True),
 )
@@ -105,6 +108,7 @@ def run_row(run: Run) -> Row:
             run.base_model,
             str(run.lora.rank),
             str(run.step),
+            "in memory" if run.resident else "",
             run.owner,
             ago(run.last_request_at),
         )
@@ -186,11 +190,19 @@ def engine_row(engine: Engine) -> Row:
             engine.dtype or "",
             "" if engine.max_context is None else str(engine.max_context),
             str(engine.resident_runs),
+            memory_of(engine),
+            str(engine.evictions or ""),
             str(engine.starts),
             "" if engine.pid is None else str(engine.pid),
         ),
         None if engine.state == "ready" else engine.problem,
     )
+
+
+def memory_of(engine: Engine) -> str:
+    """What the runs in its memory occupy, of what they may."""
+    limit = f" of {size(engine.run_memory_bytes)}" if engine.run_memory_bytes else ""
+    return f"{size(engine.run_bytes)}{limit}" if engine.run_bytes or limit else ""
 
 
 def step_row(step: Step) -> Row:

@@ -60,6 +60,12 @@ class TrainingContract:
         assert one > 0
         assert caller.create("three", rank=3).parameters == 3 * one
 
+    def test_what_a_run_occupies_grows_with_its_rank(self, engine: Engine) -> None:
+        one, three = (
+            engine.run_bytes(LoraSpec(rank, 1, train_unembed=engine.info().train_unembed)) for rank in (1, 3)
+        )
+        assert 0 < one < three
+
     def test_a_fresh_adapter_changes_nothing_whatever_its_seed_and_rank(self, engine: Engine) -> None:
         caller = Caller(engine)
         caller.create("a", rank=1, seed=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from engines.fake.model import Adapter, size
 from engines.fake.optimizer import AdamW
 from engines.fake.training import Run
 from engines.interface import PendingSnapshot, UserError
+from engines.memory import AdapterMemory
 from engines.operations import AdapterRef, LoraSpec
 from engines.storage import FolderStorage
 
@@ -35,27 +35,30 @@ class _PeftConfig(msgspec.Struct, frozen=True):
 
 
 class AdapterVersions:
-    """Adapters for sampling by their id, the least recently used one forgotten first. None ever changes."""
+    """Adapters for sampling, in memory while there is room. None ever changes."""
 
-    def __init__(self, storage: FolderStorage, limit: int = 256) -> None:
+    def __init__(self, storage: FolderStorage, limit: int) -> None:
         self._storage = storage
-        self._limit = limit
-        self._kept: OrderedDict[str, Adapter] = OrderedDict()
+        self.memory: AdapterMemory[Adapter] = AdapterMemory(limit)
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    def require(self, ref: AdapterRef) -> None:
+        """Raises UserError when its folder has no adapter, or one that is larger than all may be together."""
+        if ref.folder not in self.memory:
+            self.memory.require(self._read(ref).values.nbytes)
 
-    def get(self, ref: AdapterRef) -> Adapter:
-        """The version; raises UserError when its folder cannot be read."""
-        adapter = self._kept.get(ref.adapter_id)
-        if adapter is None:
-            adapter = self._kept[ref.adapter_id] = _read_version(
-                self._storage.open(ref.folder, ADAPTER_CONFIG)
-            )
-        self._kept.move_to_end(ref.adapter_id)
-        if len(self._kept) > self._limit:
-            self._kept.popitem(last=False)
-        return adapter
+    def take(self, ref: AdapterRef) -> Adapter | None:
+        """The version, which stays in memory until it is given back; None when there is no room for it now.
+
+        Raises UserError when its folder cannot be read.
+        """
+        if ref.folder in self.memory:
+            return self.memory.take(ref.folder, 0, lambda: self._read(ref))
+        adapter = self._read(ref)
+        self.memory.require(adapter.values.nbytes)
+        return self.memory.take(ref.folder, adapter.values.nbytes, lambda: adapter)
+
+    def _read(self, ref: AdapterRef) -> Adapter:
+        return _read_version(self._storage.open(ref.folder, ADAPTER_CONFIG))
 
 
 def write_run(storage: FolderStorage, key: str, base_model: str, run: Run, optimizer_state: bool) -> int:

@@ -14,12 +14,21 @@ from numpy.typing import NDArray
 
 from engines.fake.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.fake.losses import FORMULAS
-from engines.fake.model import SITES, VOCABULARY, Adapter, base_weights
+from engines.fake.model import SITES, VOCABULARY, Adapter, base_weights, size
 from engines.fake.options import FakeOptions, read_options
 from engines.fake.samples import Sample
 from engines.fake.tokenizer import TEXT_END_ID, TURN_END_ID, tokenizer_files
-from engines.fake.training import Run, forward, forward_backward, optim_step
-from engines.interface import Engine, EngineConfig, EngineInfo, RunOperation, SampleEvent, UserError
+from engines.fake.training import VECTORS, Run, forward, forward_backward, optim_step
+from engines.interface import (
+    Engine,
+    EngineConfig,
+    EngineInfo,
+    RunOperation,
+    SampleEnd,
+    SampleEvent,
+    UserError,
+)
+from engines.memory import limits
 from engines.operations import (
     CreateRun,
     CreateRunResult,
@@ -28,6 +37,7 @@ from engines.operations import (
     ForwardResult,
     LoadWeights,
     LoadWeightsResult,
+    LoraSpec,
     OptimStep,
     OptimStepResult,
     SampleRequest,
@@ -54,9 +64,11 @@ class FakeEngine(Engine):
         self._weights = base_weights()
         self._storage = FolderStorage(config.storage)
         self._runs: dict[str, Run] = {}
-        self._versions = AdapterVersions(self._storage)
+        memory = limits(config, None)
+        self._versions = AdapterVersions(self._storage, memory.adapters)
+        self._waiting: dict[int, SampleRequest] = {}
         self._samples: dict[int, Sample] = {}
-        self._info = _info(config, options)
+        self._info = _info(config, options, memory.runs)
         self._passes = 0
 
     @classmethod
@@ -71,6 +83,7 @@ class FakeEngine(Engine):
 
     def close(self) -> None:
         self._runs.clear()
+        self._waiting.clear()
         self._samples.clear()
 
     # ------------------------------------------------------------------ training
@@ -85,6 +98,9 @@ class FakeEngine(Engine):
             run = read_run(self._storage, operation.folder, operation.lora, operation.optimizer_state)
         self._runs[run_id] = run
         return CreateRunResult(parameters=run.adapter.values.size)
+
+    def run_bytes(self, lora: LoraSpec) -> int:
+        return VECTORS * np.dtype(np.float32).itemsize * size(lora)
 
     def drop_run(self, run_id: str) -> None:
         self._runs.pop(run_id, None)
@@ -151,28 +167,48 @@ class FakeEngine(Engine):
     # ------------------------------------------------------------------ sampling
 
     def start_sample(self, call_id: int, request: SampleRequest, party: str = "") -> None:
-        # All samples advance in every step, so no party waits for another.
+        # All samples whose adapters are in memory advance in every step, so no party waits for another.
         self._look_at([request.prompt.array()])
-        adapter = None if request.adapter is None else self._versions.get(request.adapter)
-        self._samples[call_id] = Sample(call_id, request, adapter, self._weights, self._info)
+        if request.adapter is not None:
+            self._versions.require(request.adapter)
+        self._waiting[call_id] = request
 
     def advance(self) -> list[SampleEvent]:
-        if self._samples:
+        if self.sampling:
             self._delay()
             self._passes += 1
-        events: list[SampleEvent] = []
+        events: list[SampleEvent] = self._begin_waiting()
         for sample in list(self._samples.values()):
             events += sample.advance()
             if not sample.live:
-                del self._samples[sample.call_id]
+                self.cancel_sample(sample.call_id)
         return events
 
+    def _begin_waiting(self) -> list[SampleEvent]:
+        """Begin what has its adapter in memory, in order; the ends of those whose adapters cannot be read."""
+        ends: list[SampleEvent] = []
+        for call_id, request in list(self._waiting.items()):
+            try:
+                adapter = None if request.adapter is None else self._versions.take(request.adapter)
+            except UserError as error:
+                ends.append(SampleEnd(call_id, error))
+                del self._waiting[call_id]
+                continue
+            if adapter is None and request.adapter is not None:
+                break  # until others give theirs back
+            del self._waiting[call_id]
+            self._samples[call_id] = Sample(call_id, request, adapter, self._weights, self._info)
+        return ends
+
     def cancel_sample(self, call_id: int) -> None:
-        self._samples.pop(call_id, None)
+        self._waiting.pop(call_id, None)
+        sample = self._samples.pop(call_id, None)
+        if sample is not None and sample.request.adapter is not None:
+            self._versions.memory.give_back(sample.request.adapter.folder)
 
     @property
     def sampling(self) -> bool:
-        return bool(self._samples)
+        return bool(self._samples or self._waiting)
 
     @property
     def passes(self) -> int:
@@ -181,8 +217,10 @@ class FakeEngine(Engine):
     def stats(self) -> dict[str, float]:
         return {
             "resident_runs": len(self._runs),
-            "resident_adapters": len(self._versions),
-            "active_samples": len(self._samples),
+            "resident_adapters": len(self._versions.memory),
+            "adapter_bytes": self._versions.memory.used,
+            "adapter_memory_bytes": self._versions.memory.limit,
+            "active_samples": len(self._samples) + len(self._waiting),
         }
 
     # ------------------------------------------------------------------ what the options ask for
@@ -214,7 +252,7 @@ def _attempt(perform: Callable[[str, Op], Outcome], item: RunOperation[Op]) -> O
         return error
 
 
-def _info(config: EngineConfig, options: FakeOptions) -> EngineInfo:
+def _info(config: EngineConfig, options: FakeOptions, run_memory: int) -> EngineInfo:
     return EngineInfo(
         base_model=config.base_model,
         architecture="ByteLinearForCausalLM",
@@ -230,4 +268,5 @@ def _info(config: EngineConfig, options: FakeOptions) -> EngineInfo:
         deterministic=True,
         versions={"numpy": np.__version__, "safetensors": safetensors.__version__},
         layers={site.name: (site.in_features, site.out_features) for site in SITES},
+        run_memory_bytes=run_memory,
     )

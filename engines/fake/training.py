@@ -19,6 +19,10 @@ from engines.tensors import Tensor
 Array = NDArray[Any]
 
 
+VECTORS = 4
+"""Vectors of an adapter's size that a run holds at most: its values, the gradient, both moments of the optimizer."""
+
+
 @dataclass
 class Run:
     """A fine-tuning in progress. `pending` is the gradient since the last step, laid out like the adapter's values."""

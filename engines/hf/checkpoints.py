@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from engines.hf.model import BaseModel
 from engines.hf.optimizer import AdamW
 from engines.hf.training import Run
 from engines.interface import EngineConfig, PendingSnapshot, UserError
+from engines.memory import AdapterMemory
 from engines.operations import LoraSpec
 from engines.storage import open_folder, write_folder
 
@@ -181,7 +181,7 @@ def _decode(path: Path) -> dict[str, Tensor]:
 
 
 class AdapterVersions:
-    """Immutable adapters for sampling by storage folder, the least recently used one forgotten first.
+    """Immutable adapters for sampling, in memory while there is room, by storage folder.
 
     A folder is written once, so that what was read or put under its name stays true.
     """
@@ -189,30 +189,41 @@ class AdapterVersions:
     def __init__(self, storage: str, base: BaseModel, limit: int) -> None:
         self.storage = storage
         self.base = base
-        self.limit = limit
-        self.kept: OrderedDict[str, Adapter] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.kept)
+        self.memory: AdapterMemory[Adapter] = AdapterMemory(limit)
 
     def put(self, folder: str, adapter: Adapter) -> None:
-        """Keep a version that was just saved, so that it can be sampled without being read."""
-        self.kept[folder] = adapter
-        self.kept.move_to_end(folder)
-        while len(self.kept) > self.limit:
-            self.kept.popitem(last=False)
+        """Keep a copy of a version that was just saved, if there is room, so that it need not be read."""
+        self.memory.offer(folder, adapter.values.nbytes, adapter.copy)
 
-    def get(self, folder: str) -> Adapter:
-        """The version in a folder; raises UserError when it cannot be read or does not fit the model."""
-        if folder not in self.kept:
-            self.put(folder, self._read(folder))
-        self.kept.move_to_end(folder)
-        return self.kept[folder]
+    def require(self, folder: str) -> None:
+        """Raises UserError when there is no adapter in the folder, or it is larger than all may be together."""
+        if folder not in self.memory:
+            self.memory.require(self._size(self._spec(folder)))
+
+    def take(self, folder: str) -> Adapter | None:
+        """The version in a folder, which stays in memory until it is given back; None when there is no room for it now.
+
+        Raises UserError when it cannot be read or does not fit the model.
+        """
+        if folder in self.memory:
+            return self.memory.take(folder, 0, lambda: self._read(folder))
+        size = self._size(self._spec(folder))
+        self.memory.require(size)
+        return self.memory.take(folder, size, lambda: self._read(folder))
+
+    def give_back(self, folder: str) -> None:
+        """One that was taken is not needed any more."""
+        self.memory.give_back(folder)
+
+    def _size(self, spec: LoraSpec) -> int:
+        return size(self.base.sites, spec) * torch.float32.itemsize
+
+    def _path(self, folder: str) -> Path:
+        return open_folder(self.storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+
+    def _spec(self, folder: str) -> LoraSpec:
+        return _read_spec(self._path(folder))
 
     def _read(self, folder: str) -> Adapter:
-        path = open_folder(self.storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-        spec = _read_spec(path)
-        return Adapter(self.base.sites, spec, _read_values(path, self.base, spec))
-
-    def clear(self) -> None:
-        self.kept.clear()
+        spec = self._spec(folder)
+        return Adapter(self.base.sites, spec, _read_values(self._path(folder), self.base, spec))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engines.hf.checkpoints import AdapterVersions
 from engines.hf.drawing import Drawn, draw
 from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout, Prefix
 from engines.hf.line import Line
@@ -38,12 +39,14 @@ class Decoder:
     def __init__(
         self,
         base: BaseModel,
+        adapters: AdapterVersions,
         slots: int,
         prefill_tokens: int,
         one_by_one: bool,
         prompt_cache_bytes: int = 0,
     ) -> None:
         self.base = base
+        self.adapters = adapters
         self.prefill_tokens = prefill_tokens
         self.one_by_one = one_by_one
         self.slots = slots
@@ -54,6 +57,10 @@ class Decoder:
         self.step = Step()
         self.most_rows = self.cache.max_slots
         """Sequences that may run together; less after memory has run out, until something ends."""
+        self._taken: dict[int, str] = {}
+        self._first: int | None = None
+        """The sample that waits for its adapter to have room in memory."""
+        self._unreadable: list[SampleEnd] = []
 
     def add(self, sample: Sample) -> None:
         """Queue a sample."""
@@ -64,6 +71,7 @@ class Decoder:
         """Forget a sample, whether it waits or runs."""
         self.queue.remove(call_id)
         self._leave([row for row in self.rows if row.sample.call_id == call_id])
+        self._give_back(call_id)
 
     @property
     def active(self) -> int:
@@ -82,9 +90,10 @@ class Decoder:
         joined, first_hidden = self._admit()
         rows += joined
         hidden += first_hidden
+        refused, self._unreadable = self._unreadable, []
         if not rows:
-            return []
-        return self._take(rows, draw(self._logits(rows, hidden), [row.next_draw() for row in rows]))
+            return [*refused]
+        return refused + self._take(rows, draw(self._logits(rows, hidden), [row.next_draw() for row in rows]))
 
     @torch.inference_mode()
     def shed(self) -> list[SampleEvent]:
@@ -202,7 +211,12 @@ class Decoder:
                 break
             sample = self.queue.take(party)
             _, count = chosen.get(sample.call_id, (sample, 0))
-            if not (count or sample.prefix or room.take(sample)):
+            try:
+                begins = bool(count or sample.prefix) or self._begin(sample, room)
+            except UserError as error:
+                self._unreadable.append(SampleEnd(sample.call_id, error))
+                continue
+            if not begins:
                 later.append(sample)
                 continue
             chosen[sample.call_id] = (sample, count + 1)
@@ -211,6 +225,34 @@ class Decoder:
                 self.queue.add(sample)
         self.queue.put_back(later)
         return list(chosen.values())
+
+    def _begin(self, sample: Sample, room: _Room) -> bool:
+        """Whether a sample begins now; then its adapter stays in memory until it ends.
+
+        While one waits for adapters to leave memory, no other that needs one begins, so that it has its turn.
+        """
+        if not room.has_place(sample):
+            return False
+        wanted = sample.request.adapter
+        if wanted is not None and sample.call_id not in self._taken:
+            if self._first not in (None, sample.call_id):
+                return False
+            self._first = None
+            sample.adapter = self.adapters.take(wanted.folder)
+            if sample.adapter is None:
+                self._first = sample.call_id
+                return False
+            self._taken[sample.call_id] = wanted.folder
+        room.take(sample)
+        return True
+
+    def _give_back(self, call_id: int) -> None:
+        """The adapter of a sample that is over, or its turn to have one."""
+        if self._first == call_id:
+            self._first = None
+        folder = self._taken.pop(call_id, None)
+        if folder is not None:
+            self.adapters.give_back(folder)
 
     def _prefill(self, samples: list[Sample]) -> None:
         """Run each prompt through the model once and keep what its sequences need."""
@@ -264,6 +306,8 @@ class Decoder:
                 ended.append(row)
         complete = {row.sample.call_id: row.sample for row in ended if row.sample.complete}
         events += [SampleEnd(call_id, sample.result()) for call_id, sample in complete.items()]
+        for call_id in complete:
+            self._give_back(call_id)
         failures = self._fail(broken)
         self._leave(ended)
         return events + failures
@@ -329,19 +373,23 @@ class _Room:
         self.prefilled = False
         self.full = False
 
-    def take(self, sample: Sample) -> bool:
-        """Whether the sample begins now. The first prompt always may; none overtakes one that must wait for the same.
+    def has_place(self, sample: Sample) -> bool:
+        """Whether the sample may begin now. The first prompt may; none overtakes one that must wait for the same.
 
         One sequence alone needs no prompt held: it passes by those that wait until other prompts are let go.
         """
         tokens = len(sample.prompt)
-        kept = tokens if sample.waiting > 1 else 0
+        kept = self._kept(sample)
         if self.taken and self.taken + tokens > self.most:
             self.prefilled = True
         if kept and self.held and self.held + kept > HELD_PREFILLS * self.most:
             self.full = True
-        if self.prefilled or (kept and self.full):
-            return False
-        self.taken += tokens
-        self.held += kept
-        return True
+        return not (self.prefilled or (kept and self.full))
+
+    def take(self, sample: Sample) -> None:
+        """It begins."""
+        self.taken += len(sample.prompt)
+        self.held += self._kept(sample)
+
+    def _kept(self, sample: Sample) -> int:
+        return len(sample.prompt) if sample.waiting > 1 else 0

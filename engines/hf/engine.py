@@ -14,13 +14,13 @@ from tokenizers import Tokenizer
 
 from engines.hf.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.hf.decoding import Decoder
-from engines.hf.lora import Adapter
+from engines.hf.lora import Adapter, size
 from engines.hf.memory import as_memory_error
-from engines.hf.model import BaseModel, load_base_model, read_tokenizer_files, versions
+from engines.hf.model import BaseModel, free_bytes, load_base_model, read_tokenizer_files, versions
 from engines.hf.optimizer import AdamW
 from engines.hf.options import HfOptions, read_options
 from engines.hf.samples import new_sample
-from engines.hf.training import Run, forward, forward_backward, optim_step
+from engines.hf.training import VECTORS, Run, forward, forward_backward, optim_step
 from engines.interface import (
     Engine,
     EngineConfig,
@@ -32,6 +32,7 @@ from engines.interface import (
 )
 from engines.losses import CUSTOM
 from engines.losses.formulas import FORMULAS
+from engines.memory import limits
 from engines.operations import (
     CreateRun,
     CreateRunResult,
@@ -40,6 +41,7 @@ from engines.operations import (
     ForwardResult,
     LoadWeights,
     LoadWeightsResult,
+    LoraSpec,
     OptimStep,
     OptimStepResult,
     SampleRequest,
@@ -71,11 +73,13 @@ class HfEngine(Engine):
         self.files = files
         self.tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
         self.pass_tokens = options.pass_tokens or (16384 if base.device.type == "cuda" else 4096)
-        self._info = _describe(config, options, base)
+        memory = limits(config, free_bytes(base.device))
+        self._info = _describe(config, options, base, memory.runs)
         self.runs: dict[str, Run] = {}
-        self.adapters = AdapterVersions(config.storage, base, options.cached_adapters)
+        self.adapters = AdapterVersions(config.storage, base, memory.adapters)
         self.decoder = Decoder(
             base,
+            self.adapters,
             options.sample_slots,
             options.prefill_tokens,
             options.deterministic,
@@ -96,8 +100,8 @@ class HfEngine(Engine):
 
     def close(self) -> None:
         self.runs.clear()
-        self.adapters.clear()
-        self.decoder = Decoder(self.base, 1, 1, False)
+        self.adapters.memory.clear()
+        self.decoder = Decoder(self.base, self.adapters, 1, 1, False)
 
     # ------------------------------------------------------------------ training
 
@@ -114,6 +118,9 @@ class HfEngine(Engine):
             )
         self.runs[item.run_id] = run
         return CreateRunResult(parameters=run.adapter.values.numel())
+
+    def run_bytes(self, lora: LoraSpec) -> int:
+        return VECTORS * torch.float32.itemsize * size(self.base.sites, lora)
 
     def drop_run(self, run_id: str) -> None:
         self.runs.pop(run_id, None)
@@ -173,7 +180,7 @@ class HfEngine(Engine):
         for each in (error, error.__cause__):
             traceback.clear_frames(each.__traceback__ if each is not None else None)
         self.decoder.forget_prompts()
-        self.adapters.clear()
+        self.adapters.memory.drop_unused()
         gc.collect()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -193,7 +200,7 @@ class HfEngine(Engine):
         run, operation = self._run(item.run_id), item.operation
         size = write_run(self.config, operation.folder, run, operation.optimizer_state)
         if not operation.optimizer_state:
-            self.adapters.put(operation.folder, run.adapter.copy())
+            self.adapters.put(operation.folder, run.adapter)
         return SaveWeightsResult(size_bytes=size)
 
     def load_weights(self, items: Sequence[RunOperation[LoadWeights]]) -> list[LoadWeightsResult | UserError]:
@@ -221,8 +228,9 @@ class HfEngine(Engine):
     # ------------------------------------------------------------------ sampling
 
     def start_sample(self, call_id: int, request: SampleRequest, party: str = "") -> None:
-        adapter = None if request.adapter is None else self.adapters.get(request.adapter.folder)
-        self.decoder.add(new_sample(call_id, request, adapter, self.info(), self.decode, party))
+        if request.adapter is not None:
+            self.adapters.require(request.adapter.folder)
+        self.decoder.add(new_sample(call_id, request, self.info(), self.decode, party))
 
     def decode(self, tokens: list[int]) -> str:
         """The text of some tokens, special ones included."""
@@ -250,13 +258,15 @@ class HfEngine(Engine):
     def stats(self) -> dict[str, float]:
         return {
             "resident_runs": len(self.runs),
-            "resident_adapters": len(self.adapters),
+            "resident_adapters": len(self.adapters.memory),
+            "adapter_bytes": self.adapters.memory.used,
+            "adapter_memory_bytes": self.adapters.memory.limit,
             "active_samples": self.decoder.active,
             "remembered_prompt_tokens": self.decoder.prompts.tokens,
         }
 
 
-def _describe(config: EngineConfig, options: HfOptions, base: BaseModel) -> EngineInfo:
+def _describe(config: EngineConfig, options: HfOptions, base: BaseModel, run_memory: int) -> EngineInfo:
     vocabulary = base.unembedding.vocabulary
     return EngineInfo(
         base_model=config.base_model,
@@ -273,6 +283,7 @@ def _describe(config: EngineConfig, options: HfOptions, base: BaseModel) -> Engi
         deterministic=options.deterministic,
         versions=versions(options),
         layers={site.name: (site.in_features, site.out_features) for site in base.sites},
+        run_memory_bytes=run_memory,
     )
 
 

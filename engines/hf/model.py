@@ -22,6 +22,7 @@ from engines.hf.lora import LoraLinear, Routing, Segment, Site
 from engines.hf.options import HfOptions, cpu_threads
 from engines.hf.threads import Threads
 from engines.interface import EngineConfig, LoadError
+from engines.memory import free_host_bytes
 
 PROBE_LENGTHS = (7, 12, 12, 5)
 """Sequences of the trial pass at load."""
@@ -108,6 +109,14 @@ def load_base_model(config: EngineConfig, options: HfOptions) -> BaseModel:
     base = BaseModel(module, device, _max_context(module, options), threads)
     _probe(base, config.model)
     return base
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that is free now; None where nobody knows."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return free_host_bytes()
 
 
 def versions(options: HfOptions) -> dict[str, str]:

@@ -30,8 +30,6 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sequences that are decoded together at most; further ones wait, but for the first one of a party (up to 16)."""
     prefill_tokens: int = 2048
     """Prompt tokens that are taken into the running batch in one step at most (one prompt always may)."""
-    cached_adapters: int = 64
-    """Adapter versions that are kept in memory for sampling; the least recently used one goes first."""
     prompt_cache_mib: int = 256
     """Memory for what later prompts of the same sampler may begin with; the least recently used prompt goes first."""
     deterministic: bool = False

@@ -29,13 +29,14 @@ class Sample:
 
     call_id: int
     request: SampleRequest
-    adapter: Adapter | None
     prompt: list[int]
     limit: int
     stops: Sequence[StopTracker]
     sequences: list[SampledSequence | None]
     party: str
     """Whom it is for; parties share the slots equally."""
+    adapter: Adapter | None = None
+    """From when it begins."""
     admitted: int = 0
     cached: int = 0
     """Tokens of the prompt that an earlier request has run through the model."""
@@ -157,7 +158,6 @@ def segments_of(adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> l
 def new_sample(
     call_id: int,
     request: SampleRequest,
-    adapter: Adapter | None,
     info: EngineInfo,
     decode: Decode,
     party: str,
@@ -173,4 +173,4 @@ def new_sample(
         )
     stops = [StopTracker(request, info.eos_tokens, decode) for _ in range(request.num_samples)]
     sequences: list[SampledSequence | None] = [None] * request.num_samples
-    return Sample(call_id, request, adapter, prompt, limit, stops, sequences, party)
+    return Sample(call_id, request, prompt, limit, stops, sequences, party)

@@ -24,6 +24,9 @@ from engines.interface import UserError
 from engines.operations import Forward, ForwardBackward, ForwardResult, OptimStep
 from engines.tensors import Tensor as Bytes
 
+VECTORS = 4
+"""Vectors of an adapter's size that a run holds at most: its values, the gradient, both moments of the optimizer."""
+
 
 @dataclass
 class Run:

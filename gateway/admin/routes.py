@@ -160,10 +160,15 @@ async def get_metrics(caller: Who, gateway: Running) -> views.MetricsView:
         open_futures.setdefault(engine, {})[status] = count
     engines = {}
     for name, dispatcher in gateway.fleet.dispatchers.items():
-        process = dispatcher.supervisor.process
+        process, residency = dispatcher.supervisor.process, dispatcher.training.residency
         engines[name] = {
             **(process.stats if process is not None else {}),
-            "resident_runs": float(len(dispatcher.training.resident)),
+            "resident_runs": float(len(residency)),
+            "waiting_runs": float(residency.waiting),
+            "run_bytes": float(residency.used),
+            "run_memory_bytes": float(residency.limit),
+            "evictions": float(residency.evictions),
+            "restores": float(residency.restores),
             "starts": float(dispatcher.supervisor.starts),
         }
     return views.MetricsView(
@@ -185,7 +190,7 @@ async def _run(gateway: Gateway, caller: Caller, run_id: str) -> Run:
 
 def _resident(gateway: Gateway, run: Run) -> bool:
     dispatcher = gateway.fleet.dispatchers.get(run.engine)
-    return dispatcher is not None and run.run_id in dispatcher.training.resident
+    return dispatcher is not None and dispatcher.training.residency.holds(run.run_id)
 
 
 def _resident_bytes() -> int:

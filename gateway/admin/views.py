@@ -173,6 +173,17 @@ class EngineView(BaseModel):
     epoch: Annotated[int, Field(description="raised at each start, over all gateways")]
     starts: Annotated[int, Field(description="since this gateway process began")]
     resident_runs: int
+    waiting_runs: Annotated[
+        int, Field(description="runs with work for which there is no room in its memory now")
+    ]
+    run_bytes: Annotated[int, Field(description="what the runs in its memory occupy")]
+    run_memory_bytes: Annotated[int, Field(description="what they may occupy together; 0: no limit")]
+    evictions: Annotated[
+        int, Field(description="runs that left its memory for others, since the gateway began")
+    ]
+    restores: Annotated[
+        int, Field(description="runs that came back into its memory, since the gateway began")
+    ]
     max_context: int | None
     device: str | None
     dtype: str | None
@@ -313,7 +324,7 @@ def future_view(future: Future) -> FutureView:
 
 
 def engine_view(dispatcher: Dispatcher) -> EngineView:
-    supervisor = dispatcher.supervisor
+    supervisor, residency = dispatcher.supervisor, dispatcher.training.residency
     engine, info, process = supervisor.engine, supervisor.info, supervisor.process
     return EngineView(
         name=engine.name,
@@ -325,7 +336,12 @@ def engine_view(dispatcher: Dispatcher) -> EngineView:
         pid=process.pid if process is not None else None,
         epoch=supervisor.epoch,
         starts=supervisor.starts,
-        resident_runs=len(dispatcher.training.resident),
+        resident_runs=len(residency),
+        waiting_runs=residency.waiting,
+        run_bytes=residency.used,
+        run_memory_bytes=residency.limit,
+        evictions=residency.evictions,
+        restores=residency.restores,
         max_context=info.max_context if info is not None else None,
         device=info.device if info is not None else None,
         dtype=info.dtype if info is not None else None,

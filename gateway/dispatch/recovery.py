@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 
-from engines.messages import RunAddress
+from engines.messages import Outcome, RunAddress
 from engines.operations import CHANGES_STATE, OperationKind
 from gateway.engine_process import EngineProcess
 from gateway.store import Store
@@ -29,10 +29,19 @@ class RestoreFailed(Exception):
         self.passing = passing
 
 
+class NoRoom(Exception):
+    """The engine has no memory for the run, of `size` bytes, beside the others."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"{size} bytes are not free")
+        self.size = size
+
+
 class Restoration:
     """One run on its way into an engine: everything of its log that took effect below seq_id `before`.
 
-    Every outcome below `before` must have been committed when the first step is taken.
+    Every outcome below `before` must have been committed when the first step is taken. When it is complete, `size` has
+    the run's bytes, `pending` says whether it has gradients that no step has used, `seconds` how long it took.
     """
 
     def __init__(self, store: Store, run_id: str, before: int) -> None:
@@ -42,12 +51,20 @@ class Restoration:
         self._after = -1
         self._page: deque[tuple[Future, bytes | None]] = deque()
         self._applied = 0
+        self.size: int | None = None
+        self.pending = False
+        self.seconds = 0.0
 
     async def step(self, engine: EngineProcess) -> bool:
-        """Apply the next operations; whether the run is complete. Raises RestoreFailed and EngineLost."""
+        """Apply the next operations; whether the run is complete. Raises RestoreFailed, NoRoom and EngineLost."""
+        begun = time.monotonic()
         if self._after < 0:
             await self._require_run()
-        deadline = time.monotonic() + _STEP_S
+        complete = await self._apply_until(engine, begun + _STEP_S)
+        self.seconds += time.monotonic() - begun
+        return complete
+
+    async def _apply_until(self, engine: EngineProcess, deadline: float) -> bool:
         while self._page or await self._read_page():
             await self._apply_next(engine)
             if time.monotonic() > deadline:
@@ -85,6 +102,8 @@ class Restoration:
         kind: OperationKind = future.kind  # type: ignore[assignment]
         address = RunAddress(future.run_id or "", future.seq_id)
         performed, _ = await engine.perform(kind, [address], [body], replay=True)
+        if performed.no_room:
+            raise NoRoom(performed.no_room[address.run_id])
         failure = performed.outcomes[0].failure
         if failure is not None:
             raise RestoreFailed(
@@ -93,4 +112,13 @@ class Restoration:
                 f"{failure.message}",
                 passing=failure.category == "server",
             )
+        if kind == "create_run":
+            self.size = size_of(performed.outcomes[0])
+        self.pending = kind == "forward_backward"
         self._applied += 1
+
+
+def size_of(outcome: Outcome) -> int | None:
+    """Bytes of a run that has been created, where the engine tells them."""
+    size = outcome.summary.get("bytes")
+    return None if size is None else int(size)

@@ -29,6 +29,7 @@ class RunQueue:
     waiting: dict[int, Future] = field(default_factory=dict)
     running: bool = False
     alone: bool = False
+    parked: bool = False
     gap_since: float | None = None
 
     def add(self, future: Future) -> None:
@@ -97,6 +98,10 @@ class Turns:
     def owners(self) -> Iterable[str]:
         """Who has keys, next first."""
         return self._owners.keys()
+
+    def first(self, owner: str) -> str:
+        """The next key of an owner who has one; it stays."""
+        return self._owners[owner][0]
 
     def take(self, owner: str | None = None) -> str | None:
         """The next key, or an owner's next one; its owner goes to the end of the line."""
@@ -202,6 +207,24 @@ class TrainingQueue:
         queue.alone = queue.alone or alone
         self._mark(queue)
 
+    def park(self, future: Future) -> None:
+        """What was taken is not handed out again until its run has a place in the engine's memory."""
+        queue = self.runs[future.run_id or ""]
+        queue.running = False
+        queue.parked = True
+
+    def unpark(self, run_id: str) -> bool:
+        """A parked run has a place now; whether it still has something to do."""
+        queue = self.runs[run_id]
+        queue.parked = False
+        self._mark(queue)
+        return queue.head() is not None
+
+    def busy(self, run_id: str) -> bool:
+        """Whether a run has an operation that could be performed now."""
+        queue = self.runs.get(run_id)
+        return queue is not None and (queue.running or queue.head() is not None)
+
     def waits(self, run_id: str) -> bool:
         """Whether anything of a run waits or runs."""
         queue = self.runs.get(run_id)
@@ -213,7 +236,7 @@ class TrainingQueue:
         return [queue for queue in blocked if queue.gap(now) > timeout_s]
 
     def _mark(self, queue: RunQueue) -> None:
-        if queue.head() is not None:
+        if queue.head() is not None and not queue.parked:
             self._ready.add(queue.owner, queue.run_id)
         if queue.waiting and queue.next_seq not in queue.waiting:
             self._blocked.add(queue.run_id)

@@ -10,13 +10,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
+from engines import messages
 from engines.messages import RunAddress
 from engines.operations import OperationKind
 from gateway.dispatch.blame import Blame
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, outcomes_of
 from gateway.dispatch.quarantine import Quarantine
-from gateway.dispatch.recovery import Restoration, RestoreFailed
+from gateway.dispatch.recovery import NoRoom, Restoration, RestoreFailed, size_of
+from gateway.dispatch.residency import Residency
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
 from gateway.dispatch.standing import Standing
@@ -62,7 +66,7 @@ class TrainingLane:
         self._sealing = Sealing(settings)
         self._restorations: dict[str, Restoration] = {}
         self._failed_restores: dict[str, int] = {}
-        self.resident: set[str] = set()
+        self.residency = Residency()
         self.in_engine: tuple[str, ...] = ()
         self.restoring: str | None = None
 
@@ -92,7 +96,7 @@ class TrainingLane:
         self._sealing.cancel()
         self._restorations.clear()
         self._failed_restores.clear()
-        self.resident.clear()
+        self.residency.reset()
         self.in_engine = ()
         self.restoring = None
 
@@ -118,6 +122,8 @@ class TrainingLane:
             return Standing(
                 False, "it is being performed" if queue is not None else "its run is being restored"
             )
+        if queue.parked and future.seq_id == queue.next_seq:
+            return Standing(True, "its run waits for a place in the engine's memory, which others have now")
         if queue.head() is None and not queue.running:
             return Standing(False, f"operation {queue.next_seq} of its run has not arrived")
         before = future.seq_id - queue.next_seq
@@ -152,6 +158,8 @@ class TrainingLane:
 
     async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
         """Until the lane is closed. Raises EngineLost, and Interrupted when what is in memory cannot be trusted."""
+        for run_id in self.residency.begin(engine.info.run_memory_bytes):
+            await engine.drop_run(run_id)
         while True:
             await self._work_or_time(engine)
             if self._closed:
@@ -160,6 +168,7 @@ class TrainingLane:
             await self._open_runs()
             await self._drop_runs(engine)
             self._fail_gaps()
+            await self._change_places(engine)
             batch = self._queue.take_batch()
             if batch:
                 await quarantine.enter(alone=self._blame.suspected(batch[0]))
@@ -172,7 +181,9 @@ class TrainingLane:
         for future in batch:
             if (refusal := self._blame.worn_out(future)) is not None:
                 self._settle_one(refusal)
-            elif future.kind == "create_run" or future.run_id in self.resident:
+            elif not self.residency.claim(future.run_id or "", future.owner):
+                self._queue.park(future)
+            elif future.kind == "create_run" or self.residency.holds(future.run_id or ""):
                 ready.append(future)
             else:
                 self.restoring = future.run_id
@@ -186,8 +197,9 @@ class TrainingLane:
     async def _work_or_time(self, engine: EngineProcess) -> None:
         """Wait until there may be something to do: an operation, a broken write, or a gap to look after."""
         if not (self._queue or self._unopened or self._broken or self._closed):
-            with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps
-                await asyncio.wait_for(self._wake.wait(), min(self._settings.gap_timeout_s / 4, 5.0))
+            patience_s = min(self._settings.gap_timeout_s / 4, 5.0, self.residency.look_again_s)
+            with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps, or at the places
+                await asyncio.wait_for(self._wake.wait(), patience_s)
             self._wake.clear()
         if engine.lost.done():
             raise EngineLost(engine.lost.result())
@@ -209,9 +221,16 @@ class TrainingLane:
     async def _drop_runs(self, engine: EngineProcess) -> None:
         for run_id in [run_id for run_id in self._to_drop if not self._queue.waits(run_id)]:
             self._to_drop.discard(run_id)
-            if run_id in self.resident:
-                self.resident.discard(run_id)
+            if self.residency.leave(run_id):
                 await engine.drop_run(run_id)
+
+    async def _change_places(self, engine: EngineProcess) -> None:
+        """Let runs that wait for the engine's memory have the places of others, as far as those may leave now."""
+        while (change := self.residency.change(self._queue.busy, engine_idle=not self._queue)) is not None:
+            for run_id in change.leaving:
+                await engine.drop_run(run_id)
+            if not self._queue.unpark(change.run_id):
+                self.residency.leave(change.run_id)
 
     async def _claim(self, engine: EngineProcess, batch: list[Future]) -> list[tuple[Future, bytes]]:
         """The next operation of each of several runs, all of one kind, with their inputs."""
@@ -236,15 +255,33 @@ class TrainingLane:
         kind: OperationKind = futures[0].kind  # type: ignore[assignment]
         addresses = [RunAddress(future.run_id or "", future.seq_id) for future in futures]
         performed, payloads = await engine.perform(kind, addresses, [body for _, body in batch])
-        self.resident.difference_update(performed.lost_runs)
+        for run_id in performed.lost_runs:
+            self.residency.leave(run_id)
         if performed.lost_runs and len(batch) > 1:
             for future in futures:  # none of them is to blame for the others: each again, alone
                 self._queue.put_back(future, alone=True)
             return
-        outcomes = outcomes_of(futures, engine.config.base_model, performed, payloads)
-        if kind == "create_run":
-            self.resident.update(outcome.future.run_id or "" for outcome in outcomes if not outcome.failed)
-        self._settle(outcomes)
+        answered: list[tuple[Future, messages.Outcome]] = []
+        for future, answer in zip(futures, performed.outcomes, strict=True):
+            if (size := performed.no_room.get(future.run_id or "")) is not None:
+                self._refused(future, size)
+                continue
+            answered.append((future, answer))
+            if answer.failure is None and kind == "create_run":
+                self.residency.fill(future.run_id or "", size_of(answer))
+            elif answer.failure is None:
+                self.residency.use(future.run_id or "", kind)
+        performed = msgspec.structs.replace(performed, outcomes=[answer for _, answer in answered])
+        futures = [future for future, _ in answered]
+        self._settle(outcomes_of(futures, engine.config.base_model, performed, payloads))
+
+    def _refused(self, future: Future, size: int) -> None:
+        """The engine has no room for the run: others have to leave first."""
+        if self.residency.refused(future.run_id or "", size):
+            self._queue.put_back(future)
+            return
+        message = f"the engine has no memory for the run, {size} bytes, though no other run is in it"
+        self._settle_one(failed(future, "server", message))
 
     async def _restore(self, engine: EngineProcess, future: Future) -> None:
         """Take a step of building the run again; the operation keeps its place at the head of the run."""
@@ -254,15 +291,21 @@ class TrainingLane:
             self._restorations[run_id] = Restoration(self._store, run_id, future.seq_id)
         try:
             complete = await self._restorations[run_id].step(engine)
+        except NoRoom as refusal:
+            del self._restorations[run_id]
+            self._refused(future, refusal.size)
+            return
         except RestoreFailed as error:
             del self._restorations[run_id]
+            self.residency.leave(run_id)
+            await engine.drop_run(run_id)
             self._restore_failed(future, error)
             return
         if complete:
-            del self._restorations[run_id]
+            done = self._restorations.pop(run_id)
             self._failed_restores.pop(run_id, None)
             self._blame.restored(run_id)
-            self.resident.add(run_id)
+            self.residency.restored(run_id, done.size, done.seconds, pending=done.pending)
         self._queue.put_back(future)
 
     async def _require_settled(self) -> None:
@@ -298,6 +341,8 @@ class TrainingLane:
 
     def _settle_one(self, outcome: Outcome) -> None:
         self._queue.settled(outcome.future)
+        if not self.residency.holds(outcome.future.run_id or ""):
+            self.residency.leave(outcome.future.run_id or "")  # its place was reserved, and is not needed now
         self._write(outcome)
         self._wake.set()
 

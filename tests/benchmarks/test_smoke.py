@@ -90,6 +90,23 @@ def test_training(tmp_path: Path) -> None:
     assert found["largest_difference_of_losses"] < 1e-4
 
 
+def test_paging(tmp_path: Path) -> None:
+    run_short("paging", tmp_path, "--threads", "1")
+    results = results_of("paging", tmp_path)
+    assert (results["runs"], results["places"], results["steps"], results["batch"]) == (4, 2, 2, [2, 16])
+    counted = results["counters"]
+    assert counted["run_memory_bytes"] == 2 * results["run_bytes"] >= counted["run_bytes"]
+    assert counted["evictions"] >= 2
+    for paged, stayed, ratio in zip(
+        results["paging"]["tokens_per_second"],
+        results["resident"]["tokens_per_second"],
+        results["ratios"],
+        strict=True,
+    ):
+        assert ratio == pytest.approx(paged / stayed, rel=0.02)
+    assert results["largest_difference_of_losses"] < 1e-5
+
+
 def test_sampling(tmp_path: Path) -> None:
     run_short("sampling", tmp_path, "--models", TINY, "--threads", "1")
     results = results_of("sampling", tmp_path)

@@ -33,6 +33,7 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(epoch=1, name="e", base_model="m")
+        self.info = SimpleNamespace(run_memory_bytes=0)
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.calls: list[Call] = []
         self.dropped: list[str] = []
@@ -155,7 +156,7 @@ async def test_a_long_restoration_lets_others_have_their_turns(place: Place) -> 
     long, short = await place.begin("alice"), await place.begin("bob")
     for seq in range(1, 30):
         await place.outcome(await place.submit(long, seq))
-    place.lane.resident.clear()
+    place.lane.residency.reset()
     place.engine.calls.clear()
     place.engine.pause_s = 0.02
     ours = await place.submit(long, 30)
@@ -174,7 +175,7 @@ async def test_a_restoration_that_fails_for_a_passing_reason_is_tried_again(
     monkeypatch.setattr("gateway.dispatch.training._RESTORE_AGAIN_S", 0.01)
     run = await place.begin("alice")
     await place.outcome(await place.submit(run, 1))
-    place.lane.resident.clear()
+    place.lane.residency.reset()
     failures = iter([broken(1, []), None, broken(1, [])])
     place.engine.script = lambda call: next(failures, None) if call[2] else None
     assert (await place.outcome(await place.submit(run, 2))).status is FutureStatus.DONE
@@ -187,7 +188,7 @@ async def test_a_restoration_that_keeps_failing_fails_the_operation_that_needs_i
     monkeypatch.setattr("gateway.dispatch.training._RESTORE_AGAIN_S", 0.01)
     run = await place.begin("alice")
     await place.outcome(await place.submit(run, 1))
-    place.lane.resident.clear()
+    place.lane.residency.reset()
     place.engine.script = lambda call: broken(1, []) if call[2] else None
     failed = await place.outcome(await place.submit(run, 2))
     assert (failed.status, failed.error_category) == (FutureStatus.FAILED, "server")
@@ -199,7 +200,7 @@ async def test_a_restoration_that_keeps_failing_fails_the_operation_that_needs_i
 async def test_a_replay_that_is_refused_is_not_tried_again(place: Place) -> None:
     run = await place.begin("alice")
     await place.outcome(await place.submit(run, 1))
-    place.lane.resident.clear()
+    place.lane.residency.reset()
     place.engine.calls.clear()
     place.engine.script = lambda call: broken(1, [], "user") if call[2] else None
     assert (await place.outcome(await place.submit(run, 2))).status is FutureStatus.FAILED
@@ -232,14 +233,14 @@ async def test_a_dropped_run_is_freed_when_nothing_of_it_waits(place: Place) -> 
     await asyncio.wait_for(place.engine.somebody_dropped.wait(), 5)
     assert place.engine.dropped == [run.run_id]
     assert place.engine.applied(run) == [0, 1, 2, 3, 4]
-    assert run.run_id not in place.lane.resident
+    assert not place.lane.residency.holds(run.run_id)
 
 
 async def test_a_death_in_a_restoration_is_put_down_to_that_run_and_to_no_operation(place: Place) -> None:
     runs = [await place.begin(owner) for owner in ("alice", "bob")]
     for run in runs:
         await place.outcome(await place.submit(run, 1))
-    place.lane.resident.clear()
+    place.lane.residency.reset()
     seen: list[tuple[str | None, tuple[str, ...]]] = []
 
     def look(call: Call) -> None:

@@ -23,6 +23,8 @@ TABLES: list[tuple[type[msgspec.Struct], str]] = [
 SPOKEN = {
     ("Settings", "engines"): "tandem/tiny",
     ("EngineSettings", "python"): "the gateway's",
+    ("EngineSettings", "run_memory_bytes"): "40 % of what is free",
+    ("EngineSettings", "adapter_memory_bytes"): "10 % of what is free",
     ("HfOptions", "threads"): "all cores it may use",
     ("HfOptions", "max_context"): "the model's",
     ("HfOptions", "pass_tokens"): "4096 CPU, 16384 GPU",

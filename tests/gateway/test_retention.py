@@ -127,13 +127,13 @@ async def test_a_silent_session_ends_its_memory_is_freed_and_its_run_goes_on(cli
     run = f"{session}:train:0"
     assert "loss_fn_outputs" in await client.outcome(await client.train(run, 1))
     lane = client.gateway.fleet.dispatchers["fake"].training
-    assert run in lane.resident
+    assert run in lane.residency.runs
     await client.age(DAY / 2)
     await client.rounds()
     assert (await client.post("session_heartbeat", session_id=session)).status_code == 200
-    assert run in lane.resident
+    assert run in lane.residency.runs
     await client.age(DAY + 1)
-    await client.until(lambda: run not in lane.resident)
+    await client.until(lambda: run not in lane.residency.runs)
     refused = await client.post("session_heartbeat", session_id=session)
     assert refused.status_code == 410 and "not heard of" in refused.json()["detail"]
     assert (
@@ -141,7 +141,7 @@ async def test_a_silent_session_ends_its_memory_is_freed_and_its_run_goes_on(cli
     ).status_code == 410
     assert "loss_fn_outputs" in await client.outcome(await client.train(run, 2))  # from its log
     await client.rounds()
-    assert run in lane.resident  # it has worked since its session ended
+    assert run in lane.residency.runs  # it has worked since its session ended
 
 
 async def test_a_result_is_gone_after_its_time_and_never_nothing(client: Client) -> None:
@@ -226,5 +226,5 @@ async def test_what_lies_within_its_time_stays(client: Client) -> None:
     began = time.monotonic()
     await client.rounds()
     assert await client.outcome(request_id) == first
-    assert run in client.gateway.fleet.dispatchers["fake"].training.resident
+    assert run in client.gateway.fleet.dispatchers["fake"].training.residency.runs
     assert time.monotonic() - began < 60

@@ -64,9 +64,14 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture
 def make_engine(model_folders: dict[str, str], tmp_path: Path) -> MakeEngine:
-    """An engine on one of the models; keywords are its options."""
+    """An engine on one of the models; keywords are its limits, and its options."""
 
-    def make(model: str = "tied", **options: Any) -> HfEngine:
+    def make(
+        model: str = "tied",
+        run_memory_bytes: int | None = None,
+        adapter_memory_bytes: int | None = None,
+        **options: Any,
+    ) -> HfEngine:
         config = EngineConfig(
             name=model,
             plugin="hf",
@@ -76,6 +81,8 @@ def make_engine(model_folders: dict[str, str], tmp_path: Path) -> MakeEngine:
             storage=str(tmp_path / "storage"),
             epoch=1,
             options={"threads": 1, "device": "cpu", **options},
+            run_memory_bytes=run_memory_bytes,
+            adapter_memory_bytes=adapter_memory_bytes,
         )
         return HfEngine.load(config)
 

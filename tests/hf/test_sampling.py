@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engines.hf import HfEngine
+from engines.hf.training import VECTORS
 from engines.interface import RunOperation, SampleEnd, SampleStep, UserError
 from engines.operations import AdapterRef, Datum, LoraSpec, SampleRequest, SampleResult, SaveWeights
 from engines.tensors import Tensor
@@ -40,6 +41,14 @@ def trained(engine: HfEngine, run_id: str, spec: LoraSpec) -> AdapterRef:
     create(engine, run_id, spec)
     train(engine, supervised([20, 15], seed=spec.seed), steps=4, run_id=run_id, rate=2e-2)
     return saved(engine, run_id, f"adapters/{run_id}")
+
+
+def diverge(engine: HfEngine, adapter: AdapterRef) -> None:
+    """Have a version in memory give no numbers."""
+    version = engine.adapters.take(adapter.folder)
+    assert version is not None
+    version.values.fill_(float("nan"))
+    engine.adapters.give_back(adapter.folder)
 
 
 def scored(engine: HfEngine, run_id: str, tokens: Array) -> Array:
@@ -177,12 +186,13 @@ def test_a_version_stays_what_it_was(engine: HfEngine) -> None:
 
 
 def test_a_version_read_from_its_folder_equals_the_one_in_memory(make_engine: MakeEngine) -> None:
-    engine = make_engine(cached_adapters=1)
     spec = LoraSpec(rank=4, seed=1, train_attn=False)
+    largest = make_engine().run_bytes(LoraSpec(rank=4, seed=2)) // VECTORS
+    engine = make_engine(adapter_memory_bytes=largest)
     wanted = request(text(2, 9), max_tokens=20, adapter=trained(engine, "a", spec))
     before = sample_all(engine, [wanted])[0]
     trained(engine, "b", LoraSpec(rank=4, seed=2))
-    assert engine.stats()["resident_adapters"] == 1
+    assert (engine.stats()["resident_adapters"], engine.stats()["adapter_bytes"]) == (1, largest)
     assert sample_all(engine, [wanted])[0] == before
 
 
@@ -265,7 +275,7 @@ def test_cancel_frees_slots_and_leaves_the_others_alone(make_engine: MakeEngine)
 def test_a_diverged_adapter_fails_alone_and_leaves_no_trace(make_engine: MakeEngine) -> None:
     engine = make_engine(sample_slots=2)
     adapter = trained(engine, "run", LoraSpec(rank=4, seed=1))
-    engine.adapters.get(adapter.folder).values.fill_(float("nan"))
+    diverge(engine, adapter)
     good = [request(text(seed, 30), max_tokens=6, seed=seed) for seed in range(3)]
     expected = [sample_all(engine, [one])[0] for one in good]
     bad = request(text(9, 40), max_tokens=6, adapter=adapter)
@@ -286,7 +296,7 @@ def test_a_diverged_adapter_leaves_no_trace_when_its_row_would_move(make_engine:
     adapter = trained(engine, "run", LoraSpec(rank=4, seed=1))
     later = [request(text(2, 30), max_tokens=6), request(text(3, 4), max_tokens=6)]
     expected = [sample_all(engine, [one])[0] for one in later]
-    engine.adapters.get(adapter.folder).values.fill_(float("nan"))
+    diverge(engine, adapter)
     # One sample keeps the cache alive; one ends in the very step in which the third breaks, whose row stands last.
     engine.start_sample(10, request(text(4, 30), max_tokens=40))
     engine.start_sample(11, request(text(1, 30), max_tokens=1))
@@ -309,7 +319,7 @@ def test_diverged_adapters_that_break_in_one_step_leave_no_trace(make_engine: Ma
     adapter = trained(engine, "run", LoraSpec(rank=4, seed=1))
     later = [request(text(2, 4), max_tokens=6), request(text(3, 4), max_tokens=6)]
     expected = [sample_all(engine, [one])[0] for one in later]
-    engine.adapters.get(adapter.folder).values.fill_(float("nan"))
+    diverge(engine, adapter)
     engine.start_sample(10, request(text(4, 60), max_tokens=40))
     for call_id in (11, 12):
         engine.start_sample(call_id, request(text(call_id, 50), max_tokens=6, adapter=adapter))

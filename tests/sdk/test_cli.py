@@ -39,9 +39,9 @@ def lines_of(result: Result) -> list[str]:
 
 def test_runs(place: Place) -> None:
     head, *lines = lines_of(tandem(place, "runs", "--all"))
-    assert head.split() == ["run", "status", "model", "rank", "step", "last", "used"]
+    assert head.split() == ["run", "status", "model", "rank", "step", "where", "last", "used"]
     [line] = [line for line in lines if line.startswith(place.trained)]
-    assert line.split()[1:5] == ["active", "fake/model", "8", str(STEPS)]
+    assert line.split()[1:7] == ["active", "fake/model", "8", str(STEPS), "in", "memory"]
     assert re.search(r"(just now|\d+ (s|min) ago)$", line)
     assert any(line.startswith(place.fresh) for line in lines)
 
