@@ -21,7 +21,7 @@ from collections import deque
 
 import zmq
 
-from engines.interface import Engine, EngineConfig, EngineInfo, LoadError
+from engines.interface import Engine, EngineBroken, EngineConfig, EngineInfo, LoadError
 from engines.messages import (
     PROTOCOL,
     Cancel,
@@ -55,6 +55,7 @@ log = logging.getLogger("engines.host")
 EXIT_STOPPED = 0
 EXIT_LOAD_FAILED = 1
 EXIT_OWNER_GONE = 3
+EXIT_BROKEN = 4
 
 _GREETING_S = 30.0
 _LINGER_MS = 2000
@@ -277,6 +278,9 @@ def main() -> int:
     socket.connect(address)
     try:
         return run(socket, heart)
+    except EngineBroken:
+        log.critical("the engine is broken; only a new process helps", exc_info=True)
+        os._exit(EXIT_BROKEN)  # at once: what would tidy up may need the device
     finally:
         socket.close()
         context.term()

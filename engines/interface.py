@@ -41,6 +41,11 @@ class UserError(Exception):
     """The input cannot be honoured; the message names the field, what came and what is allowed."""
 
 
+class EngineBroken(BaseException):
+    """Nothing can be computed in this process any more, on a device that reports an error at every call say. The host
+    ends the process, which is replaced. Like KeyboardInterrupt it is no Exception: nothing on the way may catch it."""
+
+
 class OutOfMemory(UserError):
     """No memory was left for it; it had no effect, and nothing else is touched. `passing`: it may succeed when others
     have finished; else it needs more than the device has."""

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from engines.hf.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.hf.decoding import Decoder
 from engines.hf.lora import Adapter, size
-from engines.hf.memory import as_memory_error
 from engines.hf.model import BaseModel, free_bytes, load_base_model, read_tokenizer_files, versions
 from engines.hf.optimizer import AdamW
 from engines.hf.options import HfOptions, read_options
 from engines.hf.samples import new_sample
+from engines.hf.torch_errors import translated
 from engines.hf.training import VECTORS, Run, forward, forward_backward, optim_step
 from engines.interface import (
     Engine,
@@ -160,14 +160,14 @@ class HfEngine(Engine):
         """When memory runs out, nothing has had an effect: each operation is tried again, with all the memory that can
         be made free and alone."""
         try:
-            with as_memory_error():
+            with translated():
                 return make(known)
         except MemoryError as error:
             self._make_room(error)
         outcomes: list[ForwardResult | UserError] = []
         for one in known:
             try:
-                with as_memory_error():
+                with translated():
                     outcomes += make([one])
             except MemoryError as error:
                 log.warning("an operation is too large: %s", error)
@@ -217,7 +217,8 @@ class HfEngine(Engine):
         run = self._run(run_id)
         if run.pending is not None:
             raise UserError(f"run {run_id} has pending gradients")
-        return RunSnapshot(self.config.base_model, run)
+        with translated():
+            return RunSnapshot(self.config.base_model, run)
 
     def _run(self, run_id: str) -> Run:
         run = self.runs.get(run_id)
@@ -238,7 +239,7 @@ class HfEngine(Engine):
 
     def advance(self) -> list[SampleEvent]:
         try:
-            with as_memory_error():
+            with translated():
                 return self.decoder.advance()
         except MemoryError as error:
             self._make_room(error)
@@ -295,7 +296,7 @@ def _attempt(perform: Callable[[RunOperation[Op]], Result], item: RunOperation[O
     """The result, or the UserError that kept the operation from being applied. Raises MemoryError for every lack of
     memory."""
     try:
-        with as_memory_error():
+        with translated():
             return perform(item)
     except UserError as error:
         return error

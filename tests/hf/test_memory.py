@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from engines.hf import HfEngine
-from engines.hf.memory import is_lack_of_memory
-from engines.interface import OutOfMemory, RunOperation, SampleEnd
+from engines.hf.torch_errors import is_lack_of_memory
+from engines.interface import EngineBroken, OutOfMemory, RunOperation, SampleEnd
 from engines.operations import CreateRun, ForwardBackward, LoraSpec, OptimStep, SampleRequest, SampleResult
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import (
@@ -65,6 +65,25 @@ def test_errors_of_memory_are_told_from_others() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2) @ torch.ones(3)
     assert not is_lack_of_memory(caught.value)
+
+
+def test_a_device_that_fails_breaks_the_engine_whatever_it_was_doing(
+    engine: HfEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(engine)
+    engine.start_sample(1, request([1, 2, 3], max_tokens=2))
+
+    def failing(*_: Any) -> None:
+        raise torch.AcceleratorError(
+            "CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA"
+        )
+
+    monkeypatch.setattr(engine.base, "hidden", failing)
+    sentence = "^CUDA error: device-side assert triggered$"
+    with pytest.raises(EngineBroken, match=sentence):
+        engine.forward_backward([RunOperation("run", ForwardBackward(supervised([5]), "cross_entropy"))])
+    with pytest.raises(EngineBroken, match=sentence):
+        engine.advance()
 
 
 # ---------------------------------------------------------------------------- training

@@ -1,4 +1,5 @@
-"""What a lack of memory looks like in torch. It has several types of errors for it, and on the CPU none of its own."""
+"""What torch's errors mean: a lack of memory, for which it has several types, and none of its own on the CPU; or a
+device that computes nothing any more."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from engines.interface import EngineBroken
 
 _SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -25,11 +28,14 @@ def is_lack_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 
 @contextmanager
-def as_memory_error() -> Iterator[None]:
-    """Raise MemoryError for every lack of memory, whatever it is called."""
+def translated() -> Iterator[None]:
+    """Raise MemoryError for every lack of memory, and EngineBroken for an error of the device: after a failed kernel
+    all that follows in this process fails."""
     try:
         yield
     except RuntimeError as error:
         if is_lack_of_memory(error):
             raise MemoryError(str(error).partition("\n")[0]) from error
+        if isinstance(error, torch.AcceleratorError):
+            raise EngineBroken(str(error).partition("\n")[0]) from error
         raise
