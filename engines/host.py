@@ -13,6 +13,7 @@ import argparse
 import logging
 import os
 import platform
+import select
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ import zmq
 
 from engines.interface import Engine, EngineBroken, EngineConfig, EngineInfo, LoadError
 from engines.messages import (
+    EXIT_OWNER_GONE,
     PROTOCOL,
     Cancel,
     DropRun,
@@ -54,7 +56,6 @@ log = logging.getLogger("engines.host")
 
 EXIT_STOPPED = 0
 EXIT_LOAD_FAILED = 1
-EXIT_OWNER_GONE = 3
 EXIT_BROKEN = 4
 
 _GREETING_S = 30.0
@@ -229,17 +230,28 @@ def _load(socket: Socket, config: EngineConfig) -> Engine | None:
     return engine
 
 
-def exit_with_owner() -> None:
-    """End the process when standard input closes, also in the middle of a call."""
+def exit_with_owner(timeout_s: float | None = None) -> None:
+    """End the process when standard input closes, also in the middle of a call; or, once something has come by it, when
+    nothing comes for `timeout_s` seconds: a paused owner's successor relies on it that nothing is written any more."""
 
     def watch() -> None:
         # Not sys.stdin: a thread that waits inside it would hold its lock when the interpreter shuts down.
-        while os.read(0, 4096):
-            pass
-        log.error("the owner has gone")
-        os._exit(EXIT_OWNER_GONE)
+        heard = False
+        while True:
+            # A second look, for this thread may have been kept waiting for longer than the owner.
+            if not (_speaks(timeout_s if heard else None) or _speaks(0)):
+                log.error("the owner has been silent for %.1f s", timeout_s)
+                os._exit(EXIT_OWNER_GONE)
+            if not os.read(0, 4096):
+                log.error("the owner has gone")
+                os._exit(EXIT_OWNER_GONE)
+            heard = True
 
     threading.Thread(target=watch, name="owner", daemon=True).start()
+
+
+def _speaks(within_s: float | None) -> bool:
+    return bool(select.select([0], [], [], within_s)[0])
 
 
 def start_logging(name: str) -> None:
@@ -264,11 +276,17 @@ def main() -> int:
         metavar="FD",
         help="inherited descriptor of the page for vital signs",
     )
+    parser.add_argument(
+        "--owner-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="silence on standard input after which to exit, once something has come by it",
+    )
     arguments = parser.parse_args()
     address: str = arguments.connect
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start_logging(f"process {os.getpid()}")
-    exit_with_owner()
+    exit_with_owner(arguments.owner_timeout)
     heart = Heart(Vitals(arguments.vitals))
     heart.start()
     context = zmq.Context()

@@ -18,6 +18,10 @@ PROTOCOL = 4
 """Raised when a message, or the page of vital signs, changes its meaning; gateway and engine process must agree."""
 
 
+EXIT_OWNER_GONE = 3
+"""Exit status of an engine process that ends because its owner is gone or silent."""
+
+
 class RunAddress(msgspec.Struct, frozen=True, array_like=True):
     """The place of one operation: its run and its number in the run's log."""
 

@@ -69,6 +69,8 @@ class EngineProcess:
         """Once it is lost: what it was doing then."""
         self.lost_samples = 0
         """Once it is lost: how many samples it had."""
+        self.abandoned = False
+        """Whether it has ended because this process was silent, for which nothing that it did is to blame."""
         self._python = python
         self._patience = patience
         self._vitals = Vitals.create()
@@ -202,6 +204,8 @@ class EngineProcess:
             self._address,
             "--vitals",
             str(self._vitals.descriptor),
+            "--owner-timeout",
+            str(self.config.owner_timeout_s),
             stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and then the engine exits
             env=engine_environment(),
             pass_fds=(self._vitals.descriptor,),
@@ -243,6 +247,7 @@ class EngineProcess:
 
     async def _await_end(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()
+        self.abandoned = status == messages.EXIT_OWNER_GONE
         cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         self._lose(f"its process ended ({cause})")
 
@@ -251,6 +256,8 @@ class EngineProcess:
             await asyncio.sleep(self.config.owner_timeout_s / 10)
             with contextlib.suppress(EngineLost):
                 await self._send(messages.Ping())
+            if self._process is not None and self._process.stdin is not None and not self.lost.done():
+                self._process.stdin.write(b".")  # which is noticed in the middle of a call too
 
     async def _receive_forever(self) -> None:
         while True:

@@ -121,8 +121,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine_restart_delay_s: float = 0.5
     """Seconds before an engine that died is started again; doubles with each life in a row that has answered no call,
     up to a minute."""
-    engine_owner_timeout_s: float = 30.0
-    """Seconds without a sign of life from the gateway after which an engine process exits."""
+    engine_owner_timeout_s: float = 8.0
+    """Seconds without a sign of life from the gateway after which an engine process exits, whatever it is doing; on
+    Postgres at most two thirds of `lease_s`, so that it has ended when another gateway takes the lease."""
     engine_silence_s: float = 15.0
     """Seconds without a sign of life from an engine process, in a call or not, after which it is killed and replaced;
     four times as long while it loads."""
@@ -252,6 +253,7 @@ def _checked(settings: Settings) -> Settings:
                 f"{getattr(settings, name)}"
             )
     _check_retention(settings)
+    _check_leases(settings)
     _check_what_clients_meet(settings)
     return settings
 
@@ -299,6 +301,16 @@ def _check_engines(engines: tuple[EngineSettings, ...]) -> None:
                 raise ConfigurationError(
                     f"engines: {setting} of {engine.name!r} is {size}; it must be at least 1"
                 )
+
+
+def _check_leases(settings: Settings) -> None:
+    """A lease was renewed up to a third of it before its holder fell silent; two thirds later it may be taken."""
+    if not settings.embedded and settings.engine_owner_timeout_s > settings.lease_s * 2 / 3:
+        raise ConfigurationError(
+            f"engine_owner_timeout_s is {settings.engine_owner_timeout_s} and lease_s is {settings.lease_s}; it must "
+            "be at most two thirds of that, for the engine of a gateway that is silent must have ended when another "
+            "one takes its lease"
+        )
 
 
 def _check_what_clients_meet(settings: Settings) -> None:

@@ -164,7 +164,7 @@ class Dispatcher:
                 log.exception("engine %s: unexpected error while feeding it", self.name)
             finally:
                 self._engine = None
-            if engine.lost.done():
+            if engine.lost.done() and not engine.abandoned:
                 self._put_down(engine)
             await asyncio.sleep(_PAUSE_S)
 

@@ -39,7 +39,7 @@ Message = TypeVar("Message", bound=FromEngine)
 class Owner:
     """Starts an engine process and owns it; what the process logs is in `log()` when it has ended."""
 
-    def __init__(self, storage: Path, **settings: Any) -> None:
+    def __init__(self, storage: Path, *, arguments: Sequence[str] = (), **settings: Any) -> None:
         defaults: dict[str, Any] = {
             "name": "tested",
             "plugin": "fake",
@@ -62,7 +62,16 @@ class Owner:
         self._socket.bind(address)
         with self._log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "engines.host", "--connect", address, "--vitals", str(page)],
+                [
+                    sys.executable,
+                    "-m",
+                    "engines.host",
+                    "--connect",
+                    address,
+                    "--vitals",
+                    str(page),
+                    *arguments,
+                ],
                 pass_fds=(page,),
                 stdin=subprocess.PIPE,
                 stderr=stream,

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from engines.fake import FakeEngine
-from engines.host import EXIT_LOAD_FAILED, EXIT_OWNER_GONE, EXIT_STOPPED
+from engines.host import EXIT_LOAD_FAILED, EXIT_STOPPED
 from engines.interface import RunOperation
 from engines.messages import (
+    EXIT_OWNER_GONE,
     PROTOCOL,
     Cancel,
     DropRun,
@@ -383,6 +384,22 @@ def test_a_busy_process_notices_silence_too(tmp_path: Path) -> None:
         owner.load()
         owner.send(Sample(1), encode(sample(max_tokens=8000)))
         assert owner.exit_status(10) == EXIT_OWNER_GONE
+
+
+def test_a_process_whose_owner_is_silent_ends_in_the_middle_of_a_call(tmp_path: Path) -> None:
+    """An owner that is stopped keeps its end of the pipe open and says nothing."""
+    options = {"delay_s": 60.0}
+    with Owner(tmp_path, owner_timeout_s=60.0, options=options, arguments=("--owner-timeout", "1")) as owner:
+        owner.load()
+        owner.ask(1, [("a", 0, CREATE)])
+        assert owner.process.stdin is not None
+        for _ in range(10):
+            owner.process.stdin.write(b".")
+            owner.process.stdin.flush()
+            time.sleep(0.2)
+        assert owner.process.poll() is None
+        assert owner.exit_status(10) == EXIT_OWNER_GONE
+        assert "silent" in owner.log()
 
 
 def test_a_long_call_is_not_taken_for_silence(tmp_path: Path) -> None:

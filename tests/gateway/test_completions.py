@@ -143,7 +143,7 @@ def test_somebody_elses_are_not_found(tmp_path: Path) -> None:
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def narrow(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServedGateway]:
     """A slow engine that has one sample at a time."""
-    settings = {"samples_in_engine": "1", "lease_s": "2"}
+    settings = {"samples_in_engine": "1", "lease_s": "4", "engine_owner_timeout_s": "2.5"}
     if request.param == "postgres":
         server: PostgresServer = request.getfixturevalue("pg_server")
         settings["database_url"] = server.url(

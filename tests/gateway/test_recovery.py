@@ -29,7 +29,7 @@ ADAM = tinker.AdamParams(learning_rate=0.01)
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def mortal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServedGateway]:
     """A gateway of this test's own, started and ended by it."""
-    settings = {"lease_s": "2"}
+    settings = {"lease_s": "4", "engine_owner_timeout_s": "2.5"}
     if request.param == "postgres":
         server: PostgresServer = request.getfixturevalue("pg_server")
         template: str = request.getfixturevalue("_pg_template")

@@ -24,22 +24,23 @@ class Balancer:
         self.switches = 0
         self._alive: dict[int, bool] = dict.fromkeys(order, True)
         self._pipes: dict[asyncio.StreamWriter, int] = {}
+        self._serving: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     async def _run(self, started: threading.Event, stop: asyncio.Event) -> None:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         checks = [asyncio.create_task(self._check(port)) for port in self.order]
         started.set()
         await stop.wait()
-        for task in checks:
-            task.cancel()
         server.close()
-        for writer in list(self._pipes):
-            writer.close()
+        ending = [*checks, *self._serving]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
 
     async def _check(self, port: int) -> None:
         while True:
@@ -54,6 +55,11 @@ class Balancer:
             self._alive[port] = alive
             await asyncio.sleep(_ASK_EVERY_S)
 
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         port = next((port for port in self.order if self._alive[port]), None)
         if port is None:
@@ -65,8 +71,12 @@ class Balancer:
             writer.transport.abort()
             return
         self._pipes |= {writer: port, to_there: port}
-        await asyncio.gather(_pipe(reader, to_there), _pipe(there, writer))
-        del self._pipes[writer], self._pipes[to_there]
+        try:
+            await asyncio.gather(_pipe(reader, to_there), _pipe(there, writer))
+        finally:
+            for each in (writer, to_there):
+                del self._pipes[each]
+                each.transport.abort()
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
