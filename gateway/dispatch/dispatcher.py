@@ -191,6 +191,7 @@ class Dispatcher:
         """
         await self._store.futures.count_deaths(self._died_over)
         self._died_over = []
+        await self._store.futures.requeue(self.name, self.supervisor.epoch)
         await self.sampling.reset()
         self.training.reset()
         for future in await self._store.futures.open_of_engine(self.name):

@@ -63,6 +63,7 @@ class TrainingLane:
         self._closed = False
         self._wake = asyncio.Event()
         self._to_drop: set[str] = set()
+        self._epoch: int | None = None
         self._sealing = Sealing(settings)
         self._restorations: dict[str, Restoration] = {}
         self._failed_restores: dict[str, int] = {}
@@ -158,6 +159,7 @@ class TrainingLane:
 
     async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
         """Until the lane is closed. Raises EngineLost, and Interrupted when what is in memory cannot be trusted."""
+        self._epoch = engine.config.epoch
         for run_id in self.residency.begin(engine.info.run_memory_bytes):
             await engine.drop_run(run_id)
         while True:
@@ -369,7 +371,8 @@ class TrainingLane:
 
     def _write(self, outcome: Outcome) -> None:
         self._inputs.discard(outcome.future.request_id)
-        self._store.futures.settle(outcome, self._settled).add_done_callback(self._written)
+        fenced = replace(outcome, fence=self._epoch)
+        self._store.futures.settle(fenced, self._settled).add_done_callback(self._written)
 
     def _settled(self, settled: Settled | None) -> None:
         if settled is None:

@@ -60,8 +60,13 @@ class _Driver(Protocol):
     def engines(self) -> list[Engine]: ...
 
 
-_POSTGRES = {"timeout": 15, "command_timeout": 120, "server_settings": {"synchronous_commit": "on"}}
-"""A silent server is an error within these seconds; a commit is on disk whatever the role's default is."""
+_POSTGRES = {
+    "timeout": 15,
+    "command_timeout": 120,
+    "server_settings": {"synchronous_commit": "on", "idle_in_transaction_session_timeout": "5000"},
+}
+"""A silent server is an error within these seconds; a commit is on disk whatever the role's default is; the locks of a
+process that stands still in the middle of a transaction keep another gateway's transaction waiting for 5 s at most."""
 
 
 _PING_AFTER_S = 1.0

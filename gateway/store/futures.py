@@ -15,6 +15,7 @@ from gateway.store.audit import record
 from gateway.store.checkpoints import record_read, require_checkpoints
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore, now
+from gateway.store.leases import newest_epoch
 from gateway.store.notices import Notice
 from gateway.store.records import (
     AuditTopic,
@@ -80,6 +81,7 @@ _CLAIM = (
         F.c.request_id.in_(bindparam("keys", expanding=True)),
         F.c.status.in_(OPEN),
         F.c.epoch.is_(None) | (F.c.epoch <= bindparam("by_epoch")),
+        func.coalesce(newest_epoch(F.c.engine), 0) <= bindparam("by_epoch"),
     )
     .values(
         status=FutureStatus.RUNNING,
@@ -131,6 +133,11 @@ class FutureStore:
         for request_id in request_ids:
             if self._behind.get(request_id) is behind:
                 del self._behind[request_id]
+
+    async def requeue(self, engine: str, epoch: int) -> None:
+        """What was sent to an engine before this epoch is there no more: it waits again. A run whose next operation
+        waits behind another one that seems to run could not go on."""
+        await self._database.write(requeue_futures, (engine, epoch), recomputable=True)
 
     async def count_deaths(self, request_ids: Sequence[str]) -> None:
         """An engine has died while it performed these."""
@@ -356,6 +363,13 @@ def count_deaths(connection: Connection, groups: list[Sequence[str]]) -> list[No
     still_open = F.c.request_id.in_(dead) & F.c.status.in_(OPEN)
     connection.execute(update(F).where(still_open).values(deaths=F.c.deaths + 1))
     return [None] * len(groups)
+
+
+def requeue_futures(connection: Connection, claims: list[tuple[str, int]]) -> list[None]:
+    for engine, epoch in claims:
+        stale = (F.c.engine == engine) & (F.c.status == FutureStatus.RUNNING) & (F.c.epoch < epoch)
+        connection.execute(update(F).where(stale).values(status=FutureStatus.QUEUED))
+    return [None] * len(claims)
 
 
 def give_up_samples(connection: Connection, given_up: list[tuple[str, str]]) -> list[None]:

@@ -6,8 +6,9 @@ Their times are the database's, so that gateways whose clocks differ agree when 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import ColumnElement, Connection, ScalarSelect, select, update
 
 from gateway.store import schema
 from gateway.store.database import Database
@@ -16,6 +17,11 @@ from gateway.store.notices import Notice
 
 L = schema.leases
 G = schema.gateways
+
+
+def newest_epoch(engine: ColumnElement[str]) -> ScalarSelect[Any]:
+    """The newest epoch of an engine, as part of another statement; null for one that has never been started."""
+    return select(L.c.epoch).where(L.c.engine == engine).scalar_subquery()
 
 
 @dataclass(frozen=True, slots=True)

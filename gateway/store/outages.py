@@ -34,6 +34,7 @@ _SQLSTATES = (
     "57P",  # shutting down, starting up, recovering
     "57014",  # the statement took longer than the server allows
     "58",  # the operating system refused
+    "25P03",  # this process was silent in the middle of a transaction, for too long
     "25006",  # a standby, or a disk that has been made read-only
     "55P03",
     *_CONFLICTS,

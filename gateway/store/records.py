@@ -284,7 +284,8 @@ class DutyRecord:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one future: its result's bytes, or its error; and what else the same transaction stores."""
+    """What became of one future: its result's bytes, or its error; and what else the same transaction stores. `fence`
+    is the epoch of whoever says so, where that is not the one in which the future was claimed."""
 
     future: Future
     result: bytes | None = None
@@ -296,6 +297,7 @@ class Outcome:
     checkpoint: Checkpoint | None = None
     overwrite: bool = False
     sampler: Sampler | None = None
+    fence: int | None = None
 
     @property
     def failed(self) -> bool:

@@ -1,7 +1,8 @@
 """Settling: the outcome of a future and all that comes with it, in one transaction.
 
-The future's own row decides: if it is not open, or was claimed in a newer epoch than the outcome belongs to, somebody
-else has taken over and nothing of the outcome is stored. That is the whole of the fence on the database's side.
+The future's own row decides, and its engine's lease: if it is not open, or was claimed in a newer epoch than the
+outcome belongs to, or the lease was taken in a newer one, somebody else has taken over and nothing of the outcome is
+stored. That is the whole of the fence on the database's side.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from engines.operations import CHANGES_STATE
 from gateway.store import schema
 from gateway.store.checkpoints import folder_in_use, insert_checkpoint
 from gateway.store.dialect import insert_or_ignore, now
+from gateway.store.leases import newest_epoch
 from gateway.store.records import Checkpoint, Future, FutureStatus, Outcome, RunStatus, Sampler, Settled
 from gateway.store.samplers import described, insert_sampler
 from gateway.store.usage import count_outcomes
@@ -41,7 +43,14 @@ _SETTLE_FUTURE = (
 )
 
 _OPEN = (
-    select(F.c.request_id, F.c.status, F.c.epoch, F.c.run_id, R.c.next_seq)
+    select(
+        F.c.request_id,
+        F.c.status,
+        F.c.epoch,
+        F.c.run_id,
+        R.c.next_seq,
+        newest_epoch(F.c.engine).label("newest"),
+    )
     .outerjoin(R, R.c.run_id == F.c.run_id)
     .where(F.c.request_id.in_(bindparam("keys", expanding=True)))
 )
@@ -121,7 +130,8 @@ def _finished(outcome: Outcome, at: float) -> Future:
 
 
 def _settleable(connection: Connection, outcomes: list[Outcome]) -> list[bool]:
-    """Whether each future is open, claimed by no newer epoch than the one of its outcome, and in its turn."""
+    """Whether each future is open, in its turn, and neither claimed by a newer epoch than the one of its outcome nor of
+    an engine whose lease was taken in one."""
     query = _OPEN if connection.dialect.name == "sqlite" else _OPEN_LOCKED
     found = connection.execute(query, {"keys": [outcome.future.request_id for outcome in outcomes]}).all()
     rows = {row.request_id: row for row in found}
@@ -129,11 +139,8 @@ def _settleable(connection: Connection, outcomes: list[Outcome]) -> list[bool]:
     answers = []
     for outcome in outcomes:
         row = rows.pop(outcome.future.request_id, None)
-        if row is None or row.status not in (FutureStatus.QUEUED, FutureStatus.RUNNING):
-            answers.append(False)
-        else:
-            ours = (row.epoch or 0) <= (outcome.future.epoch or 0)
-            answers.append(ours and _in_turn(connection, outcome.future, next_seqs))
+        ours = row is not None and _is_senders(outcome, row)
+        answers.append(ours and _in_turn(connection, outcome.future, next_seqs))
     return answers
 
 
@@ -152,6 +159,14 @@ def _in_turn(connection: Connection, future: Future, next_seqs: dict[str, int]) 
             return False
     next_seqs[future.run_id] = max(first, future.seq_id + 1)
     return True
+
+
+def _is_senders(outcome: Outcome, row: Any) -> bool:
+    fence = outcome.fence if outcome.fence is not None else outcome.future.epoch
+    is_open = row.status in (FutureStatus.QUEUED, FutureStatus.RUNNING)
+    if fence is not None and (row.newest or 0) > fence:
+        return False
+    return is_open and (row.epoch or 0) <= (outcome.future.epoch or fence or 0)
 
 
 def _store_saved(connection: Connection, outcome: Outcome) -> tuple[Outcome, str | None]:

@@ -14,6 +14,7 @@ from engines import host
 from engines.fake import FakeEngine
 from engines.interface import EngineConfig, RunOperation, SampleEnd, SampleEvent, SampleStep, Token, UserError
 from engines.messages import (
+    EXIT_OWNER_GONE,
     FromEngine,
     Hello,
     Load,
@@ -335,4 +336,4 @@ def test_stop_instead_of_load_is_a_clean_end() -> None:
 
 def test_an_owner_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_GREETING_S", 0.05)
-    assert host.run(Wire(), Heart(Vitals.create())) == host.EXIT_OWNER_GONE  # type: ignore[arg-type]
+    assert host.run(Wire(), Heart(Vitals.create())) == EXIT_OWNER_GONE  # type: ignore[arg-type]

@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError
 
 from engines.interface import EngineInfo
 from gateway.errors import StoreUnavailable
@@ -140,6 +142,74 @@ async def test_what_others_have_accepted_lately_and_settled_is_found(store: Stor
 async def settle(store: Store, future: Future, result: bytes) -> bool:
     await store.futures.claim(Claim((future.request_id,), 1))
     return await store.futures.settle(Outcome(replace(future, epoch=1), result)) is not None
+
+
+async def test_who_has_lost_a_lease_settles_and_claims_nothing(store: Store) -> None:
+    """Also what nobody has claimed since: its numbers would follow from outcomes that were refused."""
+    run = a_run(await store.sessions.create(a_session()))
+    create, first, second = an_operation(run, 0, "create_run"), an_operation(run, 1), an_operation(run, 2)
+    await store.futures.submit(Submission(create, b"", run))
+    for future in (first, second):
+        await store.futures.submit(Submission(future, b""))
+    assert await store.leases.take(LeaseRequest("e", "old", -1)) == 1
+    assert await settle(store, create, b"made")
+    await store.futures.claim(Claim((first.request_id,), 1))
+    assert await store.leases.take(LeaseRequest("e", "new", 60)) == 2
+    assert not await settle(store, first, b"late")
+    assert await store.futures.settle(Outcome(second, error="gap", error_category="user", fence=1)) is None
+    assert await store.futures.claim(Claim((second.request_id,), 1)) == {}
+    claimed = await store.futures.claim(Claim((first.request_id,), 2))
+    assert claimed == {first.request_id: b""}
+    outcome = Outcome(replace(first, epoch=2), b"right")
+    assert await store.futures.settle(outcome) is not None
+    assert (
+        await store.futures.settle(Outcome(second, error="gap", error_category="user", fence=2)) is not None
+    )
+
+
+async def test_what_an_earlier_epoch_had_in_hand_waits_again(store: Store) -> None:
+    """The schema lets one operation of a run run: one that an old holder has marked must not keep the next one out."""
+    run = a_run(await store.sessions.create(a_session()))
+    await store.futures.submit(Submission(an_operation(run, 0, "create_run"), b"", run))
+    first, second = an_operation(run, 1), an_operation(run, 2)
+    for future in (first, second):
+        await store.futures.submit(Submission(future, b""))
+    await store.futures.claim(Claim((second.request_id,), 1))
+    await store.futures.requeue("another", 9)
+    await store.futures.requeue("e", 1)
+    with pytest.raises(IntegrityError):
+        await store.futures.claim(Claim((first.request_id,), 2))
+    await store.futures.requeue("e", 2)
+    assert await store.futures.claim(Claim((first.request_id,), 2)) == {first.request_id: b""}
+
+
+@pytest.mark.postgres
+async def test_the_locks_of_a_process_that_stands_still_are_released(
+    pg_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient: dict[str, Any] = {"server_settings": {"idle_in_transaction_session_timeout": "300"}}
+    monkeypatch.setattr("gateway.store.database._POSTGRES", impatient)
+    still, other = Store(Database(pg_url)), Store(Database(pg_url))
+    for store in (still, other):
+        store.start()
+    await still.leases.take(LeaseRequest("e", "still", -1))
+
+    def stands_still(connection: Connection, _: list[None]) -> list[None]:
+        connection.execute(text("update leases set epoch = epoch + 10"))
+        time.sleep(1)
+        connection.execute(text("select 1"))
+        return [None]
+
+    try:
+        with pytest.raises(StoreUnavailable):
+            await still.database.write(stands_still, None)
+        assert await other.leases.take(LeaseRequest("e", "other", 60)) == 2
+        assert (
+            await still.leases.take(LeaseRequest("e", "still", 60)) is None
+        )  # on a connection of its own again
+    finally:
+        for store in (still, other):
+            await store.close()
 
 
 async def test_a_sample_is_given_up_in_the_database_whoever_has_it_in_hand(store: Store) -> None:
