@@ -59,7 +59,10 @@ def train(
 
 
 def kill_engine(gateway: ServedGateway) -> None:
+    ready = {"ready": True, "engines": {"fake": "ready"}}  # and not still at the gateway that was killed
     gateway.wait_until_ready()
+    while httpx.get(f"{gateway.url}/readyz", timeout=5).json() != ready:
+        time.sleep(0.05)
     for pid in gateway.engine_pids():
         os.kill(pid, signal.SIGKILL)
 
