@@ -166,7 +166,7 @@ def test_the_holder_is_killed_with_all_clients_at_it(
 
     assert lives(balancer.url, mortal_pair.url, mortal_pair.storage, kill) == expected
     require_each_once(mortal_pair.url)
-    assert balancer.switches == 1
+    assert balancer.switches >= 1
 
 
 def test_the_gateway_without_the_engine_is_killed_with_all_clients_at_it(
