@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,8 +13,9 @@ import pytest
 import tinker
 
 from tests.gateway.conftest import begin_run, datum, outcome, send_pass, send_step
-from tests.gateway.test_completions import begin_sampler, poll, send_sample
-from tests.gateways.conftest import KEY, Pair, rows
+from tests.gateway.test_completions import LONG, SLOW, begin_sampler, cancel, poll, running, send_sample
+from tests.gateways.conftest import KEY, Pair, database, rows
+from tests.postgres import PostgresServer
 
 pytestmark = [
     pytest.mark.postgres,
@@ -152,3 +155,44 @@ def test_the_tokenizer_and_the_lists_are_the_same(at_other: httpx.Client, at_hol
         assert here.status_code == 200, path
         if path != "/v1/models":  # which tells since when each process serves
             assert here.json() == there.json(), path
+
+
+@pytest.fixture
+def narrow_pair(pg_server: PostgresServer, _pg_template: str, tmp_path: Path) -> Iterator[Pair]:
+    """A slow engine that has one sample at a time, and short queues."""
+    limits = {"samples_in_engine": "1", "max_queued_samples": "4", "max_queued_per_run": "4"}
+    pair = Pair(tmp_path, database(pg_server, _pg_template), [SLOW], **limits)
+    try:
+        pair.start()
+        yield pair
+    finally:
+        pair.close()
+
+
+def test_samples_are_given_up_and_queues_are_full_at_the_other_gateway_too(narrow_pair: Pair) -> None:
+    with httpx.Client(base_url=narrow_pair.other.url, headers={"X-API-Key": KEY}, timeout=60) as http:
+        sampler = begin_sampler(http)
+        promises = [send_sample(http, sampler, seq_id, LONG) for seq_id in range(2)]
+        last = send_sample(http, sampler, 2)
+        running(http, promises[0])
+        time.sleep(1.1)  # what waits is counted once a second
+        full = {
+            "sampling_session_id": sampler,
+            "prompt": {"chunks": [{"tokens": [1]}]},
+            "sampling_params": {},
+        }
+        answers = [http.post("/api/v1/asample", json={**full, "seq_id": number}) for number in (7, 8)]
+        assert [answer.status_code for answer in answers] == [200, 429]
+        assert answers[1].headers["retry-after"] == "1"
+        assert all(cancel(http, each) for each in promises)  # the one under way and the one that waits
+        gone = {"error": "the sample was cancelled by its client", "category": "user"}
+        assert [outcome(http, each) for each in promises] == [gone, gone]
+        began = time.monotonic()
+        assert outcome(http, last)["type"] == "sample"  # its place is free: the long ones would take minutes
+        assert time.monotonic() - began < 10
+        run = begin_run(http)
+        time.sleep(1.1)
+        sent = [send_step(http, run, number).status_code for number in (9, 8, 7, 6)]  # number 1 does not come
+        assert sent == [200] * 4
+        assert send_step(http, run, 10).status_code == 429
+        assert send_step(http, run, 5).status_code == 200  # what others wait for is taken all the same
