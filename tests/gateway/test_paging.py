@@ -104,7 +104,7 @@ def test_runs_of_a_real_model_pass_through_few_places_with_the_same_numbers(tmp_
     try:
         with tinker.ServiceClient(base_url=measured.url, api_key=KEY) as service:
             service.create_lora_training_client("tandem/tiny", rank=4, seed=1).result()
-        run_bytes = engine_view(measured)["run_bytes"]
+            run_bytes = engine_view(measured)["run_bytes"]  # it is dropped with its session
     finally:
         measured.close()
     paged, alone, view = paged_and_alone(tmp_path, engine, places=3, run_bytes=run_bytes, runs=12, steps=6)
