@@ -14,8 +14,8 @@ from gateway.store.retention import Batch
 
 _BATCH = 100
 """Rows of one transaction: some milliseconds of the only writer's time."""
-_REST = 2.0
-"""Seconds of rest for each second of a batch: all of this together takes a third of the writer's time at most."""
+_REST = 4.0
+"""Seconds of rest for each second of a batch: all of this together takes a fifth of the writer's time at most."""
 
 
 class Retention:
