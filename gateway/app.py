@@ -38,6 +38,7 @@ from gateway.retention import Retention
 from gateway.settings import Settings, load_settings
 from gateway.shutdown import draining_on_signals
 from gateway.signed_urls import SignedUrls
+from gateway.snapshot_files import check_place
 from gateway.state import Gateway
 from gateway.store import Store
 from gateway.store.database import Database
@@ -141,6 +142,7 @@ async def running_gateway(settings: Settings) -> AsyncIterator[Gateway]:
     """Everything behind the routes, started in order and stopped in reverse."""
     _configure_log(settings.log_level)
     _check_file_limit()
+    check_place(settings)
     make_private(settings)
     locked = lock(settings) if settings.embedded else None
     database = Database(settings.url, sqlite_synchronous=settings.sqlite_synchronous)

@@ -19,6 +19,8 @@ from gateway.checkpoints import delete_expired
 from gateway.errors import StoreUnavailable
 from gateway.retention import Retention
 from gateway.settings import Settings
+from gateway.snapshot_duties import STRAY_S, prune_inputs, remove_needless, remove_strays
+from gateway.snapshot_files import SnapshotFiles
 from gateway.store import Store
 from gateway.store.duties import DutyLease, DutyReport
 from gateway.sweeping import sweep
@@ -52,6 +54,7 @@ class Duty:
 def standing_duties(store: Store, settings: Settings, retention: Retention) -> list[Duty]:
     """Those that every gateway has."""
     every_s = settings.duty_s
+    files, keep_s = SnapshotFiles(settings), settings.snapshot_keep_s
     return [
         Duty("expired checkpoints", every_s, partial(delete_expired, store, settings)),
         Duty("silent sessions", every_s, retention.end_silent_sessions),
@@ -61,6 +64,9 @@ def standing_duties(store: Store, settings: Settings, retention: Retention) -> l
         Duty("unnamed weights", every_s, retention.release_weights),
         Duty("stray folders", _SELDOM * every_s, partial(sweep, store, settings)),
         Duty("losses of ended sessions", every_s, retention.delete_losses),
+        Duty("inputs behind snapshots", every_s, partial(prune_inputs, store)),
+        Duty("older snapshots", every_s, partial(remove_needless, store, files, keep_s)),
+        Duty("stray snapshots", STRAY_S, partial(remove_strays, store, files)),
     ]
 
 

@@ -83,6 +83,7 @@ class EngineProcess:
         self._tasks: list[asyncio.Task[None]] = []
         self._ids = itertools.count(1)
         self._calls: dict[int, asyncio.Future[tuple[messages.Performed, list[bytes]]]] = {}
+        self._snapshots: dict[int, asyncio.Future[messages.SnapshotTaken]] = {}
         self._samples: dict[int, asyncio.Queue[SampleDelta | Drawn | Exception]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -135,6 +136,33 @@ class EngineProcess:
         header = messages.Perform(call_id, self.config.epoch, kind, list(runs), replay=replay)
         await self._send(header, *payloads)
         return await answer
+
+    async def begin_snapshot(self, run: RunAddress, folder: str) -> asyncio.Future[messages.SnapshotTaken]:
+        """Have a run's state copied before anything that is sent later is done. What is returned is the answer to come,
+        when the snapshot lies in `folder`; it raises EngineLost if the process dies first.
+        """
+        call_id = next(self._ids)
+        answer: asyncio.Future[messages.SnapshotTaken] = asyncio.get_running_loop().create_future()
+        await self._send(messages.TakeSnapshot(call_id, self.config.epoch, run.run_id, run.seq_id, folder))
+        self._snapshots[call_id] = answer
+        return answer
+
+    async def restore(
+        self, run: RunAddress, folder: str, checksums: dict[str, str], create_run: bytes
+    ) -> messages.Performed:
+        """Have a run as its snapshot in `folder` holds it, after operation `run.seq_id`. `create_run` is its first one.
+
+        A failure of category `user` says what is damaged. Raises EngineLost.
+        """
+        call_id = next(self._ids)
+        answer: asyncio.Future[tuple[messages.Performed, list[bytes]]] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._calls[call_id] = answer
+        call = messages.Restore(call_id, self.config.epoch, run.run_id, run.seq_id, folder, checksums)
+        await self._send(call, create_run)
+        performed, _ = await answer
+        return performed
 
     async def sample(
         self, body: bytes, party: str, *, stream: bool = False
@@ -270,6 +298,8 @@ class EngineProcess:
             case messages.Performed():
                 self.served = True
                 _resolve(self._calls.pop(message.call_id, None), (message, payloads))
+            case messages.SnapshotTaken():
+                _resolve(self._snapshots.pop(message.call_id, None), message)
             case messages.SampleDelta():
                 self._put(message.call_id, message)
             case messages.Sampled():
@@ -311,9 +341,11 @@ class EngineProcess:
         self.lost.set_result(cause)
         error = EngineLost(f"engine {self.config.name} is gone: {cause}")
         _fail(self._ready, error)
-        for answer in self._calls.values():
+        waiting: list[asyncio.Future[Any]] = [*self._calls.values(), *self._snapshots.values()]
+        for answer in waiting:
             _fail(answer, error)
         self._calls.clear()
+        self._snapshots.clear()
         for queue in self._samples.values():
             queue.put_nowait(error)
 

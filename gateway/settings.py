@@ -133,6 +133,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Engines that may die over an operation before it fails."""
     drain_s: float = 10.0
     """Seconds in which a gateway that is to end finishes the calls at hand; the rest is done by its successor."""
+    snapshot_steps: int = 20
+    """Optimizer steps after which the server saves a run's state for its own recovery; 0: never so."""
+    snapshot_s: float = 60.0
+    """Seconds after which it does so at the next optimizer step; 0: not by time."""
+    snapshot_keep_s: float = 600.0
+    """Seconds for which older snapshots stay, for backups that copy the database first and the files after it."""
+    snapshot_url: str = ""
+    """Where snapshots are kept, as a URL of fsspec: `s3://bucket/prefix`; empty: in `data_dir`, beside checkpoints."""
     lease_s: float = 15.0
     """Seconds for which a gateway holds an engine's lease; renewed three times in each."""
     session_timeout_s: float = 86400.0
@@ -237,15 +245,7 @@ def _checked(settings: Settings) -> Settings:
     """What types cannot say."""
     _check_engines(settings.engines)
     _check_times(settings)
-    for name in (
-        "max_body_bytes",
-        "max_decompressed_bytes",
-        "max_import_bytes",
-        "samples_in_engine",
-        "max_attempts",
-    ):
-        if getattr(settings, name) < 1:
-            raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    _check_numbers(settings)
     for name in ("max_body_bytes", "max_decompressed_bytes"):
         if getattr(settings, name) > settings.body_memory_bytes:
             raise ConfigurationError(
@@ -256,6 +256,21 @@ def _checked(settings: Settings) -> Settings:
     _check_leases(settings)
     _check_what_clients_meet(settings)
     return settings
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name in (
+        "max_body_bytes",
+        "max_decompressed_bytes",
+        "max_import_bytes",
+        "samples_in_engine",
+        "max_attempts",
+    ):
+        if getattr(settings, name) < 1:
+            raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    for name in ("snapshot_steps", "snapshot_s", "snapshot_keep_s"):
+        if getattr(settings, name) < 0:
+            raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 0")
 
 
 def _check_retention(settings: Settings) -> None:

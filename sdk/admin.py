@@ -24,6 +24,7 @@ from sdk.admin_records import (
     Run,
     Sampler,
     Session,
+    Snapshot,
     Step,
 )
 from sdk.answers import refusal, silence
@@ -95,6 +96,10 @@ class AdminClient:
     def run(self, run_id: str) -> Run:
         """One run."""
         return self._get(f"runs/{_segment(run_id)}", Run)
+
+    def snapshots(self, run_id: str) -> list[Snapshot]:
+        """The states of a run that the server keeps for its own recovery, newest first."""
+        return self._get(f"runs/{_segment(run_id)}/snapshots", list[Snapshot])
 
     def steps(self, run_id: str, *, after: int = 0) -> Iterator[Step]:
         """Metrics of a run's optimizer steps above `after`, in order."""

@@ -34,7 +34,11 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One fine-tuning in progress, or ended. `step` counts optimizer steps."""
+    """One fine-tuning in progress, or ended. `step` counts optimizer steps.
+
+    `replay_difference` tells where a replay gave other numbers than before, `snapshot_problem` why the last snapshot
+    could not be taken; None where nothing of that kind is known.
+    """
 
     run_id: str
     owner: str
@@ -51,6 +55,20 @@ class Run:
     resident: bool
     created_at: datetime
     last_request_at: datetime
+    replay_difference: str | None = None
+    snapshot_problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A state of a run, after operation `seq_id`, that the server has saved for its own recovery. `damage` says why it
+    could not be restored."""
+
+    seq_id: int
+    step: int
+    size_bytes: int
+    damage: str | None
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

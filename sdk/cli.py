@@ -97,11 +97,12 @@ def _show_one_run(view: View, run_id: str, last: int) -> None:
     run_id = run.run_id
     steps = list(view.client.steps(run_id))
     saved = list(view.client.checkpoints(run_id=run_id))
+    snapshots = view.client.snapshots(run_id)
     if view.as_json:
-        view.json({"run": run, "steps": steps, "checkpoints": saved})
+        view.json({"run": run, "steps": steps, "checkpoints": saved, "snapshots": snapshots})
         return
     console = console_of()
-    show_run(console, run, saved[:_SAVED_SHOWN])
+    show_run(console, run, saved[:_SAVED_SHOWN], snapshots)
     if len(saved) > _SAVED_SHOWN:
         click.echo(f"{len(saved) - _SAVED_SHOWN} more: tandem checkpoints --run {run_id}", err=True)
     if steps:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from sdk.admin_records import Checkpoint, Engine, Future, Run, Sampler, Session, Step
+from sdk.admin_records import Checkpoint, Engine, Future, Run, Sampler, Session, Snapshot, Step
 from sdk.cli_layout import Column, Row, ago, number, show_facts, show_rows, size, span
 from sdk.plots import curve
 
@@ -221,7 +221,9 @@ def step_row(step: Step) -> Row:
     )
 
 
-def show_run(console: Console, run: Run, checkpoints: Sequence[Checkpoint]) -> None:
+def show_run(
+    console: Console, run: Run, checkpoints: Sequence[Checkpoint], snapshots: Sequence[Snapshot]
+) -> None:
     """All that is known of a run but its metrics."""
     lora = run.lora
     parts = {"attention": lora.train_attn, "MLP": lora.train_mlp, "unembedding": lora.train_unembed}
@@ -240,8 +242,19 @@ def show_run(console: Console, run: Run, checkpoints: Sequence[Checkpoint]) -> N
         ("last used", ago(run.last_request_at)),
         ("steps", str(run.step)),
         *(("saved", checkpoint.path) for checkpoint in checkpoints),
+        *(("recovers from", _snapshot_text(snapshot)) for snapshot in snapshots),
+        *((name, problem) for name, problem in _problems(run) if problem is not None),
     ]
     show_facts(console, facts)
+
+
+def _snapshot_text(snapshot: Snapshot) -> str:
+    damaged = "" if snapshot.damage is None else f", damaged: {snapshot.damage}"
+    return f"step {snapshot.step}, {ago(snapshot.created_at)}{damaged}"
+
+
+def _problems(run: Run) -> list[tuple[str, str | None]]:
+    return [("no snapshot", run.snapshot_problem), ("replay", run.replay_difference)]
 
 
 def plot_text(steps: Sequence[Step], width: int) -> str | None:

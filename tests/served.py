@@ -35,7 +35,7 @@ class ServedGateway:
     ) -> None:
         self.data_dir = data_dir
         self._host = host
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir / "gateway.log"
         self._environment = {
@@ -167,7 +167,7 @@ class ServedGateway:
         return self._process.wait(30)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -112,7 +112,9 @@ class FakeEngine(Engine):
 
     def _forward_backward(self, run_id: str, operation: ForwardBackward) -> ForwardResult:
         self._look_at(datum.tokens.array() for datum in operation.data)
-        return forward_backward(self._weights, self._run(run_id), operation)
+        result = forward_backward(self._weights, self._run(run_id), operation)
+        result.metrics["loss:sum"] += self._options.drift * self._config.epoch
+        return result
 
     def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:
         return self._each(self._forward, items)

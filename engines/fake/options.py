@@ -20,6 +20,8 @@ class FakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The call never ends when a training datum or a prompt contains this token."""
     fail_on_token: int | None = None
     """The call raises RuntimeError when a training datum or a prompt contains this token."""
+    drift: float = 0.0
+    """The loss that it tells is higher by this for each epoch, so that a later process gives other numbers."""
     max_context: int = 8192
     """Longest sequence in tokens."""
     max_rank: int = 64

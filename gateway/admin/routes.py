@@ -42,7 +42,7 @@ async def list_runs(
         "session_id": session_id,
     }
     runs = await gateway.store.runs.page(limit=limit, before=decode_cursor(cursor), where=filters)
-    items = [views.run_view(run, _resident(gateway, run)) for run in runs]
+    items = [views.run_view(run, gateway.fleet.dispatchers.get(run.engine)) for run in runs]
     return views.Page(
         items=items, next_cursor=next_cursor(runs, limit, lambda run: (run.created_at, run.run_id))
     )
@@ -52,7 +52,7 @@ async def list_runs(
 async def get_run(run_id: str, caller: Who, gateway: Running) -> views.RunView:
     """One run."""
     run = await _run(gateway, caller, run_id)
-    return views.run_view(run, _resident(gateway, run))
+    return views.run_view(run, gateway.fleet.dispatchers.get(run.engine))
 
 
 @router.get("/runs/{run_id}/metrics")
@@ -68,6 +68,13 @@ async def get_run_metrics(
     return [
         views.step_view(step) for step in await gateway.store.runs.steps(run_id, after=after, limit=limit)
     ]
+
+
+@router.get("/runs/{run_id}/snapshots")
+async def list_run_snapshots(run_id: str, caller: Who, gateway: Running) -> list[views.SnapshotView]:
+    """The states of a run that the server keeps for its own recovery, newest first."""
+    await _run(gateway, caller, run_id)
+    return [views.snapshot_view(snapshot) for snapshot in await gateway.store.snapshots.of_run(run_id)]
 
 
 @router.get("/sessions")
@@ -186,11 +193,6 @@ async def _run(gateway: Gateway, caller: Caller, run_id: str) -> Run:
     if run is None or not visible(caller, run.owner):
         raise NotFound(f"there is no run {run_id!r}")
     return run
-
-
-def _resident(gateway: Gateway, run: Run) -> bool:
-    dispatcher = gateway.fleet.dispatchers.get(run.engine)
-    return dispatcher is not None and dispatcher.training.residency.holds(run.run_id)
 
 
 def _resident_bytes() -> int:

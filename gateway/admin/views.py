@@ -9,7 +9,16 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.dispatch import Dispatcher
-from gateway.store.records import Checkpoint, DutyRecord, Future, Run, Sampler, Session, Step
+from gateway.store.records import (
+    Checkpoint,
+    DutyRecord,
+    Future,
+    Run,
+    Sampler,
+    Session,
+    Snapshot,
+    Step,
+)
 
 T = TypeVar("T")
 
@@ -41,6 +50,12 @@ class RunView(BaseModel):
     step: Annotated[int, Field(description="optimizer steps taken")]
     next_seq: Annotated[int, Field(description="number of the first operation that is not settled")]
     resident: Annotated[bool, Field(description="whether its engine has it in memory now")]
+    replay_difference: Annotated[
+        str | None, Field(description="where a replay gave other numbers than before; null: nowhere")
+    ]
+    snapshot_problem: Annotated[
+        str | None, Field(description="why its last snapshot could not be taken; null: nothing is known")
+    ]
     created_at: datetime
     last_request_at: datetime
 
@@ -57,6 +72,16 @@ class StepView(BaseModel):
     learning_rate: float | None
     seconds: Annotated[float, Field(description="engine time of the step and its passes")]
     finished_at: datetime
+
+
+class SnapshotView(BaseModel):
+    """A state of a run that the server has saved for its own recovery."""
+
+    seq_id: Annotated[int, Field(description="the last operation that it contains")]
+    step: Annotated[int, Field(description="optimizer steps that it contains")]
+    size_bytes: int
+    damage: Annotated[str | None, Field(description="why it could not be restored; null: nothing is known")]
+    created_at: datetime
 
 
 class CheckpointView(BaseModel):
@@ -217,7 +242,9 @@ class MetricsView(BaseModel):
     engines: dict[str, dict[str, float]]
 
 
-def run_view(run: Run, resident: bool) -> RunView:
+def run_view(run: Run, dispatcher: Dispatcher | None) -> RunView:
+    """`dispatcher` feeds its engine, if that is one of this gateway's."""
+    training = None if dispatcher is None else dispatcher.training
     return RunView(
         run_id=run.run_id,
         owner=run.owner,
@@ -231,7 +258,9 @@ def run_view(run: Run, resident: bool) -> RunView:
         user_metadata=run.user_metadata,
         step=run.step,
         next_seq=run.next_seq,
-        resident=resident,
+        resident=training is not None and training.residency.holds(run.run_id),
+        replay_difference=run.replay_difference,
+        snapshot_problem=None if training is None else training.snapshots.problems.get(run.run_id),
         created_at=moment(run.created_at),
         last_request_at=moment(run.last_request_at),
     )
@@ -248,6 +277,16 @@ def step_view(step: Step) -> StepView:
         learning_rate=step.learning_rate,
         seconds=step.seconds,
         finished_at=moment(step.finished_at),
+    )
+
+
+def snapshot_view(snapshot: Snapshot) -> SnapshotView:
+    return SnapshotView(
+        seq_id=snapshot.seq_id,
+        step=snapshot.step,
+        size_bytes=snapshot.size_bytes,
+        damage=snapshot.damage,
+        created_at=moment(snapshot.created_at),
     )
 
 

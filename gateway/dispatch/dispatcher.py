@@ -98,6 +98,7 @@ class Dispatcher:
         await self.sampling.cancel()
         with contextlib.suppress(StoreUnavailable, TimeoutError):
             await asyncio.wait_for(self._store.database.barrier(), max(_left(deadline), _LAST_WRITES_S))
+        self.training.snapshots.reset()
 
     def accept(self, future: Future, body: bytes | None) -> None:
         """A future of this engine has become durable; `body` is its input where that is at hand.

@@ -25,7 +25,8 @@ def outcomes_of(
                 failed(future, answer.failure.category, answer.failure.message, answer.failure.error_id)
             )
         else:
-            outcomes.append(_succeeded(future, base_model, next(results), answer.summary))
+            succeeded = _succeeded(future, base_model, next(results), answer.summary)
+            outcomes.append(replace(succeeded, digest=answer.digest or None))
     return outcomes
 
 

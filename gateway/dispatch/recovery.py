@@ -1,4 +1,9 @@
-"""Building a run again in an engine that does not have it: its log is applied from the first operation, in steps."""
+"""Building a run again in an engine that does not have it: its newest intact snapshot, then its log from there on.
+
+A snapshot that is damaged is reported, and the one before it is taken; without any, the log is applied from the first
+operation. A mark of damage only says what happened: the snapshot is tried again after the intact ones, because what was
+missing (a folder that was not mounted, say) may be back.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,12 @@ from collections import deque
 
 from engines.messages import Outcome, RunAddress
 from engines.operations import CHANGES_STATE, OperationKind
+from gateway.dispatch.snapshots import Progress
+from gateway.dispatch.verification import ReplayCheck
 from gateway.engine_process import EngineProcess
+from gateway.snapshot_files import SnapshotFiles, SnapshotsUnreachable
 from gateway.store import Store
-from gateway.store.records import Future, RunStatus
+from gateway.store.records import Future, Run, RunStatus, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -40,26 +48,28 @@ class NoRoom(Exception):
 class Restoration:
     """One run on its way into an engine: everything of its log that took effect below seq_id `before`.
 
-    Every outcome below `before` must have been committed when the first step is taken. When it is complete, `size` has
-    the run's bytes, `pending` says whether it has gradients that no step has used, `seconds` how long it took.
+    Every outcome below `before` must have been committed when the first step is taken. `progress` says where the run
+    stands; when it is complete, `size` has its bytes, `seconds` how long that took.
     """
 
-    def __init__(self, store: Store, run_id: str, before: int) -> None:
+    def __init__(self, store: Store, files: SnapshotFiles, run_id: str, before: int) -> None:
         self._store = store
+        self._files = files
         self._run_id = run_id
         self._before = before
-        self._after = -1
+        self._after: int | None = None
         self._page: deque[tuple[Future, bytes | None]] = deque()
         self._applied = 0
+        self._check = ReplayCheck(run_id)
+        self.progress = Progress()
         self.size: int | None = None
-        self.pending = False
         self.seconds = 0.0
 
     async def step(self, engine: EngineProcess) -> bool:
         """Apply the next operations; whether the run is complete. Raises RestoreFailed, NoRoom and EngineLost."""
         begun = time.monotonic()
-        if self._after < 0:
-            await self._require_run()
+        if self._after is None:
+            self._after = await self._begin(engine)
         complete = await self._apply_until(engine, begun + _STEP_S)
         self.seconds += time.monotonic() - begun
         return complete
@@ -69,24 +79,90 @@ class Restoration:
             await self._apply_next(engine)
             if time.monotonic() > deadline:
                 return False
-        if not self._applied:
+        begun = (
+            f"the snapshot after operation {self.progress.kept}" if self.progress.kept else "its log alone"
+        )
+        if not self.progress.kept and not self._applied:
             raise RestoreFailed(
                 "server", f"run {self._run_id} has no first operation in its log; create a new run"
             )
-        name = engine.config.name
+        self._check.close()
         log.info(
-            "run %s is restored in engine %s: %d operations applied again", self._run_id, name, self._applied
+            "run %s is restored in engine %s from %s: %d operations applied again",
+            self._run_id,
+            engine.config.name,
+            begun,
+            self._applied,
         )
         return True
 
-    async def _require_run(self) -> None:
+    # ------------------------------------------------------------------ where to begin
+
+    async def _begin(self, engine: EngineProcess) -> int:
+        """Restore a snapshot if there is one; gives the number of the operation that the log goes on behind."""
         run = await self._store.runs.get(self._run_id)
         if run is None or run.status is RunStatus.FAILED:
             raise RestoreFailed("user", f"run {self._run_id} could not be created; create a new one")
+        found = await self._store.snapshots.of_run(self._run_id)
+        candidates = [snapshot for snapshot in found if snapshot.seq_id < self._before]
+        problems = []
+        for snapshot in sorted(candidates, key=lambda each: each.damage is not None):  # else newest first
+            problem = await self._restore(engine, snapshot)
+            if problem is None:
+                self.progress.changed = self.progress.kept = snapshot.seq_id
+                return snapshot.seq_id
+            problems.append(f"that after operation {snapshot.seq_id}: {problem}")
+        self._require_whole_log(run, problems)
+        return -1
+
+    def _require_whole_log(self, run: Run, problems: list[str]) -> None:
+        if run.pruned_seq:
+            why = "; ".join(problems) or "there is none"
+            raise RestoreFailed(
+                "server",
+                f"run {run.run_id} cannot be restored: no snapshot of it can be used ({why}), and the inputs of its "
+                f"operations up to {run.pruned_seq}, which one contained, have been removed",
+                passing=bool(problems),
+            )
+
+    async def _restore(self, engine: EngineProcess, snapshot: Snapshot) -> str | None:
+        """Have the engine restore a snapshot; why it could not. Damage is reported, and recorded with the snapshot."""
+        address = RunAddress(snapshot.run_id, snapshot.seq_id)
+        create_run = await self._store.futures.input_at(snapshot.run_id, 0)
+        if create_run is None:
+            return "the input of its first operation is missing"
+        try:
+            async with self._files.at_hand(snapshot.folder):
+                performed = await engine.restore(address, snapshot.folder, snapshot.checksums, create_run)
+        except SnapshotsUnreachable as error:
+            log.error("snapshot %s of run %s cannot be read: %s", snapshot.folder, snapshot.run_id, error)
+            return str(error)
+        if performed.no_room:
+            raise NoRoom(performed.no_room[snapshot.run_id])
+        failure = performed.outcomes[0].failure
+        self.size = size_of(performed.outcomes[0])
+        if failure is not None and failure.category == "server":
+            raise RestoreFailed(
+                "server", f"the run could not be restored from its snapshot: {failure.message}", passing=True
+            )
+        damage = None if failure is None else failure.message
+        if damage != snapshot.damage:
+            await self._store.snapshots.set_damage(snapshot.folder, damage)
+        if damage is not None:
+            log.error(
+                "the snapshot of run %s after operation %d is damaged: %s",
+                snapshot.run_id,
+                snapshot.seq_id,
+                damage,
+            )
+        return damage
+
+    # ------------------------------------------------------------------ the log from there on
 
     async def _read_page(self) -> bool:
         kinds = sorted(CHANGES_STATE)
-        page = await self._store.futures.applied_to_run(self._run_id, self._after, self._before, kinds, _PAGE)
+        after = -1 if self._after is None else self._after
+        page = await self._store.futures.applied_to_run(self._run_id, after, self._before, kinds, _PAGE)
         if page:
             inputs = await self._store.futures.inputs(future.request_id for future in page)
             self._page.extend((future, inputs.get(future.request_id)) for future in page)
@@ -104,7 +180,15 @@ class Restoration:
         performed, _ = await engine.perform(kind, [address], [body], replay=True)
         if performed.no_room:
             raise NoRoom(performed.no_room[address.run_id])
-        failure = performed.outcomes[0].failure
+        await self._judge(future, performed.outcomes[0])
+        if kind == "create_run":
+            self.size = size_of(performed.outcomes[0])
+        self._applied += 1
+        self.progress.apply(future.kind, future.seq_id)
+
+    async def _judge(self, future: Future, outcome: Outcome) -> None:
+        """Compare with what was recorded. The run goes on with other numbers, but nobody is left in the dark."""
+        failure = outcome.failure
         if failure is not None:
             raise RestoreFailed(
                 "server",
@@ -112,10 +196,9 @@ class Restoration:
                 f"{failure.message}",
                 passing=failure.category == "server",
             )
-        if kind == "create_run":
-            self.size = size_of(performed.outcomes[0])
-        self.pending = kind == "forward_backward"
-        self._applied += 1
+        difference = self._check.look(future, outcome)
+        if difference is not None:
+            await self._store.runs.record_difference(self._run_id, difference)
 
 
 def size_of(outcome: Outcome) -> int | None:

@@ -23,10 +23,12 @@ from gateway.dispatch.recovery import NoRoom, Restoration, RestoreFailed, size_o
 from gateway.dispatch.residency import Residency
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
+from gateway.dispatch.snapshots import Snapshots
 from gateway.dispatch.standing import Standing
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineLost, TooManyRequests
 from gateway.settings import Settings
+from gateway.snapshot_files import SnapshotFiles
 from gateway.store import Store
 from gateway.store.futures import Claim
 from gateway.store.records import Future, Outcome, Settled
@@ -65,6 +67,8 @@ class TrainingLane:
         self._to_drop: set[str] = set()
         self._epoch: int | None = None
         self._sealing = Sealing(settings)
+        self._files = SnapshotFiles(settings)
+        self.snapshots = Snapshots(store, settings, self._files)
         self._restorations: dict[str, Restoration] = {}
         self._failed_restores: dict[str, int] = {}
         self.residency = Residency()
@@ -95,6 +99,7 @@ class TrainingLane:
         self._broken = None
         self._to_drop.clear()
         self._sealing.cancel()
+        self.snapshots.reset()
         self._restorations.clear()
         self._failed_restores.clear()
         self.residency.reset()
@@ -162,6 +167,7 @@ class TrainingLane:
         self._epoch = engine.config.epoch
         for run_id in self.residency.begin(engine.info.run_memory_bytes):
             await engine.drop_run(run_id)
+        self.snapshots.serve(engine)
         while True:
             await self._work_or_time(engine)
             if self._closed:
@@ -224,12 +230,14 @@ class TrainingLane:
         for run_id in [run_id for run_id in self._to_drop if not self._queue.waits(run_id)]:
             self._to_drop.discard(run_id)
             if self.residency.leave(run_id):
+                self.snapshots.forget(run_id)
                 await engine.drop_run(run_id)
 
     async def _change_places(self, engine: EngineProcess) -> None:
         """Let runs that wait for the engine's memory have the places of others, as far as those may leave now."""
         while (change := self.residency.change(self._queue.busy, engine_idle=not self._queue)) is not None:
             for run_id in change.leaving:
+                self.snapshots.forget(run_id)
                 await engine.drop_run(run_id)
             if not self._queue.unpark(change.run_id):
                 self.residency.leave(change.run_id)
@@ -256,9 +264,11 @@ class TrainingLane:
         futures = [future for future, _ in batch]
         kind: OperationKind = futures[0].kind  # type: ignore[assignment]
         addresses = [RunAddress(future.run_id or "", future.seq_id) for future in futures]
+        self.snapshots.moving(futures)
         performed, payloads = await engine.perform(kind, addresses, [body for _, body in batch])
         for run_id in performed.lost_runs:
             self.residency.leave(run_id)
+            self.snapshots.forget(run_id)
         if performed.lost_runs and len(batch) > 1:
             for future in futures:  # none of them is to blame for the others: each again, alone
                 self._queue.put_back(future, alone=True)
@@ -275,7 +285,9 @@ class TrainingLane:
                 self.residency.use(future.run_id or "", kind)
         performed = msgspec.structs.replace(performed, outcomes=[answer for _, answer in answered])
         futures = [future for future, _ in answered]
-        self._settle(outcomes_of(futures, engine.config.base_model, performed, payloads))
+        outcomes = outcomes_of(futures, engine.config.base_model, performed, payloads)
+        self._settle(outcomes)
+        await self.snapshots.performed(outcomes)
 
     def _refused(self, future: Future, size: int) -> None:
         """The engine has no room for the run: others have to leave first."""
@@ -290,9 +302,10 @@ class TrainingLane:
         run_id = future.run_id or ""
         if run_id not in self._restorations:
             await self._require_settled()
-            self._restorations[run_id] = Restoration(self._store, run_id, future.seq_id)
+            self._restorations[run_id] = Restoration(self._store, self._files, run_id, future.seq_id)
+        restoration = self._restorations[run_id]
         try:
-            complete = await self._restorations[run_id].step(engine)
+            complete = await restoration.step(engine)
         except NoRoom as refusal:
             del self._restorations[run_id]
             self._refused(future, refusal.size)
@@ -304,10 +317,12 @@ class TrainingLane:
             self._restore_failed(future, error)
             return
         if complete:
-            done = self._restorations.pop(run_id)
+            del self._restorations[run_id]
             self._failed_restores.pop(run_id, None)
             self._blame.restored(run_id)
-            self.residency.restored(run_id, done.size, done.seconds, pending=done.pending)
+            pending = not restoration.progress.boundary
+            self.residency.restored(run_id, restoration.size, restoration.seconds, pending=pending)
+            self.snapshots.begin(run_id, restoration.progress)
         self._queue.put_back(future)
 
     async def _require_settled(self) -> None:

@@ -215,6 +215,13 @@ class FutureStore:
         query = select(schema.inputs).where(schema.inputs.c.request_id.in_(list(request_ids)))
         return {row.request_id: row.body for row in await self._database.rows(query)}
 
+    async def input_at(self, run_id: str, seq_id: int) -> bytes | None:
+        """The input of the operation with this number in a run's log, if it is there."""
+        inputs = schema.inputs
+        query = select(inputs.c.body).join(F, F.c.request_id == inputs.c.request_id)
+        row = await self._database.first(query.where(F.c.run_id == run_id, F.c.seq_id == seq_id))
+        return row.body if row is not None else None
+
     async def open_of_engine(self, engine: str) -> list[Future]:
         """What an engine still owes, oldest first."""
         query = select(F).where(F.c.engine == engine, schema.OPEN).order_by(F.c.created_at)

@@ -88,12 +88,15 @@ class Run:
     pending_loss: float = 0.0
     pending_tokens: int = 0
     pending_seconds: float = 0.0
+    pruned_seq: int = 0
+    replay_difference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Future:
     """One accepted call, without its input and result. `digest` is of what was sent, to tell another call under the
-    same number; None: not known."""
+    same number; None: not known. `result_digest` and `measure` (a loss, or a gradient's norm) are what its replay is
+    compared with."""
 
     request_id: str
     owner: str
@@ -110,6 +113,8 @@ class Future:
     context: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
     digest: bytes | None = None
+    result_digest: bytes | None = None
+    measure: float | None = None
     error: str | None = None
     error_category: str | None = None
     error_id: str | None = None
@@ -135,6 +140,22 @@ class Step:
     learning_rate: float | None
     seconds: float
     finished_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run's state after operation `seq_id`, with `step` optimizer steps. `checksums` has the SHA-256, hex, of each
+    file; `damage` says why it could not be restored when that was tried; since `superseded_at` newer ones suffice."""
+
+    run_id: str
+    seq_id: int
+    step: int
+    folder: str
+    checksums: dict[str, str]
+    size_bytes: int
+    created_at: float
+    damage: str | None = None
+    superseded_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,11 +305,13 @@ class DutyRecord:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one future: its result's bytes, or its error; and what else the same transaction stores. `fence`
-    is the epoch of whoever says so, where that is not the one in which the future was claimed."""
+    """What became of one future: its result's bytes, or its error; and what else the same transaction stores. `digest`
+    is the engine's own of the result; `fence` is the epoch of whoever says so, where that is not the one in which the
+    future was claimed."""
 
     future: Future
     result: bytes | None = None
+    digest: bytes | None = None
     error: str | None = None
     error_category: str | None = None
     error_id: str | None = None

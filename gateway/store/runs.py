@@ -68,6 +68,10 @@ class RunStore:
         """End a run: it takes no further operations. Repeating it changes nothing."""
         await self._database.write(unload_runs, run_id)
 
+    async def record_difference(self, run_id: str, difference: str) -> None:
+        """A replay of the run has given other numbers than it gave before."""
+        await self._database.write(_record_differences, (run_id, difference))
+
     async def steps(self, run_id: str, *, after: int = 0, limit: int = 1000) -> list[Step]:
         """Metrics of the optimizer steps above `after`, in order."""
         query = select(S).where(S.c.run_id == run_id, S.c.step > after).order_by(S.c.step).limit(limit)
@@ -89,6 +93,12 @@ def run_of(row: Row[Any]) -> Run:
 def insert_runs(connection: Connection, runs: list[Run]) -> None:
     """Runs that are known already stay as they are."""
     connection.execute(insert_or_ignore(connection, R), [asdict(run) for run in runs])
+
+
+def _record_differences(connection: Connection, found: list[tuple[str, str]]) -> list[None]:
+    for run_id, difference in found:
+        connection.execute(update(R).where(R.c.run_id == run_id).values(replay_difference=difference))
+    return [None] * len(found)
 
 
 def unload_runs(connection: Connection, run_ids: list[str]) -> list[None]:

@@ -115,6 +115,14 @@ runs = Table(
     Column("pending_loss", Double, nullable=False, comment="sums since the last optimizer step"),
     Column("pending_tokens", BigInteger, nullable=False),
     Column("pending_seconds", Double, nullable=False),
+    Column(
+        "pruned_seq",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="inputs from 1 to this one may be gone: snapshots cover them",
+    ),
+    Column("replay_difference", String, comment="what the last replay that gave other numbers has shown"),
     Column("created_at", Double, nullable=False),
     Column("last_request_at", Double, nullable=False),
     Index(None, "owner", "created_at"),
@@ -146,6 +154,8 @@ futures = Table(
     Column("context", JSON, nullable=False, comment="what settling needs: names, paths, ids"),
     Column("folder", String, comment="storage key that this operation reads or writes"),
     Column("digest", LargeBinary, comment="128 bits of what was sent; none: not known"),
+    Column("result_digest", LargeBinary, comment="128 bits of the result, of a deterministic engine"),
+    Column("measure", Double, comment="loss of a pass, gradient norm of a step"),
     Column("error", String),
     Column("error_category", String),
     Column("error_id", String),
@@ -195,6 +205,21 @@ steps = Table(
     Column("learning_rate", Double),
     Column("seconds", Double, nullable=False, comment="engine time of the step and its passes"),
     Column("finished_at", Double, nullable=False),
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("run_id", String, ForeignKey("runs.run_id"), primary_key=True),
+    Column("seq_id", BigInteger, primary_key=True, comment="the last operation that it contains"),
+    Column("step", Integer, nullable=False, comment="optimizer steps that it contains"),
+    Column("folder", String, nullable=False, comment="storage key"),
+    Column("checksums", JSON, nullable=False, comment="SHA-256 of each file"),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("damage", String, comment="why it could not be restored; none: not known to be damaged"),
+    Column("superseded_at", Double, comment="since when newer ones suffice; its files go some time later"),
+    Index(None, "folder"),
 )
 
 checkpoints = Table(

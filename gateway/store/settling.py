@@ -38,6 +38,8 @@ _SETTLE_FUTURE = (
         error=bindparam("to_error"),
         error_category=bindparam("to_category"),
         error_id=bindparam("to_error_id"),
+        result_digest=bindparam("to_digest"),
+        measure=bindparam("to_measure"),
         finished_at=bindparam("at"),
     )
 )
@@ -225,6 +227,8 @@ def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) 
             "to_error": outcome.error,
             "to_category": outcome.error_category,
             "to_error_id": outcome.error_id,
+            "to_digest": None if outcome.failed else outcome.digest,
+            "to_measure": outcome.summary.get("loss", outcome.summary.get("grad_norm")),
             "at": at,
         }
         for outcome in outcomes

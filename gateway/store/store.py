@@ -22,6 +22,7 @@ from gateway.store.runs import RunStore
 from gateway.store.samplers import SamplerStore
 from gateway.store.secrets import SecretStore
 from gateway.store.sessions import SessionStore
+from gateway.store.snapshots import SnapshotStore
 from gateway.store.usage import UsageStore
 
 _ASKED_EVERY_S = 1.0
@@ -39,6 +40,7 @@ class Store:
         self.checkpoints = CheckpointStore(database)
         self.deposits = DepositStore(database)
         self.samplers = SamplerStore(database)
+        self.snapshots = SnapshotStore(database)
         self.custom_losses = CustomLossStore(database)
         self.leases = LeaseStore(database)
         self.retention = RetentionStore(database)

@@ -1,0 +1,243 @@
+"""When snapshots of an engine's runs are taken, and what becomes of them: taken → kept → registered.
+
+A run goes on while its snapshot is written. One that fails costs nothing but a longer replay: no input is given up for
+it. Snapshots are taken where no gradients are pending: every `snapshot_steps` optimizer steps, at the next step after
+`snapshot_s` seconds, and when somebody asks for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from engines.messages import RunAddress, SnapshotTaken
+from engines.operations import CHANGES_STATE
+from gateway.engine_process import EngineProcess
+from gateway.errors import EngineLost, StoreUnavailable
+from gateway.settings import Settings
+from gateway.snapshot_files import SnapshotFiles, SnapshotsUnreachable
+from gateway.store import Store
+from gateway.store.records import Future, Outcome
+from gateway.store.snapshots import Registration
+
+log = logging.getLogger(__name__)
+
+_AT_A_TIME = 2
+"""Snapshots of one engine that are under way: each is a copy of a run in memory."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run in the engine's memory has got, and its snapshots behind it.
+
+    `changed` is the last operation that has changed it, `kept` the one that its newest snapshot contains (its creation
+    needs none), `steps` the optimizer steps since the newest one was begun, at `since`. `boundary`: no gradients are
+    pending.
+    """
+
+    changed: int = 0
+    kept: int = 0
+    steps: int = 0
+    boundary: bool = True
+    since: float = 0.0
+    moving: bool = False
+    taking: bool = False
+    wanted: int = 0
+    asked: asyncio.Future[bool] | None = None
+
+    def apply(self, kind: str, seq_id: int) -> None:
+        """An operation has succeeded."""
+        if kind in CHANGES_STATE:
+            self.changed = seq_id
+            self.boundary = kind != "forward_backward"
+            self.steps += kind == "optim_step"
+
+
+class Snapshots:
+    """Those of the runs in one engine's memory."""
+
+    def __init__(self, store: Store, settings: Settings, files: SnapshotFiles) -> None:
+        self._store = store
+        self._settings = settings
+        self._files = files
+        self._engine: EngineProcess | None = None
+        self._runs: dict[str, Progress] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way = 0
+        self._database: bytes | None = None
+        self.problems: dict[str, str] = {}
+
+    def serve(self, engine: EngineProcess) -> None:
+        """The engine whose runs these are from now on."""
+        self._engine = engine
+
+    def reset(self) -> None:
+        """Forget everything. What is being written and has not been registered is removed as nobody's later."""
+        for task in self._tasks:
+            task.cancel()
+        self._tasks.clear()
+        for run_id in list(self._runs):
+            self.forget(run_id)
+        self._under_way = 0
+        self._engine = None
+
+    # ------------------------------------------------------------------ what the lane tells
+
+    def begin(self, run_id: str, progress: Progress) -> None:
+        """A run has come into the engine's memory."""
+        progress.since = time.monotonic()
+        self._runs[run_id] = progress
+
+    def forget(self, run_id: str) -> None:
+        """A run is not in the engine's memory any more."""
+        progress = self._runs.pop(run_id, None)
+        self.problems.pop(run_id, None)
+        if progress is not None:
+            _answer(progress, False)
+
+    def moving(self, futures: Iterable[Future]) -> None:
+        """Operations are about to be sent to the engine: their runs stand nowhere until they are done."""
+        for future in futures:
+            if (progress := self._runs.get(future.run_id or "")) is not None:
+                progress.moving = True
+
+    async def performed(self, outcomes: Iterable[Outcome]) -> None:
+        """Their outcomes are on their way to the database. Whatever is due is begun, before the next call is sent."""
+        for outcome in outcomes:
+            future, run_id = outcome.future, outcome.future.run_id or ""
+            if future.kind == "create_run" and not outcome.failed:
+                self.begin(run_id, Progress())
+            if (progress := self._runs.get(run_id)) is None:
+                continue
+            progress.moving = False
+            if not outcome.failed:
+                progress.apply(future.kind, future.seq_id)
+            await self._begin_if_due(run_id, progress)
+
+    # ------------------------------------------------------------------ what others ask
+
+    def covered(self, run_id: str) -> bool:
+        """Whether the newest snapshot has everything of a run that is in memory."""
+        progress = self._runs.get(run_id)
+        return progress is not None and progress.changed <= progress.kept
+
+    def request(self, run_id: str) -> asyncio.Future[bool]:
+        """Take a snapshot of a run now, or at its next boundary.
+
+        True once one is registered that has everything until now; False when that failed, or the run has left memory
+        first. While gradients are pending and no step comes, neither happens.
+        """
+        progress = self._runs.get(run_id)
+        if progress is None or progress.changed <= progress.kept:
+            answer = asyncio.get_running_loop().create_future()
+            answer.set_result(progress is not None)
+            return answer
+        if progress.asked is None:
+            progress.asked = asyncio.get_running_loop().create_future()
+            progress.wanted = progress.changed
+            self._spawn(self._begin_if_due(run_id, progress))
+        return asyncio.shield(progress.asked)
+
+    # ------------------------------------------------------------------ taken → kept → registered
+
+    def _due(self, progress: Progress) -> bool:
+        if progress.moving or progress.taking or not progress.boundary or progress.changed <= progress.kept:
+            return False
+        if progress.asked is not None:
+            return True
+        steps, seconds = self._settings.snapshot_steps, self._settings.snapshot_s
+        late = time.monotonic() - progress.since >= seconds
+        return 0 < steps <= progress.steps or (seconds > 0 and progress.steps > 0 and late)
+
+    async def _begin_if_due(self, run_id: str, progress: Progress) -> None:
+        if self._due(progress) and self._database is None:
+            self._database = await self._store.secrets.get("storage")
+        engine = self._engine
+        if (
+            self._database is None
+            or engine is None
+            or self._under_way >= _AT_A_TIME
+            or not self._due(progress)
+        ):
+            return
+        self._under_way += 1
+        progress.taking = True
+        progress.steps, progress.since = 0, time.monotonic()
+        place, key = RunAddress(run_id, progress.changed), self._files.new_key(self._database)
+        try:
+            answer = await engine.begin_snapshot(place, key)
+        except EngineLost:
+            return  # whoever feeds it notices too, and everything here is forgotten
+        self._spawn(self._finish(engine, place, key, progress, answer))
+
+    async def _finish(
+        self,
+        engine: EngineProcess,
+        place: RunAddress,
+        key: str,
+        progress: Progress,
+        answer: asyncio.Future[SnapshotTaken],
+    ) -> None:
+        problem = await self._problem(engine, place, key, answer)
+        progress.taking = False
+        self._under_way -= 1
+        if problem is None:
+            progress.kept = place.seq_id
+            self.problems.pop(place.run_id, None)
+        else:
+            log.warning("run %s has no snapshot after operation %d: %s", place.run_id, place.seq_id, problem)
+            self.problems[place.run_id] = problem
+        if place.seq_id >= progress.wanted:
+            _answer(progress, problem is None)
+        for run_id, other in list(self._runs.items()):
+            await self._begin_if_due(run_id, other)
+
+    async def _problem(
+        self, engine: EngineProcess, place: RunAddress, key: str, answer: asyncio.Future[SnapshotTaken]
+    ) -> str | None:
+        """Keep and register a snapshot that the engine is writing; why there is none, if there is none."""
+        try:
+            taken = await answer
+            if taken.failure is not None:
+                return taken.failure.message
+            await self._files.keep(key)
+            registered = await self._store.snapshots.register(
+                Registration(
+                    place.run_id,
+                    place.seq_id,
+                    key,
+                    taken.checksums,
+                    taken.size_bytes,
+                    engine.config.name,
+                    engine.config.epoch,
+                )
+            )
+        except SnapshotsUnreachable as error:
+            return f"its files cannot be kept: {error}"
+        except (EngineLost, StoreUnavailable) as error:
+            return str(error)
+        if registered:
+            return None
+        await self._files.remove(key)
+        return "this gateway does not own its engine any more"
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a snapshot was not taken: unexpected error", exc_info=error)
+
+
+def _answer(progress: Progress, kept: bool) -> None:
+    """Tell who has asked for a snapshot."""
+    if progress.asked is not None and not progress.asked.done():
+        progress.asked.set_result(kept)
+    progress.asked = None

@@ -1,0 +1,145 @@
+"""Where snapshots lie in the long run: in the engines' storage folder, or where a URL of fsspec's says.
+
+An engine writes to its own folder, and reads from there. With a URL the files are moved to it before a snapshot is
+registered, and brought back before one is restored. There need be no renaming there: what has not been registered
+counts for nothing, and the engine compares every file with its checksum before it uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec
+
+from gateway.errors import ConfigurationError
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FOLDER = "snapshots"
+_DATABASE_DIGITS = 16
+
+
+class SnapshotsUnreachable(Exception):
+    """The files cannot be written or read where the settings say; the message says why."""
+
+
+class SnapshotFiles:
+    """The files of snapshots by their storage keys."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._local = settings.storage_dir
+        self._url = settings.snapshot_url.rstrip("/")
+
+    @staticmethod
+    def new_key(database: bytes) -> str:
+        """A storage key that no snapshot has. Those of each database, which `database` identifies, lie apart: what one
+        of them does not know of may be another's."""
+        return f"{_below(database)}/{secrets.token_hex(16)}"
+
+    async def keep(self, key: str) -> None:
+        """See that what an engine has written stays. Raises SnapshotsUnreachable, and then the key holds nothing."""
+        if self._url:
+            try:
+                await self._try(lambda: self._upload(key))
+            finally:
+                await asyncio.to_thread(shutil.rmtree, self._place(key), ignore_errors=True)
+
+    @asynccontextmanager
+    async def at_hand(self, key: str) -> AsyncIterator[None]:
+        """Within the context the files lie in the engines' storage folder, as far as they exist. Raises
+        SnapshotsUnreachable."""
+        try:
+            if self._url:
+                await self._try(lambda: self._download(key))
+            yield
+        finally:
+            if self._url:
+                await asyncio.to_thread(shutil.rmtree, self._place(key), ignore_errors=True)
+
+    async def remove(self, key: str) -> None:
+        """Remove a snapshot that is not registered; what cannot be removed now is found again later."""
+        try:
+            await self._try(lambda: self._remove(key))
+        except SnapshotsUnreachable as error:
+            log.warning("snapshot %s is removed later: %s", key, error)
+
+    async def older_than(self, seconds: float, database: bytes) -> list[str]:
+        """Keys of everything that was written so long ago for a database. Raises SnapshotsUnreachable."""
+        return await self._try(lambda: self._older_than(time.time() - seconds, _below(database)))
+
+    # ------------------------------------------------------------------ in a worker thread
+
+    def _place(self, key: str) -> Path:
+        return self._local / key
+
+    def _remote(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """The file system of the URL, and the path of the URL in it."""
+        files, root = fsspec.url_to_fs(self._url)
+        return files, root.rstrip("/")
+
+    def _upload(self, key: str) -> None:
+        files, root = self._remote()
+        for path in sorted(self._place(key).iterdir()):
+            files.put_file(str(path), f"{root}/{key}/{path.name}")
+
+    def _download(self, key: str) -> None:
+        files, root = self._remote()
+        place = self._place(key)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        files.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):  # the engine says which files are missing
+            for path in files.ls(f"{root}/{key}", detail=False):
+                files.get_file(path, str(place / path.rpartition("/")[2]))
+
+    def _remove(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self._url:
+                files, root = self._remote()
+                files.rm(f"{root}/{key}", recursive=True)
+            else:
+                shutil.rmtree(self._place(key))
+
+    def _older_than(self, moment: float, below: str) -> list[str]:
+        """By the newest file of each, for a file system of objects has no folders."""
+        files, root = self._remote() if self._url else (fsspec.filesystem("file"), str(self._local.resolve()))
+        files.invalidate_cache()
+        found: dict[str, float] = {}
+        for path in files.find(f"{root}/{below}"):
+            key = f"{below}/{path.removeprefix(f'{root}/{below}/').partition('/')[0]}"
+            found[key] = max(found.get(key, 0.0), files.modified(path).timestamp())
+        return [key for key, written in found.items() if written < moment]
+
+    async def _try(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.to_thread(work)
+        except (
+            Exception
+        ) as error:  # boundary: each file system of fsspec has errors of its own; callers get ours
+            raise SnapshotsUnreachable(f"{type(error).__name__}: {error}") from error
+
+
+def _below(database: bytes) -> str:
+    return f"{_FOLDER}/{database.hex()[:_DATABASE_DIGITS]}"
+
+
+def check_place(settings: Settings) -> None:
+    """See that snapshots can go where the settings say. Raises ConfigurationError."""
+    if not settings.snapshot_url:
+        return
+    try:
+        fsspec.url_to_fs(settings.snapshot_url)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"snapshot_url is {settings.snapshot_url!r}: {error}") from error

@@ -1,0 +1,137 @@
+"""A lane over a real store, with an engine that takes and restores snapshots as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, cast
+
+from engines.messages import Failure, Outcome, Performed, RunAddress, SnapshotTaken
+from gateway.dispatch.quarantine import Quarantine
+from gateway.engine_process import EngineProcess
+from gateway.migrate import upgrade
+from gateway.settings import Settings
+from gateway.store import Store
+from gateway.store.database import Database
+from gateway.store.leases import LeaseRequest
+from gateway.store.records import Future, FutureStatus, Run
+from tests.dispatch.test_training import Place, ScriptedEngine
+
+
+class SnapshottingEngine(ScriptedEngine):
+    """Snapshots are there at once, unless `holds`; what is in `damaged` cannot be restored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusal: Failure | None = None
+        self.holds = False
+        self.held: list[asyncio.Future[SnapshotTaken]] = []
+        self.damaged: dict[int, Failure] = {}
+        self.restored: list[int] = []
+        self.bodies: list[bytes] = []
+
+    async def begin_snapshot(self, run: RunAddress, folder: str) -> asyncio.Future[SnapshotTaken]:
+        self.calls.append(("snapshot", (run,), False))
+        answer: asyncio.Future[SnapshotTaken] = asyncio.get_running_loop().create_future()
+        self.held.append(answer)
+        if not self.holds:
+            self.release()
+        return answer
+
+    def release(self) -> None:
+        """Everything that is being written is there now."""
+        for answer in self.held:
+            answer.set_result(SnapshotTaken(0, self.refusal, 3, {"file": "0f"}))
+        self.held.clear()
+
+    async def restore(
+        self, run: RunAddress, folder: str, checksums: dict[str, str], create_run: bytes
+    ) -> Performed:
+        assert checksums == {"file": "0f"}
+        self.restored.append(run.seq_id)
+        self.bodies.append(create_run)
+        return Performed(0, [Outcome(failure=self.damaged.get(run.seq_id))])
+
+    def snapshots(self, run: Run) -> list[int]:
+        """The operations after which snapshots of a run were begun."""
+        return [
+            runs[0].seq_id
+            for kind, runs, _ in self.calls
+            if kind == "snapshot" and runs[0].run_id == run.run_id
+        ]
+
+    def replayed(self, run: Run) -> list[int]:
+        return [runs[0].seq_id for _, runs, replay in self.calls if replay and runs[0].run_id == run.run_id]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not come true within five seconds")
+
+
+class SnapshotPlace(Place):
+    """The lane of engine `e` in its first epoch."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        super().__init__(store, settings)
+        self.engine: SnapshottingEngine = SnapshottingEngine()
+        self.numbers: dict[str, int] = {}
+
+    async def begin(self, owner: str) -> Run:
+        run = await super().begin(owner)
+        await until(lambda: self.lane.residency.holds(run.run_id))
+        return run
+
+    async def steps(self, run: Run, count: int) -> Future:
+        """So many further steps of one pass each, one after the other; the last one."""
+        last: Future | None = None
+        for _ in range(2 * count):
+            last = await self.next(run)
+        assert last is not None and last.status is FutureStatus.DONE
+        return last
+
+    async def next(self, run: Run) -> Future:
+        """The outcome of the run's next operation: passes are odd, steps even."""
+        number = self.numbers[run.run_id] = self.numbers.get(run.run_id, 0) + 1
+        return await self.outcome(
+            await self.submit(run, number, "forward_backward" if number % 2 else "optim_step")
+        )
+
+    async def registered(self, run: Run, *numbers: int) -> None:
+        """Wait until the run's snapshots are these, newest first."""
+        for _ in range(1000):
+            if await self.kept(run) == list(numbers):
+                return
+            await asyncio.sleep(0.005)
+        raise AssertionError(f"{await self.kept(run)} instead of {numbers}")
+
+    async def kept(self, run: Run) -> list[int]:
+        return [snapshot.seq_id for snapshot in await self.store.snapshots.of_run(run.run_id)]
+
+    def leave_memory(self, run: Run) -> None:
+        """As if the engine had been started anew."""
+        self.lane.residency.leave(run.run_id)
+        self.lane.snapshots.forget(run.run_id)
+        self.engine.calls.clear()
+
+
+@contextlib.asynccontextmanager
+async def fed(tmp_path: Path, **settings: Any) -> AsyncIterator[SnapshotPlace]:
+    database = Database(f"sqlite:///{tmp_path / 'test.db'}", sqlite_synchronous="NORMAL")
+    await upgrade(database)
+    store = Store(database)
+    store.start()
+    assert await store.leases.take(LeaseRequest("e", "us", 600)) == 1
+    place = SnapshotPlace(store, Settings(data_dir=tmp_path, **settings))
+    feeding = asyncio.create_task(place.lane.feed(cast(EngineProcess, place.engine), Quarantine()))
+    yield place
+    feeding.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await feeding
+    place.lane.snapshots.reset()
+    await store.close()

@@ -1,0 +1,187 @@
+"""Snapshots elsewhere: a file system of fsspec's in memory; an S3-compatible server (moto's), a gateway on it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import fsspec
+import httpx
+import pytest
+
+from gateway.errors import ConfigurationError
+from gateway.migrate import upgrade
+from gateway.settings import Settings
+from gateway.snapshot_duties import remove_strays
+from gateway.snapshot_files import SnapshotFiles, SnapshotsUnreachable, check_place
+from gateway.store import Store
+from gateway.store.database import Database
+from tests.gateway.test_recovery import kill_engine
+from tests.gateway.test_snapshots import Trainer
+from tests.served import ServedGateway, free_port
+
+DATABASE = b"0123456789"
+KEY = SnapshotFiles.new_key(DATABASE)
+FILES = {"adapter.safetensors": b"adapter" * 1000, "optimizer.safetensors": b"moments"}
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """The address of an S3-compatible server with an empty bucket `tandem`."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(300):
+            try:
+                httpx.get(url, timeout=5)
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a prefix in a bucket of this test's own; the environment says how it is reached."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"tandem-{time.time_ns()}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}/some/prefix"
+
+
+@pytest.fixture(params=["memory", "s3"])
+def url(request: pytest.FixtureRequest) -> str:
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3"))
+    return f"memory://{time.time_ns()}/prefix"
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    database = Database(f"sqlite:///{tmp_path / 'test.db'}", sqlite_synchronous="NORMAL")
+    await upgrade(database)
+    store = Store(database)
+    store.start()
+    yield store
+    await store.close()
+
+
+def written(data: Path, key: str = KEY) -> Path:
+    """A folder as an engine leaves it."""
+    folder = data / "storage" / key
+    folder.mkdir(parents=True)
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+async def test_files_move_there_and_are_at_hand_when_they_are_needed(url: str, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, snapshot_url=url)
+    check_place(settings)
+    files = SnapshotFiles(settings)
+    folder = written(tmp_path)
+    await files.keep(KEY)
+    assert not folder.exists()
+    other = SnapshotFiles(Settings(data_dir=tmp_path / "other", snapshot_url=url + "/"))  # another machine
+    place = tmp_path / "other" / "storage" / KEY
+    async with other.at_hand(KEY):
+        assert contents(place) == FILES
+    assert not place.exists()
+    await files.remove(KEY)
+    async with other.at_hand(KEY):
+        assert contents(place) == {}  # the engine says what is missing
+    await files.remove(KEY)  # once more is no error
+
+
+async def test_a_missing_file_is_missing_and_nothing_else(url: str, tmp_path: Path) -> None:
+    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=url))
+    folder = written(tmp_path)
+    await files.keep(KEY)
+    system, root = fsspec.url_to_fs(url)
+    system.rm(f"{root}/{KEY}/optimizer.safetensors")
+    async with files.at_hand(KEY):
+        assert contents(folder) == {"adapter.safetensors": FILES["adapter.safetensors"]}
+
+
+async def test_strays_are_found_by_their_age(
+    url: str, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=url))
+    ours, others = await store.secrets.get("storage"), b"another database's"
+    assert await files.older_than(-60, ours) == []
+    stray, foreign = files.new_key(ours), files.new_key(others)
+    for key in (stray, foreign):
+        written(tmp_path, key)
+        await files.keep(key)
+    assert await files.older_than(60, ours) == []
+    assert await files.older_than(-60, ours) == [stray]
+    assert await remove_strays(store, files) == 0  # it is not an hour old
+    monkeypatch.setattr("gateway.snapshot_duties.STRAY_S", -60)
+    assert await remove_strays(store, files) == 1
+    assert await files.older_than(-60, ours) == []
+    assert await files.older_than(-60, others) == [foreign]
+
+
+async def test_a_place_out_of_reach_is_told_and_leaves_nothing_behind(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = s3.replace("tandem-", "nobodys-")
+    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=gone))
+    folder = written(tmp_path)
+    with pytest.raises(SnapshotsUnreachable, match="bucket"):
+        await files.keep(KEY)
+    assert not folder.exists()
+
+
+def test_a_url_that_nothing_understands_is_refused_at_the_start() -> None:
+    with pytest.raises(ConfigurationError, match=r"snapshot_url is 'nonsense://x'.*nonsense"):
+        check_place(Settings(snapshot_url="nonsense://x"))
+
+
+def test_a_gateway_recovers_from_snapshots_in_s3(s3: str, tmp_path: Path) -> None:
+    gateway = ServedGateway(
+        tmp_path / "data", None, snapshot_steps="3", snapshot_s="0", snapshot_url=s3, duty_s="0.2"
+    )
+    gateway.start()
+    trainer = Trainer(gateway)
+    try:
+        expected = Trainer(gateway)
+        losses = expected.steps(12)
+        expected.close()
+        found = trainer.paced(8)
+        system, root = fsspec.url_to_fs(s3)
+        names = system.find(root)
+        assert names and all(name.startswith(f"{root}/snapshots/") for name in names)
+        kill_engine(gateway)
+        assert found + trainer.steps(4) == losses
+        assert "from the snapshot after operation 12" in gateway.log.read_text()
+        place = gateway.data_dir / "storage" / "snapshots"
+        for _ in range(200):
+            left = list(place.iterdir())  # what is being moved, and a copy that was read
+            if not left:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(left)
+    finally:
+        trainer.close()
+        gateway.stop()
+        gateway.close()
