@@ -16,7 +16,7 @@ from pathlib import Path
 import bootstrap
 from bootstrap import ROOT, say
 
-EXTRAS = frozenset({"dev", "hf", "postgres", "sdk"})
+EXTRAS = frozenset({"dev", "hf", "postgres", "s3", "sdk"})
 CHECKS = {
     "lint": ["-m", "ruff", "check", "."],
     "format": ["-m", "ruff", "format", "--check", "."],

@@ -175,6 +175,26 @@ def paging(results: Results) -> list[str]:
     ]
 
 
+def recovery(results: Results) -> list[str]:
+    """One row a way to recover: the pause, what the engine's start takes of it, what was applied again."""
+    rows = [
+        "| | pause | of which the engine's start | operations applied again | losses |",
+        "|---|---:|---:|---:|---|",
+    ]
+    names = {"snapshots": f"a snapshot every {results['every']} steps", "whole_log": "no snapshots"}
+    for key, name in names.items():
+        found = results[key]
+        rows.append(
+            f"| {name} | {found['pause_s']:.2f} s | {found['start_s']:.2f} s | {found['applied_again']} | "
+            f"{'the same' if found['same_losses'] else 'different'} |"
+        )
+    return [
+        *rows,
+        "",
+        f"Wanted, with snapshots: less than {results['wanted_s']:g} s besides the engine's start.",
+    ]
+
+
 def _others(results: Results) -> str:
     """How undisturbed the rounds of all models were."""
     return _disturbed([share for found in results["models"].values() for share in found["others"]])
@@ -271,6 +291,7 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "pressure": pressure,
     "full-table": full_table,
     "growth": growth,
+    "recovery": recovery,
 }
 CHARTS: Mapping[str, Chart] = {"training": training_chart, "sampling": sampling_chart}
 

@@ -57,6 +57,15 @@ def test_pressure(tmp_path: Path) -> None:
     assert results["idle"]["p95_ms"] >= results["idle"]["p50_ms"] >= results["idle"]["smallest_ms"] > 0
 
 
+def test_recovery(tmp_path: Path) -> None:
+    run_short("recovery", tmp_path)
+    results = results_of("recovery", tmp_path)
+    assert results["snapshots"]["same_losses"] and results["whole_log"]["same_losses"]
+    assert results["snapshots"]["applied_again"] < results["whole_log"]["applied_again"]
+    for name in ("snapshots", "whole_log"):
+        assert results[name]["pause_s"] > results[name]["start_s"] / 2 > 0
+
+
 def test_roundtrip(tmp_path: Path) -> None:
     run_short("roundtrip", tmp_path)
     results = results_of("roundtrip-sqlite", tmp_path)
