@@ -63,22 +63,20 @@ def ends_within(gateway: ServedGateway, seconds: float) -> None:
 def test_a_call_at_hand_is_finished_and_what_is_accepted_meanwhile_is_done_by_the_next_process(
     start: Start,
 ) -> None:
-    gateway = start(delay_s=1.0)
+    gateway = start(delay_s=2.0, lease_s="120")
     with client_of(gateway) as http, ThreadPoolExecutor(1) as pool:
         run_id = begin_run(http)
         at_hand, queued = (send_pass(http, run_id, seq_id, TOKENS).json() for seq_id in (1, 2))
         polled = pool.submit(outcome_of_one_poll, http, at_hand)
-        time.sleep(0.4)
+        time.sleep(1.0)
         gateway.signal(signal.SIGTERM)
         time.sleep(0.1)
         ready = http.get("/readyz")
         assert (ready.status_code, ready.json()["draining"]) == (503, True)
         accepted = send_pass(http, run_id, 3, TOKENS).json()
         assert polled.result()["metrics"]["loss:sum"] > 0
-        ends_within(gateway, 5)
-    began = time.monotonic()
-    successor = start()
-    assert time.monotonic() - began < 10, "the lease of the first one has not been given back"
+        ends_within(gateway, 15)
+    successor = start()  # within its 60 s, though the first one's lease would run for 120
     with client_of(successor) as http:
         results = [outcome(http, promise["request_id"]) for promise in (at_hand, queued, accepted)]
     assert len({result["metrics"]["loss:sum"] for result in results}) == 1
