@@ -19,6 +19,11 @@ class RecentInputs:
             self._bodies[request_id] = body
             self._bytes += len(body)
 
+    def size(self, request_id: str) -> int | None:
+        """Bytes of an input; None if it is not here."""
+        body = self._bodies.get(request_id)
+        return None if body is None else len(body)
+
     def take(self, request_ids: Sequence[str]) -> dict[str, bytes] | None:
         """The inputs of all of these; None if one of them is not here. Either way, they are forgotten."""
         found = {key: body for key in request_ids if (body := self.discard(key)) is not None}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from gateway.store.records import Future
 
-_LARGEST_BATCH = {"create_run": 64, "optim_step": 64}
-"""Operations in one call to an engine. What takes long goes alone, so that nobody waits for more than one of them."""
+Weigh = Callable[[Future], float]
+"""The share of one call to an engine that an operation makes up. Nobody waits for more than the call at hand."""
 
 
 @dataclass(slots=True)
@@ -171,25 +171,24 @@ class TrainingQueue:
         queue.add(future)
         self._mark(queue)
 
-    def take_batch(self) -> list[Future]:
-        """Heads of different runs, all of one kind. One that an engine has died over before goes alone."""
+    def take_batch(self, weigh: Weigh) -> list[Future]:
+        """Heads of different runs, all of one kind, that fill one call. One that an engine has died over before goes
+        alone."""
         batch: list[Future] = []
         passed_over: list[RunQueue] = []
-        largest = 1
-        while len(batch) < largest and (run_id := self._ready.take()) is not None:
+        room = 1.0
+        while room > 0 and (run_id := self._ready.take()) is not None:
             queue = self.runs[run_id]
             head = queue.head()
             if head is None:
                 continue
-            alone = queue.alone or head.deaths > 0
-            if batch and (head.kind != batch[0].kind or alone):
+            weight = 1.0 if queue.alone or head.deaths > 0 else weigh(head)
+            if batch and (head.kind != batch[0].kind or weight > room):
                 passed_over.append(queue)
                 continue
             queue.running = True
             batch.append(head)
-            largest = _LARGEST_BATCH.get(head.kind, 1)
-            if alone:
-                break
+            room -= weight
         for queue in reversed(passed_over):
             self._ready.put_back(queue.owner, queue.run_id)
         return batch

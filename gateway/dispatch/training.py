@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
 from gateway.dispatch.snapshots import Snapshots
 from gateway.dispatch.standing import Standing
+from gateway.dispatch.weighing import weight
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineLost, TooManyRequests
 from gateway.settings import Settings
@@ -168,6 +170,7 @@ class TrainingLane:
         for run_id in self.residency.begin(engine.info.run_memory_bytes):
             await engine.drop_run(run_id)
         self.snapshots.serve(engine)
+        weigh = functools.partial(weight, self._inputs, packs=not engine.info.deterministic)
         while True:
             await self._work_or_time(engine)
             if self._closed:
@@ -177,7 +180,7 @@ class TrainingLane:
             await self._drop_runs(engine)
             self._fail_gaps()
             await self._change_places(engine)
-            batch = self._queue.take_batch()
+            batch = self._queue.take_batch(weigh)
             if batch:
                 await quarantine.enter(alone=self._blame.suspected(batch[0]))
                 await self._advance(engine, batch)

@@ -57,7 +57,7 @@ def test_an_owner_has_a_bound_whatever_the_run() -> None:
 
 def test_what_has_been_settled_makes_room() -> None:
     lane = training(operation("a", 1), operation("a", 2))
-    [created] = lane._queue.take_batch()
+    [created] = lane._queue.take_batch(lambda _: 1.0)
     lane._queue.settled(created)
     lane.require_room(operation("a", 3))
     assert lane._queue.load["alice"] == 2
@@ -65,7 +65,7 @@ def test_what_has_been_settled_makes_room() -> None:
 
 def test_a_gap_that_is_given_up_makes_room() -> None:
     lane = training(operation("a", 2), operation("a", 3))
-    [created] = lane._queue.take_batch()
+    [created] = lane._queue.take_batch(lambda _: 1.0)
     lane._queue.settled(created)
     assert lane._queue.load["alice"] == 2
     lane._queue.runs["a"].abandon_gap()
@@ -119,7 +119,7 @@ def test_a_waiting_sample_is_told_its_place() -> None:
 def test_a_waiting_operation_is_told_its_place() -> None:
     lane = training(operation("a", 1), operation("a", 2), operation("a", 4))
     assert lane.standing(operation("a", 2)).reason == "2 operations of its run come before it"
-    [created] = lane._queue.take_batch()
+    [created] = lane._queue.take_batch(lambda _: 1.0)
     assert lane.standing(created).reason == "it is being performed"
     for done in (0, 1, 2):
         assert lane._queue.runs["a"].next_seq == done

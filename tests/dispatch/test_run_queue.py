@@ -31,63 +31,85 @@ def opened(*futures: Future, next_seq: int = 1) -> TrainingQueue:
     return queue
 
 
+def weigh(future: Future) -> float:
+    """Steps are light; a pass fills a call, but for those of run "light"."""
+    return 1 / 64 if future.kind == "optim_step" else 0.5 if "light" in (future.run_id or "") else 1.0
+
+
 def ids(batch: list[Future]) -> list[str]:
     return [future.request_id for future in batch]
 
 
 def test_a_log_is_taken_in_order_one_at_a_time() -> None:
     queue = opened(operation("a", 2), operation("a", 1))
-    first = queue.take_batch()
+    first = queue.take_batch(weigh)
     assert ids(first) == ["a:1"]
-    assert queue.take_batch() == []
+    assert queue.take_batch(weigh) == []
     queue.settled(first[0])
-    assert ids(queue.take_batch()) == ["a:2"]
+    assert ids(queue.take_batch(weigh)) == ["a:2"]
 
 
 def test_a_gap_holds_back_what_is_behind_it() -> None:
     queue = opened(operation("a", 2))
-    assert queue.take_batch() == []
+    assert queue.take_batch(weigh) == []
     queue.add(operation("a", 1))
-    assert ids(queue.take_batch()) == ["a:1"]
+    assert ids(queue.take_batch(weigh)) == ["a:1"]
 
 
 def test_a_rejected_number_is_passed_over() -> None:
     rejected = replace(operation("a", 1), status=FutureStatus.FAILED)
     queue = opened(operation("a", 2), rejected)
-    assert ids(queue.take_batch()) == ["a:2"]
+    assert ids(queue.take_batch(weigh)) == ["a:2"]
 
 
 def test_an_operation_is_queued_once() -> None:
     queue = opened(operation("a", 1), operation("a", 1))
-    [first] = queue.take_batch()
+    [first] = queue.take_batch(weigh)
     queue.add(operation("a", 1))
     queue.settled(first)
     queue.add(operation("a", 1))
-    assert queue.take_batch() == []
+    assert queue.take_batch(weigh) == []
 
 
 def test_short_operations_of_different_runs_go_together() -> None:
     queue = opened(operation("a", 1), operation("b", 1), operation("c", 1, "forward_backward"))
-    assert ids(queue.take_batch()) == ["a:1", "b:1"]
-    assert ids(queue.take_batch()) == ["c:1"]
+    assert ids(queue.take_batch(weigh)) == ["a:1", "b:1"]
+    assert ids(queue.take_batch(weigh)) == ["c:1"]
 
 
-def test_passes_go_alone() -> None:
+def test_a_call_holds_what_fits_and_keeps_places_in_line() -> None:
+    heavy = operation("heavy", 1, "forward_backward")
+    light = [operation(f"light{number}", 1, "forward_backward") for number in range(3)]
+    queue = opened(light[0], heavy, *light[1:])
+    assert ids(queue.take_batch(weigh)) == ["light0:1", "light1:1"]
+    assert ids(queue.take_batch(weigh)) == ["heavy:1"]
+    assert ids(queue.take_batch(weigh)) == ["light2:1"]
+
+
+def test_what_was_put_back_to_be_alone_is_alone_though_it_is_light() -> None:
+    queue = opened(operation("light0", 1, "forward"), operation("light1", 1, "forward"))
+    both = queue.take_batch(weigh)
+    for future in both:
+        queue.put_back(future, alone=True)
+    assert [len(queue.take_batch(weigh)) for _ in both] == [1, 1]
+
+
+def test_passes_that_fill_a_call_go_alone() -> None:
     queue = opened(operation("a", 1, "forward_backward"), operation("b", 1, "forward_backward"))
-    assert ids(queue.take_batch()) == ["a:1"]
-    assert ids(queue.take_batch()) == ["b:1"]
+    assert ids(queue.take_batch(weigh)) == ["a:1"]
+    assert ids(queue.take_batch(weigh)) == ["b:1"]
 
 
 def test_what_an_engine_died_over_goes_alone() -> None:
     queue = opened(replace(operation("a", 1), deaths=1), operation("b", 1), operation("c", 1))
-    assert ids(queue.take_batch()) == ["a:1"]
-    assert ids(queue.take_batch()) == ["b:1", "c:1"]
+    assert ids(queue.take_batch(weigh)) == ["a:1"]
+    assert ids(queue.take_batch(weigh)) == ["b:1", "c:1"]
 
 
 def test_an_owner_with_many_runs_does_not_keep_another_waiting() -> None:
     many = [operation(f"a{number}", 1, "forward_backward") for number in range(50)]
     queue = opened(*many, operation("b", 1, "forward_backward", owner="bob"))
-    assert "b:1" in [ids(queue.take_batch())[0] for _ in range(2)]
+    assert "b:1" in [ids(queue.take_batch(weigh))[0] for _ in range(2)]
 
 
 def test_a_gap_that_lasts_is_found_and_given_up() -> None:
@@ -96,7 +118,7 @@ def test_a_gap_that_lasts_is_found_and_given_up() -> None:
     [stuck] = queue.gaps(111.0, 10.0)
     assert ids(stuck.abandon_gap()) == ["a:2", "a:4"]
     queue.add(operation("a", 5))
-    assert ids(queue.take_batch()) == ["a:5"]
+    assert ids(queue.take_batch(weigh)) == ["a:5"]
 
 
 def test_a_gap_that_closes_is_forgotten() -> None:
@@ -104,10 +126,10 @@ def test_a_gap_that_closes_is_forgotten() -> None:
     queue.gaps(100.0, 10.0)
     queue.add(operation("a", 1))
     assert queue.gaps(105.0, 10.0) == []
-    [first] = queue.take_batch()
+    [first] = queue.take_batch(weigh)
     queue.settled(first)
     queue.add(operation("a", 4))
-    [second] = queue.take_batch()
+    [second] = queue.take_batch(weigh)
     queue.settled(second)
     assert queue.gaps(112.0, 10.0) == []
 

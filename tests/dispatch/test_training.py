@@ -33,7 +33,7 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(epoch=1, name="e", base_model="m")
-        self.info = SimpleNamespace(run_memory_bytes=0)
+        self.info = SimpleNamespace(run_memory_bytes=0, deterministic=False)
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.calls: list[Call] = []
         self.dropped: list[str] = []
