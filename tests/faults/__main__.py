@@ -53,7 +53,7 @@ _SHARE_FOR_FAULTS = 0.8
 
 
 def main() -> int:
-    """The command line; its exit status is 0 when nothing differs."""
+    """The command line; its exit status is 0 when all faults happened and nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--database", choices=["sqlite", "postgres", "both"], default="both")
     parser.add_argument("--faults", type=int, default=200, help="how many, in all")
@@ -85,7 +85,10 @@ def main() -> int:
         shutil.rmtree(folder)
     if problems:
         print(f"seed {seed}; look into {folder}")
-    return int(bool(problems))
+    too_few = sum(episode.too_few for episode in episodes)
+    if too_few:
+        print(f"there was no time for {too_few} more faults; give more --minutes")
+    return int(bool(problems or too_few))
 
 
 def _say(line: str) -> None:
