@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from gateway.errors import StoreUnavailable
@@ -100,8 +100,10 @@ def is_outage(error: BaseException) -> bool:
     """Whether an error will pass by itself, or when an operator has done something about the server or the disk."""
     if isinstance(error, OSError | PoolTimeout):
         return True
-    if isinstance(error, DBAPIError):
-        return error.connection_invalidated or (error.orig is not None and is_outage(error.orig))
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    if isinstance(error, StatementError):  # also when there is no server to connect to again
+        return error.orig is not None and is_outage(error.orig)
     if isinstance(error, sqlite3.Error):
         return _sqlite_code(error) in _SQLITE_CODES
     # asyncpg's errors come wrapped by SQLAlchemy, and plain while a connection is made; both carry the code.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from collections.abc import Iterator
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import Connection, text
 
+from gateway.errors import StoreUnavailable
+from gateway.store.database import Database
 from tests.postgres import PostgresServer
 from tests.served import ServedGateway
 
@@ -63,3 +67,27 @@ def test_one_that_stays_away_ends_the_start_with_a_sentence(
     finally:
         gateway.close()
         server.start_again()
+
+
+# What SQLAlchemy could not close, for it was cut, is left to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_every_write_while_it_is_away_is_refused_as_an_outage(server: PostgresServer, url: str) -> None:
+    """The first finds its connection cut; the next ones find nobody to connect to."""
+    database = Database(url)
+    database.start()
+    await database.write(_asks, None)
+    server.stop(signal.SIGINT)
+    try:
+        await asyncio.sleep(1.1)  # a connection that was idle so long is asked first whether it is there
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                await database.write(_asks, None)
+    finally:
+        server.start_again()
+    await database.write(_asks, None)
+    await database.close()
+
+
+def _asks(connection: Connection, wanted: list[None]) -> list[None]:
+    connection.execute(text("SELECT 1"))
+    return wanted
