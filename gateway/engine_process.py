@@ -143,8 +143,8 @@ class EngineProcess:
         """
         call_id = next(self._ids)
         answer: asyncio.Future[messages.SnapshotTaken] = asyncio.get_running_loop().create_future()
-        await self._send(messages.TakeSnapshot(call_id, self.config.epoch, run.run_id, run.seq_id, folder))
         self._snapshots[call_id] = answer
+        await self._send(messages.TakeSnapshot(call_id, self.config.epoch, run.run_id, run.seq_id, folder))
         return answer
 
     async def restore(
