@@ -142,6 +142,12 @@ class Snapshots:
             self._spawn(self._begin_if_due(run_id, progress))
         return asyncio.shield(progress.asked)
 
+    async def take_all(self) -> None:
+        """Take one of every run that stands at a boundary and has none of where it stands; returns when those are
+        registered or have failed. For an engine that is about to end: the next one begins there."""
+        standing = [run_id for run_id, progress in self._runs.items() if progress.boundary]
+        await asyncio.gather(*map(self.request, standing))
+
     # ------------------------------------------------------------------ taken → kept → registered
 
     def _due(self, progress: Progress) -> bool:

@@ -175,6 +175,7 @@ class TrainingLane:
             await self._work_or_time(engine)
             if self._closed:
                 await self._sealing.finish()
+                await self.snapshots.take_all()
                 return
             await self._open_runs()
             await self._drop_runs(engine)
