@@ -90,7 +90,10 @@ def test_liveness_and_readiness_need_no_key(place: Place) -> None:
         for route in ("/healthz", "/api/v1/healthz"):
             assert http.get(route).json() == {"status": "ok"}
         ready = http.get("/readyz")
-        assert (ready.status_code, ready.json()) == (200, {"ready": True, "engines": {"fake": "ready"}})
+        assert (ready.status_code, ready.json()) == (
+            200,
+            {"ready": True, "draining": False, "engines": {"fake": "ready"}},
+        )
 
 
 def methods_of(route: APIRoute) -> set[str]:
