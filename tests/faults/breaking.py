@@ -14,6 +14,7 @@ from contextlib import suppress
 
 import psycopg
 
+from tests.faults.damage import damage_newest
 from tests.faults.scene import LEASE_S, SILENCE_S, DatabaseName, Scene
 
 Fault = Callable[[Scene, random.Random], bool]
@@ -31,6 +32,11 @@ def hang_engine(scene: Scene, draw: random.Random) -> bool:
         time.sleep(draw.uniform(0.0, 2 * SILENCE_S))
         _signal(found, signal.SIGCONT)
     return bool(found)
+
+
+def damage_snapshot(scene: Scene, draw: random.Random) -> bool:
+    """The newest snapshot of a run is damaged, and then the engine killed, so that it is needed."""
+    return damage_newest(scene, draw) and kill_engine(scene, draw)
 
 
 def kill_gateway(scene: Scene, draw: random.Random) -> bool:
@@ -76,6 +82,7 @@ def cut_connections(scene: Scene, draw: random.Random) -> bool:
 EVERYWHERE: dict[str, Fault] = {
     "engine killed": kill_engine,
     "engine hung": hang_engine,
+    "snapshot damaged, engine killed": damage_snapshot,
     "gateway killed": kill_gateway,
     "gateway stopped past its lease": stop_gateway,
 }

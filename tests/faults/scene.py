@@ -24,6 +24,7 @@ SILENCE_S = 2.0
 _IMPATIENT = {
     "lease_s": f"{LEASE_S}",
     "engine_silence_s": f"{SILENCE_S}",
+    "snapshot_steps": "5",
     "engine_owner_timeout_s": f"{LEASE_S}",
     # No growing pauses and no blame: here most deaths are the harness's doing, hundreds of them in a row.
     "engine_restart_delay_s": "0",
