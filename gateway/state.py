@@ -36,8 +36,9 @@ _IMPORTS_AT_A_TIME = 2
 class Remembered(Generic[T]):
     """Records by id whose owner, engine and model never change, so that one look into the database is enough.
 
-    Those whose other fields change (a session's end, a run's) are looked up each time while `shared` says that there
-    are other gateways, which may change them."""
+    Those whose other fields change (a session's end, a run's, a sampler's release) are looked up each time while
+    `shared` says that there are other gateways, which may change them.
+    """
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class Gateway:
         shared = self.notices.others_known
         object.__setattr__(self, "known_sessions", Remembered(self.store.sessions.get, shared=shared))
         object.__setattr__(self, "known_runs", Remembered(self.store.runs.get, shared=shared))
-        object.__setattr__(self, "known_samplers", Remembered(self.store.samplers.get))
+        object.__setattr__(self, "known_samplers", Remembered(self.store.samplers.get, shared=shared))
         losses = Remembered(self.store.custom_losses.get, _LOSSES_IN_MEMORY)
         object.__setattr__(self, "known_losses", losses)
 

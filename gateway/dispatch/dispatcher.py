@@ -194,6 +194,7 @@ class Dispatcher:
         self._died_over = []
         await self._store.futures.requeue(self.name, self.supervisor.epoch)
         await self.sampling.reset()
+        self.sampling.epoch = self.supervisor.epoch
         self.training.reset()
         for future in await self._store.futures.open_of_engine(self.name):
             self._on_opened(future)

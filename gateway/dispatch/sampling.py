@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from engines.interface import UserError
@@ -58,6 +59,8 @@ class SamplingLane:
         self._given_up: set[str] = set()
         self._broken: BaseException | None = None
         self._closed = False
+        self.epoch: int | None = None
+        """That of the engine, which decides whether what is settled here counts."""
         self._wake = asyncio.Event()
         self.in_engine: set[str] = set()
 
@@ -234,7 +237,7 @@ class SamplingLane:
         """If its result is being stored already, that comes first, and this changes nothing."""
         self._given_up.discard(future.request_id)
         self.in_engine.discard(future.request_id)
-        outcome = failed(future, "user", GIVEN_UP)
+        outcome = replace(failed(future, "user", GIVEN_UP), fence=self.epoch)
         self._store.futures.settle(outcome, self._on_settled).add_done_callback(self._written)
 
     def _written(self, write: asyncio.Future[Any]) -> None:

@@ -55,6 +55,9 @@ class _Driver(Protocol):
     async def write(self, work: Callable[[Connection], T], *, flushed: bool) -> T:
         """`flushed`: the commit must survive a power loss, not only the death of a process."""
 
+    async def alone(self, work: Callable[[Connection], T]) -> T:
+        """A flushed transaction that may take as long as it needs."""
+
     async def close(self) -> None: ...
 
     def engines(self) -> list[Engine]: ...
@@ -69,6 +72,9 @@ _POSTGRES = {
 process that stands still in the middle of a transaction keep another gateway's transaction waiting for 5 s at most."""
 
 
+_UNHURRIED = {"timeout": 15, "server_settings": {"synchronous_commit": "on"}}
+"""Of a connection whose statements may take hours: to rebuild a large table."""
+
 _PING_AFTER_S = 1.0
 """Seconds after which the writer asks whether its connection is still there; to ask before each transaction costs more
 than the transaction."""
@@ -80,6 +86,7 @@ class _PostgresDriver:
             url, pool_size=readers, pool_pre_ping=True, connect_args=_POSTGRES
         )
         self._writers = create_async_engine(url, pool_size=1, max_overflow=0, connect_args=_POSTGRES)
+        self._url = url
         self._writer: AsyncConnection | None = None
         self._written_at = float("-inf")
 
@@ -96,6 +103,14 @@ class _PostgresDriver:
         answer = await self._writer.run_sync(_in_transaction, work)
         self._written_at = time.monotonic()
         return answer
+
+    async def alone(self, work: Callable[[Connection], T]) -> T:
+        engine = create_async_engine(self._url, connect_args=_UNHURRIED)
+        try:
+            async with engine.begin() as connection:
+                return await connection.run_sync(work)
+        finally:
+            await engine.dispose()
 
     async def close(self) -> None:
         if self._writer is not None:
@@ -133,6 +148,9 @@ class _SqliteDriver:
             return _in_transaction(self._writer, work)
 
         return await asyncio.get_running_loop().run_in_executor(self._writing, in_thread)
+
+    async def alone(self, work: Callable[[Connection], T]) -> T:
+        return await self.write(work, flushed=True)
 
     async def close(self) -> None:
         if self._writer is not None:
@@ -213,7 +231,7 @@ class Database:
     async def alone(self, work: Callable[[Connection], T]) -> T:
         """A transaction outside the group commit, for migrations."""
         with translated_errors():
-            return await self._driver.write(work, flushed=True)
+            return await self._driver.alone(work)
 
     async def rows(self, query: Executable) -> Sequence[Row[Any]]:
         """All rows of a query."""

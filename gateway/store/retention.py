@@ -146,7 +146,7 @@ def _delete_dead_logs(connection: Connection, batches: list[Batch]) -> list[int]
         entries = select(F.c.request_id).where(F.c.run_id == run_id).order_by(F.c.seq_id.desc())
         ids = list(connection.execute(entries.limit(batch.limit)).scalars())
         _delete_with_bodies(connection, ids)
-        if len(ids) < batch.limit:
+        if connection.execute(entries.limit(1)).first() is None:
             connection.execute(update(R).where(R.c.run_id == run_id).values(origin_folder=None))
         deleted.append(len(ids))
     return deleted

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,14 +15,15 @@ import pytest
 
 from gateway.dispatch.blame import Blame
 from gateway.dispatch.quarantine import Quarantine
-from gateway.dispatch.sampling import SamplingLane
+from gateway.dispatch.sampling import GIVEN_UP, SamplingLane
 from gateway.engine_process import Drawn, EngineProcess
 from gateway.migrate import upgrade
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.database import Database
 from gateway.store.futures import Submission
-from gateway.store.records import Future
+from gateway.store.leases import LeaseRequest
+from gateway.store.records import Future, FutureStatus
 
 
 class PatientEngine:
@@ -123,3 +125,19 @@ async def test_a_suspect_runs_alone_and_soon(place: Place) -> None:
     assert set(place.engine.inside) == {"suspect"}
     place.engine.finish("suspect")
     await place.engine.comes_to_hold("a2")
+
+
+async def test_a_sample_that_an_earlier_engine_had_is_given_up_in_the_name_of_this_one(place: Place) -> None:
+    for epoch in (1, 2):
+        assert await place.store.leases.take(LeaseRequest("e", "us", 600)) == epoch
+    lane = place.lane
+    lane.epoch = 2
+    for name in ("a1", "a2", "a3"):
+        await place.submit("alice", name)  # the engine has room for two
+    await place.engine.comes_to_hold("a1", "a2")
+    lane._waiting["alice:a3"] = waiting = replace(lane._waiting["alice:a3"], epoch=1)
+    lane.give_up(waiting)
+    await place.store.database.barrier()
+    stored = await place.store.futures.get("alice:a3")
+    assert stored is not None
+    assert (stored.status, stored.error) == (FutureStatus.FAILED, GIVEN_UP)

@@ -82,6 +82,7 @@ def foreign_requests(things: dict[str, str], own_session: str) -> list[tuple[str
         ("DELETE", named, None),
         ("GET", f"/admin/v1/runs/{run}", None),
         ("GET", f"/admin/v1/runs/{run}/metrics", None),
+        ("GET", f"/admin/v1/runs/{run}/snapshots", None),
         ("GET", f"/admin/v1/sessions/{session}", None),
         ("GET", f"/admin/v1/futures/{things['future']}", None),
         ("GET", f"/admin/v1/samplers/{things['sampler']}", None),

@@ -84,10 +84,11 @@ class Client:
         raise AssertionError("it did not come to pass in 10 s")
 
     async def rounds(self) -> None:
-        """Returns when every duty has been performed once more, but for the one that seldom is."""
+        """Returns when every duty has been performed once more, but for those that seldom are."""
 
         async def frequent() -> list[DutyRecord]:
-            return [duty for duty in await self.gateway.store.duties.all() if duty.name != "stray folders"]
+            found = await self.gateway.store.duties.all()
+            return [duty for duty in found if not duty.name.startswith("stray ")]
 
         begun = {duty.name: duty.runs for duty in await frequent()}
         for _ in range(1000):

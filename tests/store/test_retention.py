@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from sqlalchemy import Connection, Table, select, update
 
 from gateway.store import Store, schema
@@ -163,7 +164,10 @@ async def test_a_number_is_not_given_out_again_when_its_call_has_gone(store: Sto
     assert await store.futures.next_number(run.run_id) == 3
 
 
-async def test_the_log_of_a_run_that_has_ended_goes_in_batches(store: Store) -> None:
+@pytest.mark.parametrize(("limit", "batches"), [(4, [4, 3, 0]), (7, [7, 0, 0])])
+async def test_the_log_of_a_run_that_has_ended_goes_in_batches(
+    store: Store, limit: int, batches: list[int]
+) -> None:
     session = await store.sessions.create(a_session())
     ended = await begun(store, session, origin_folder="checkpoints/begin")
     other = await begun(store)
@@ -177,7 +181,7 @@ async def test_the_log_of_a_run_that_has_ended_goes_in_batches(store: Store) -> 
     assert await store.retention.delete_dead_logs(now_()) == 0  # something of it is still to be performed
     await settle(store, late)
     assert await store.retention.delete_dead_logs(since(60)) == 0
-    assert [await store.retention.delete_dead_logs(now_(limit=4)) for _ in range(3)] == [4, 3, 0]
+    assert [await store.retention.delete_dead_logs(now_(limit=limit)) for _ in batches] == batches
     for table in (schema.futures, schema.inputs, schema.results):
         assert await keys(store, table) == {f"{other.run_id}:{seq_id}" for seq_id in range(6)}
     left = await store.runs.get(ended.run_id)
