@@ -70,7 +70,8 @@ class EngineProcess:
         self.lost_samples = 0
         """Once it is lost: how many samples it had."""
         self.abandoned = False
-        """Whether it has ended because this process was silent, for which nothing that it did is to blame."""
+        """Whether it has ended because this process was silent or has lost its lease, for which nothing that it did is
+        to blame."""
         self._python = python
         self._patience = patience
         self._vitals = Vitals.create()
@@ -275,7 +276,7 @@ class EngineProcess:
 
     async def _await_end(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()
-        self.abandoned = status == messages.EXIT_OWNER_GONE
+        self.abandoned = self.abandoned or status == messages.EXIT_OWNER_GONE
         cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         self._lose(f"its process ended ({cause})")
 

@@ -32,6 +32,14 @@ _LEAST_STOP_S = 1.0
 """Seconds for an idle process to exit by itself, however little of the time to drain is left."""
 _FAILING_STARTS = 3
 """Starts in a row that must fail before new work is refused."""
+_UNRENEWED = 2 / 3
+"""Part of a lease that may pass without a renewal; in the rest of it the engine's process ends."""
+_AGAIN = 1 / 15
+"""Part of a lease after which a renewal that failed is tried again: a database that restarts is often soon back."""
+
+
+class LeaseLost(Exception):
+    """The lease is another gateway's, or may be soon; the message says why."""
 
 
 class EngineState(enum.StrEnum):
@@ -74,6 +82,9 @@ class Supervisor:
         self._stopping = False
         self._bad_lives = 0
         self._failed_starts = 0
+        self._started_at = 0.0
+        self._renewed_at = 0.0
+        """When the lease was asked for that this process has, by the loop's time."""
 
     def start(self) -> None:
         """Start supervising; call it in the running loop."""
@@ -189,7 +200,8 @@ class Supervisor:
             return EngineState.FAILED
         except EngineStartFailed as error:
             return self._start_failed(str(error))
-        except StoreUnavailable as error:
+        except (StoreUnavailable, LeaseLost) as error:  # which says nothing about the engine
+            self._bad_lives = max(self._bad_lives - 1, 0)
             self.problem = str(error)
         except (
             Exception
@@ -212,8 +224,27 @@ class Supervisor:
         return min(self._settings.engine_restart_delay_s * doubled, _LONGEST_DELAY_S)
 
     async def _live(self) -> None:
-        """From lease to death."""
+        """From lease to death. Raises LeaseLost when the lease is over first; the process has ended then."""
         self.epoch = await self._take_lease()
+        life = asyncio.create_task(self._live_under_lease(), name=f"live-{self.engine.name}")
+        keeping = asyncio.create_task(self._keep_lease(), name=f"lease-{self.engine.name}")
+        try:
+            await asyncio.wait({life, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            self.problem = life.result() if life.done() else keeping.result()
+            if not life.done():
+                raise LeaseLost(self.problem)
+        except LeaseLost:
+            if self.process is not None:
+                self.process.abandoned = True
+            raise
+        finally:
+            life.cancel()
+            keeping.cancel()
+            await asyncio.gather(life, keeping, return_exceptions=True)
+            await self._end_process()
+
+    async def _live_under_lease(self) -> str:
+        """From start to death, and why it died. To cancel it while the model is loaded ends the process."""
         if self.wherever in (EngineState.FAILED, EngineState.FAILING):  # which it stays until it does load
             self.problem = self.trouble
             await self._become(self.wherever)
@@ -225,25 +256,29 @@ class Supervisor:
         self.process = await EngineProcess.start(
             self._config(), self.engine.python, settings.engine_start_timeout_s, patience
         )
-        started_at = asyncio.get_running_loop().time()
+        self._started_at = asyncio.get_running_loop().time()
         self._failed_starts = 0
-        try:
-            self.info = self.process.info
-            self.tokenizer_files = self.process.tokenizer_files
-            self.text = await asyncio.to_thread(TextCodec.from_files, self.process.tokenizer_files)
-            self.problem = None
-            log.info(
-                "engine %s is ready: %s on %s", self.engine.name, self.engine.base_model, self.info.device
-            )
-            await self._become(EngineState.READY)
-            await self._tell(self.process)
-            self.problem = await self._until_lost(self.process)
-        finally:
-            if self.process.served or asyncio.get_running_loop().time() - started_at > _STEADY_S:
-                self._bad_lives = 0
-            await self._become(EngineState.DOWN)
-            await self.process.kill()
-            self.process = None
+        await self._serve(self.process)
+        return await asyncio.shield(self.process.lost)
+
+    async def _end_process(self) -> None:
+        if self.process is None:
+            return
+        if self.process.served or asyncio.get_running_loop().time() - self._started_at > _STEADY_S:
+            self._bad_lives = 0
+        await self._become(EngineState.DOWN)
+        await self.process.kill()
+        self.process = None
+
+    async def _serve(self, process: EngineProcess) -> None:
+        """Hand it out, and tell the other gateways. Raises LeaseLost."""
+        self.info = process.info
+        self.tokenizer_files = process.tokenizer_files
+        self.text = await asyncio.to_thread(TextCodec.from_files, process.tokenizer_files)
+        self.problem = None
+        log.info("engine %s is ready: %s on %s", self.engine.name, self.engine.base_model, self.info.device)
+        await self._become(EngineState.READY)
+        await self._tell(process)
 
     def _config(self) -> EngineConfig:
         engine, settings = self.engine, self._settings
@@ -262,33 +297,52 @@ class Supervisor:
         )
 
     async def _tell(self, process: EngineProcess) -> None:
-        """What gateways without this engine need to know of it; they look at it when they look at the lease."""
+        """What gateways without this engine need to know of it; they look at it when they look at the lease.
+        Raises LeaseLost."""
         facts = EngineFacts(self.engine.name, self.epoch, process.info, process.tokenizer_files)
         try:
             if not self._settings.embedded:
                 await self._store.engine_facts.tell(facts)
-                await self._store.leases.renew(self._lease_request())
+                await self._renew()
         except StoreUnavailable as error:
             log.warning("engine %s: other gateways learn of it later: %s", self.engine.name, error)
 
-    async def _until_lost(self, process: EngineProcess) -> str:
-        """Keep the lease while the process lives; why it is over."""
+    async def _renew(self) -> None:
+        """Raises LeaseLost."""
+        asked_at = asyncio.get_running_loop().time()
+        if not await self._store.leases.renew(self._lease_request()):
+            self.holding = False
+            raise LeaseLost("another gateway has taken over its lease")
+        self._renewed_at = asked_at
+
+    async def _keep_lease(self) -> str:
+        """Renew the lease for as long as that is possible; why it is over.
+
+        An embedded database that does not answer ends nothing: nobody else can take the lease.
+        """
+        lease_s = self._settings.lease_s
+        now = asyncio.get_running_loop().time
+        next_at = self._renewed_at + lease_s / 3
         while True:
-            done, _ = await asyncio.wait({process.lost}, timeout=self._settings.lease_s / 3)
-            if done:
-                return process.lost.result()
+            bound = None if self._settings.embedded else self._renewed_at + lease_s * _UNRENEWED
+            in_time = asyncio.timeout_at(bound)
             try:
-                if not await self._store.leases.renew(self._lease_request()):
-                    self.holding = False
-                    return "another gateway has taken over its lease"
-            except (
-                Exception
-            ) as error:  # boundary: whoever else takes the lease ends this; a failed renewal need not
+                async with in_time:
+                    await asyncio.sleep(next_at - now())
+                    await self._renew()
+                next_at = self._renewed_at + lease_s / 3
+            except LeaseLost as error:
+                return str(error)
+            except Exception as error:  # boundary: whatever is wrong with the database may pass
+                if in_time.expired():
+                    return f"its lease could not be renewed for {lease_s * _UNRENEWED:.1f} s"
                 log.warning("engine %s: the lease could not be renewed: %s", self.engine.name, error)
+                next_at = now() + lease_s * (1 / 3 if self._settings.embedded else _AGAIN)
 
     async def _take_lease(self) -> int:
         while True:
             self._free.clear()
+            self._renewed_at = asyncio.get_running_loop().time()
             epoch = await self._store.leases.take(self._lease_request())
             if epoch is not None:
                 self.holding = True
