@@ -20,6 +20,7 @@ from tests.postgres import PostgresServer
 from tests.served import ServedGateway
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not may_mount(), reason="a small disk has to be mounted, which this account may not"),
     pytest.mark.timeout(240),
 ]

@@ -19,9 +19,12 @@ from tests.postgres import PostgresServer
 from tests.served import FAKE_ENGINE, ServedGateway
 
 # The SDK warns of its own deprecations, and leaves the connections of its background loops to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 STEPS = 20
 TOKENS = [1, 2, 3, 4]
 ADAM = tinker.AdamParams(learning_rate=0.01)
