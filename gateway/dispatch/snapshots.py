@@ -2,15 +2,16 @@
 
 A run goes on while its snapshot is written. One that fails costs nothing but a longer replay: no input is given up for
 it. Snapshots are taken where no gradients are pending: every `snapshot_steps` optimizer steps, at the next step after
-`snapshot_s` seconds, and when somebody asks for one.
+`snapshot_s` seconds, when somebody asks for one, and of a run that leaves memory, which need not wait for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 
 _AT_A_TIME = 2
 """Snapshots of one engine that are under way: each is a copy of a run in memory."""
+_MOST = 4
+"""The same, with those of runs that leave: no more leave until one is there."""
+_PATIENCE_S = 30.0
+"""Seconds after which a run that has left comes back from an older snapshot, though its last one is not there yet."""
 
 
 @dataclass(slots=True)
@@ -35,19 +40,22 @@ class Progress:
     """How far a run in the engine's memory has got, and its snapshots behind it.
 
     `changed` is the last operation that has changed it, `kept` the one that its newest snapshot contains (its creation
-    needs none), `steps` the optimizer steps since the newest one was begun, at `since`. `boundary`: no gradients are
-    pending.
+    needs none), `taken` the one that the newest contains that was begun, `steps` the optimizer steps since then, at
+    `since`. `boundary`: no gradients are pending. `left` is there when the run has left memory, and done when its
+    snapshots are.
     """
 
     changed: int = 0
     kept: int = 0
+    taken: int = 0
     steps: int = 0
     boundary: bool = True
     since: float = 0.0
     moving: bool = False
-    taking: bool = False
+    taking: int = 0
     wanted: int = 0
     asked: asyncio.Future[bool] | None = None
+    left: asyncio.Future[None] | None = None
 
     def apply(self, kind: str, seq_id: int) -> None:
         """An operation has succeeded."""
@@ -60,12 +68,16 @@ class Progress:
 class Snapshots:
     """Those of the runs in one engine's memory."""
 
-    def __init__(self, store: Store, settings: Settings, files: SnapshotFiles) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, files: SnapshotFiles, on_finished: Callable[[], None]
+    ) -> None:
+        self._on_finished = on_finished
         self._store = store
         self._settings = settings
         self._files = files
         self._engine: EngineProcess | None = None
         self._runs: dict[str, Progress] = {}
+        self._left: dict[str, Progress] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._under_way = 0
         self._database: bytes | None = None
@@ -82,6 +94,7 @@ class Snapshots:
         self._tasks.clear()
         for run_id in list(self._runs):
             self.forget(run_id)
+        self._left.clear()
         self._under_way = 0
         self._engine = None
 
@@ -98,6 +111,39 @@ class Snapshots:
         self.problems.pop(run_id, None)
         if progress is not None:
             _answer(progress, False)
+
+    async def leave(self, run_id: str) -> None:
+        """A run is about to leave the engine's memory, and stands between two operations: what no snapshot has of it
+        is copied now, before whatever is sent to the engine next, and written later.
+
+        Nothing is copied while gradients are pending. Raises EngineLost.
+        """
+        database = await self._key()
+        progress = self._runs.get(run_id)
+        if (
+            progress is not None
+            and progress.boundary
+            and progress.changed > max(progress.kept, progress.taken)
+        ):
+            await self._begin(run_id, progress, database)
+        if progress is None or not progress.taking:
+            self.forget(run_id)
+            return
+        self._runs.pop(run_id, None)
+        self.problems.pop(run_id, None)
+        progress.left = asyncio.get_running_loop().create_future()
+        self._left[run_id] = progress
+        asyncio.get_running_loop().call_later(_PATIENCE_S, self._has_left, run_id, progress)
+
+    def left(self, run_id: str) -> asyncio.Future[None] | None:
+        """None when a run may come back; else it had better wait for this: the snapshot that it left with."""
+        progress = self._left.get(run_id)
+        return None if progress is None else progress.left
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much is being written that no run should leave now."""
+        return self._under_way >= _MOST
 
     def moving(self, futures: Iterable[Future]) -> None:
         """Operations are about to be sent to the engine: their runs stand nowhere until they are done."""
@@ -160,24 +206,32 @@ class Snapshots:
         return 0 < steps <= progress.steps or (seconds > 0 and progress.steps > 0 and late)
 
     async def _begin_if_due(self, run_id: str, progress: Progress) -> None:
-        if self._due(progress) and self._database is None:
-            self._database = await self._store.secrets.get("storage")
-        engine = self._engine
-        if (
-            self._database is None
-            or engine is None
-            or self._under_way >= _AT_A_TIME
-            or not self._due(progress)
-        ):
+        if not self._due(progress):
             return
+        database = await self._key()
+        if self._engine is None or self._under_way >= _AT_A_TIME or not self._due(progress):
+            return
+        with contextlib.suppress(
+            EngineLost
+        ):  # whoever feeds it notices too, and everything here is forgotten
+            await self._begin(run_id, progress, database)
+
+    async def _key(self) -> bytes:
+        """What identifies the database."""
+        if self._database is None:
+            self._database = await self._store.secrets.get("storage")
+        return self._database
+
+    async def _begin(self, run_id: str, progress: Progress, database: bytes) -> None:
+        """Have the engine copy the run. Raises EngineLost."""
+        engine = self._engine
+        assert engine is not None
         self._under_way += 1
-        progress.taking = True
+        progress.taking += 1
+        progress.taken = progress.changed
         progress.steps, progress.since = 0, time.monotonic()
-        place, key = RunAddress(run_id, progress.changed), self._files.new_key(self._database)
-        try:
-            answer = await engine.begin_snapshot(place, key)
-        except EngineLost:
-            return  # whoever feeds it notices too, and everything here is forgotten
+        place, key = RunAddress(run_id, progress.changed), self._files.new_key(database)
+        answer = await engine.begin_snapshot(place, key)
         self._spawn(self._finish(engine, place, key, progress, answer))
 
     async def _finish(
@@ -189,18 +243,30 @@ class Snapshots:
         answer: asyncio.Future[SnapshotTaken],
     ) -> None:
         problem = await self._problem(engine, place, key, answer)
-        progress.taking = False
+        progress.taking -= 1
         self._under_way -= 1
         if problem is None:
-            progress.kept = place.seq_id
+            progress.kept = max(progress.kept, place.seq_id)
             self.problems.pop(place.run_id, None)
         else:
             log.warning("run %s has no snapshot after operation %d: %s", place.run_id, place.seq_id, problem)
-            self.problems[place.run_id] = problem
+            progress.taken = progress.kept
+            if self._runs.get(place.run_id) is progress:
+                self.problems[place.run_id] = problem
         if place.seq_id >= progress.wanted:
             _answer(progress, problem is None)
+        if progress.left is not None and not progress.taking:
+            self._has_left(place.run_id, progress)
+        self._on_finished()
         for run_id, other in list(self._runs.items()):
             await self._begin_if_due(run_id, other)
+
+    def _has_left(self, run_id: str, progress: Progress) -> None:
+        if self._left.get(run_id) is progress:
+            del self._left[run_id]
+        if progress.left is not None and not progress.left.done():
+            progress.left.set_result(None)
+        _answer(progress, False)
 
     async def _problem(
         self, engine: EngineProcess, place: RunAddress, key: str, answer: asyncio.Future[SnapshotTaken]

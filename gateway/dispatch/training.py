@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -70,7 +71,7 @@ class TrainingLane:
         self._epoch: int | None = None
         self._sealing = Sealing(settings)
         self._files = SnapshotFiles(settings)
-        self.snapshots = Snapshots(store, settings, self._files)
+        self.snapshots = Snapshots(store, settings, self._files, self._wake.set)
         self._restorations: dict[str, Restoration] = {}
         self._failed_restores: dict[str, int] = {}
         self.residency = Residency()
@@ -211,7 +212,8 @@ class TrainingLane:
         if not (self._queue or self._unopened or self._broken or self._closed):
             patience_s = min(self._settings.gap_timeout_s / 4, 5.0, self.residency.look_again_s)
             with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps, or at the places
-                await asyncio.wait_for(self._wake.wait(), patience_s)
+                async with asyncio.timeout(patience_s):  # wait_for loses a cancellation that comes with the wake
+                    await self._wake.wait()
             self._wake.clear()
         if engine.lost.done():
             raise EngineLost(engine.lost.result())
@@ -232,16 +234,21 @@ class TrainingLane:
 
     async def _drop_runs(self, engine: EngineProcess) -> None:
         for run_id in [run_id for run_id in self._to_drop if not self._queue.waits(run_id)]:
+            if self.snapshots.crowded:
+                return
             self._to_drop.discard(run_id)
             if self.residency.leave(run_id):
-                self.snapshots.forget(run_id)
+                await self.snapshots.leave(run_id)
                 await engine.drop_run(run_id)
 
     async def _change_places(self, engine: EngineProcess) -> None:
         """Let runs that wait for the engine's memory have the places of others, as far as those may leave now."""
-        while (change := self.residency.change(self._queue.busy, engine_idle=not self._queue)) is not None:
+        while not self.snapshots.crowded:
+            change = self.residency.change(self._queue.busy, engine_idle=not self._queue)
+            if change is None:
+                return
             for run_id in change.leaving:
-                self.snapshots.forget(run_id)
+                await self.snapshots.leave(run_id)
                 await engine.drop_run(run_id)
             if not self._queue.unpark(change.run_id):
                 self.residency.leave(change.run_id)
@@ -305,6 +312,9 @@ class TrainingLane:
         """Take a step of building the run again; the operation keeps its place at the head of the run."""
         run_id = future.run_id or ""
         if run_id not in self._restorations:
+            if (left := self.snapshots.left(run_id)) is not None:
+                left.add_done_callback(partial(self._returns, self._queue, future))
+                return
             await self._require_settled()
             self._restorations[run_id] = Restoration(self._store, self._files, run_id, future.seq_id)
         restoration = self._restorations[run_id]
@@ -346,6 +356,9 @@ class TrainingLane:
         log.warning("run %s: try %d: %s", run_id, tries, error)
         delay_s = _RESTORE_AGAIN_S * 2**tries
         asyncio.get_running_loop().call_later(delay_s, self._try_again, self._queue, future)
+
+    def _returns(self, queue: TrainingQueue, future: Future, _: asyncio.Future[None]) -> None:
+        self._try_again(queue, future)
 
     def _try_again(self, queue: TrainingQueue, future: Future) -> None:
         if queue is self._queue:  # else memory has been rebuilt meanwhile, and the operation is queued anew

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +67,69 @@ class SnapshottingEngine(ScriptedEngine):
         return [runs[0].seq_id for _, runs, replay in self.calls if replay and runs[0].run_id == run.run_id]
 
 
+SIZE = 100
+"""Bytes of a run in a SmallEngine."""
+
+
+class SmallEngine(SnapshottingEngine):
+    """Has room for so many runs, keeps what was applied to each, and refuses what a real one refuses."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.info.run_memory_bytes = places * SIZE
+        self.places = places
+        self.runs: dict[str, list[int]] = {}
+        self.most = 0
+        self.history: dict[str, list[list[int]]] = defaultdict(list)
+        self.written: dict[str, list[int]] = {}
+
+    async def perform(
+        self, kind: str, runs: Sequence[RunAddress], payloads: Sequence[bytes], *, replay: bool = False
+    ) -> tuple[Performed, list[bytes]]:
+        self.calls.append((kind, tuple(runs), replay))
+        await asyncio.sleep(self.pause_s)
+        outcomes, no_room = [], {}
+        for address in runs:
+            run_id = address.run_id
+            if kind == "create_run" and not self._has_room(run_id):
+                no_room[run_id] = SIZE
+                outcomes.append(Outcome(Failure("server", "no room")))
+                continue
+            if kind == "create_run":
+                self._begin(run_id, [])
+            assert run_id in self.runs, f"operation {address.seq_id} of a run that is not there"
+            self.runs[run_id].append(address.seq_id)
+            outcomes.append(Outcome(summary={"bytes": float(SIZE)} if kind == "create_run" else {}))
+        return Performed(0, outcomes, [], no_room), [b"r" for each in outcomes if each.failure is None]
+
+    async def drop_run(self, run_id: str) -> None:
+        self.runs.pop(run_id, None)
+        await super().drop_run(run_id)
+
+    async def begin_snapshot(self, run: RunAddress, folder: str) -> asyncio.Future[SnapshotTaken]:
+        applied = self.runs[run.run_id]
+        assert applied[-1] == run.seq_id
+        self.written[folder] = [*applied]
+        return await super().begin_snapshot(run, folder)
+
+    async def restore(
+        self, run: RunAddress, folder: str, checksums: dict[str, str], create_run: bytes
+    ) -> Performed:
+        if not self._has_room(run.run_id):
+            return Performed(0, [Outcome(Failure("server", "no room"))], no_room={run.run_id: SIZE})
+        self._begin(run.run_id, [*self.written[folder]])
+        await super().restore(run, folder, checksums, create_run)
+        return Performed(0, [Outcome(summary={"bytes": float(SIZE)})])
+
+    def _has_room(self, run_id: str) -> bool:
+        return run_id in self.runs or len(self.runs) < self.places
+
+    def _begin(self, run_id: str, applied: list[int]) -> None:
+        self.runs[run_id] = applied
+        self.history[run_id].append(applied)
+        self.most = max(self.most, len(self.runs))
+
+
 async def until(condition: Callable[[], bool]) -> None:
     for _ in range(1000):
         if condition():
@@ -121,13 +185,16 @@ class SnapshotPlace(Place):
 
 
 @contextlib.asynccontextmanager
-async def fed(tmp_path: Path, **settings: Any) -> AsyncIterator[SnapshotPlace]:
+async def fed(
+    tmp_path: Path, engine: SnapshottingEngine | None = None, **settings: Any
+) -> AsyncIterator[SnapshotPlace]:
     database = Database(f"sqlite:///{tmp_path / 'test.db'}", sqlite_synchronous="NORMAL")
     await upgrade(database)
     store = Store(database)
     store.start()
     assert await store.leases.take(LeaseRequest("e", "us", 600)) == 1
     place = SnapshotPlace(store, Settings(data_dir=tmp_path, **settings))
+    place.engine = engine or place.engine
     feeding = asyncio.create_task(place.lane.feed(cast(EngineProcess, place.engine), Quarantine()))
     yield place
     feeding.cancel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -18,47 +17,10 @@ from gateway.migrate import upgrade
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.database import Database
+from gateway.store.leases import LeaseRequest
 from gateway.store.records import FutureStatus
-from tests.dispatch.test_training import Place, ScriptedEngine
-
-SIZE = 100
-
-
-class SmallEngine(ScriptedEngine):
-    """Has room for so many runs, keeps what was applied to each, and refuses what a real one refuses."""
-
-    def __init__(self, places: int) -> None:
-        super().__init__()
-        self.info.run_memory_bytes = places * SIZE
-        self.places = places
-        self.runs: dict[str, list[int]] = {}
-        self.most = 0
-        self.history: dict[str, list[list[int]]] = defaultdict(list)
-
-    async def perform(
-        self, kind: str, runs: Sequence[RunAddress], payloads: Sequence[bytes], *, replay: bool = False
-    ) -> tuple[Performed, list[bytes]]:
-        self.calls.append((kind, tuple(runs), replay))
-        await asyncio.sleep(self.pause_s)
-        outcomes, no_room = [], {}
-        for address in runs:
-            run_id = address.run_id
-            if kind == "create_run" and run_id not in self.runs and len(self.runs) >= self.places:
-                no_room[run_id] = SIZE
-                outcomes.append(Outcome(Failure("server", "no room")))
-                continue
-            if kind == "create_run":
-                self.runs[run_id] = []
-                self.history[run_id].append(self.runs[run_id])
-            assert run_id in self.runs, f"operation {address.seq_id} of a run that is not there"
-            self.runs[run_id].append(address.seq_id)
-            outcomes.append(Outcome(summary={"bytes": float(SIZE)} if kind == "create_run" else {}))
-        self.most = max(self.most, len(self.runs))
-        return Performed(0, outcomes, [], no_room), [b"r" for each in outcomes if each.failure is None]
-
-    async def drop_run(self, run_id: str) -> None:
-        self.runs.pop(run_id, None)
-        await super().drop_run(run_id)
+from tests.dispatch.snapshotting import SIZE, SmallEngine
+from tests.dispatch.test_training import Place
 
 
 @pytest.fixture
@@ -67,6 +29,7 @@ async def small(tmp_path: Path) -> AsyncIterator[Place]:
     await upgrade(database)
     store = Store(database)
     store.start()
+    assert await store.leases.take(LeaseRequest("e", "us", 600)) == 1
     place = Place(store, Settings(data_dir=tmp_path))
     place.engine = SmallEngine(places=2)
     feeding = asyncio.create_task(place.lane.feed(cast(EngineProcess, place.engine), Quarantine()))
@@ -74,6 +37,7 @@ async def small(tmp_path: Path) -> AsyncIterator[Place]:
     feeding.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await feeding
+    place.lane.snapshots.reset()
     await store.close()
 
 
