@@ -177,12 +177,14 @@ class Performed(msgspec.Struct, frozen=True, tag="performed"):
 
 
 class SnapshotTaken(msgspec.Struct, frozen=True, tag="snapshot_taken"):
-    """Answer to `TakeSnapshot` when its files are complete and synced: their bytes, and the SHA-256, hex, of each."""
+    """Answer to `TakeSnapshot` when its files are complete and synced: their bytes, the SHA-256, hex, of each,
+    and how long writing them took."""
 
     call_id: int
     failure: Failure | None = None
     size_bytes: int = 0
     checksums: dict[str, str] = {}
+    seconds: float = 0.0
 
 
 class Sampled(msgspec.Struct, frozen=True, tag="sampled"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from engines.interface import PendingSnapshot
@@ -38,13 +39,14 @@ class SnapshotWriter:
         self._thread.shutdown(cancel_futures=True)
 
     def _write(self, call: TakeSnapshot, snapshot: PendingSnapshot) -> SnapshotTaken:
+        begun = time.monotonic()
         try:
             with self._storage.write(call.folder) as folder:
                 snapshot.write(folder)
                 size, sums = self._storage.size(folder), checksums(folder)
         except Exception as error:  # boundary: a plugin may raise anything; the run goes on, its inputs stay
             return SnapshotTaken(call.call_id, _failure(error, call))
-        return SnapshotTaken(call.call_id, None, size, sums)
+        return SnapshotTaken(call.call_id, None, size, sums, time.monotonic() - begun)
 
 
 def _failure(error: Exception, call: TakeSnapshot) -> Failure:

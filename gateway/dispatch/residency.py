@@ -130,7 +130,7 @@ class Residency:
         self._places.move_to_end(run_id)
 
     def restored(self, run_id: str, size: int | None, seconds: float, *, pending: bool) -> None:
-        """The same for a run that came back, which took so long."""
+        """The same for a run that came back, which took so long, with the copy of another that left."""
         self.fill(run_id, size)
         self._places[run_id].pending = pending
         self.restores += 1

@@ -82,6 +82,8 @@ class Snapshots:
         self._under_way = 0
         self._database: bytes | None = None
         self.problems: dict[str, str] = {}
+        self.writing_s = 0.0
+        """Seconds that writing the newest snapshot took."""
 
     def serve(self, engine: EngineProcess) -> None:
         """The engine whose runs these are from now on."""
@@ -276,7 +278,9 @@ class Snapshots:
             taken = await answer
             if taken.failure is not None:
                 return taken.failure.message
+            begun = time.monotonic()
             await self._files.keep(key)
+            self.writing_s = taken.seconds + time.monotonic() - begun
             registered = await self._store.snapshots.register(
                 Registration(
                     place.run_id,

@@ -212,7 +212,9 @@ class TrainingLane:
         if not (self._queue or self._unopened or self._broken or self._closed):
             patience_s = min(self._settings.gap_timeout_s / 4, 5.0, self.residency.look_again_s)
             with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps, or at the places
-                async with asyncio.timeout(patience_s):  # wait_for loses a cancellation that comes with the wake
+                async with asyncio.timeout(
+                    patience_s
+                ):  # wait_for loses a cancellation that comes with the wake
                     await self._wake.wait()
             self._wake.clear()
         if engine.lost.done():
@@ -335,7 +337,8 @@ class TrainingLane:
             self._failed_restores.pop(run_id, None)
             self._blame.restored(run_id)
             pending = not restoration.progress.boundary
-            self.residency.restored(run_id, restoration.size, restoration.seconds, pending=pending)
+            seconds = restoration.seconds + self.snapshots.writing_s  # somebody has left for it
+            self.residency.restored(run_id, restoration.size, seconds, pending=pending)
             self.snapshots.begin(run_id, restoration.progress)
         self._queue.put_back(future)
 

@@ -114,6 +114,8 @@ def test_paging(tmp_path: Path) -> None:
     ):
         assert ratio == pytest.approx(paged / stayed, rel=0.02)
     assert results["largest_difference_of_losses"] < 1e-5
+    assert results["weights_compared"] == 4
+    assert results["largest_difference_of_weights"] < 1e-5
 
 
 def test_sampling(tmp_path: Path) -> None:

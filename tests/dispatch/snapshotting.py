@@ -28,6 +28,7 @@ class SnapshottingEngine(ScriptedEngine):
         super().__init__()
         self.refusal: Failure | None = None
         self.holds = False
+        self.writing_s = 0.0
         self.held: list[asyncio.Future[SnapshotTaken]] = []
         self.damaged: dict[int, Failure] = {}
         self.restored: list[int] = []
@@ -44,7 +45,7 @@ class SnapshottingEngine(ScriptedEngine):
     def release(self) -> None:
         """Everything that is being written is there now."""
         for answer in self.held:
-            answer.set_result(SnapshotTaken(0, self.refusal, 3, {"file": "0f"}))
+            answer.set_result(SnapshotTaken(0, self.refusal, 3, {"file": "0f"}, self.writing_s))
         self.held.clear()
 
     async def restore(

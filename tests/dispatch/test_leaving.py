@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -185,3 +186,23 @@ async def test_a_lane_that_is_woken_and_cancelled_at_once_ends(roomy: SnapshotPl
     again.cancel()
     _, running = await asyncio.wait([again], timeout=2)
     assert not running
+
+
+async def test_runs_take_longer_turns_where_writing_a_copy_takes_long(small: SnapshotPlace) -> None:
+    """Ten times as long as a change of places: else the disk would be busy with copies all the time."""
+    small.engine.writing_s = 0.2
+    runs = [await small.begin(owner) for owner in ("alice", "bob")]
+    for run in [*runs, *runs, *runs]:
+        await small.steps(run, 1)
+    evictions = small.lane.residency.evictions
+    started = time.monotonic()
+    done = [
+        await small.submit(run, seq, "forward_backward" if seq % 2 else "optim_step")
+        for seq in range(7, 207)
+        for run in runs
+    ]
+    small.engine.pause_s = 0.002
+    for future in done:
+        await small.outcome(future)
+    changes = small.lane.residency.evictions - evictions
+    assert changes <= 2 + (time.monotonic() - started) / 0.5
