@@ -212,9 +212,8 @@ class TrainingLane:
         if not (self._queue or self._unopened or self._broken or self._closed):
             patience_s = min(self._settings.gap_timeout_s / 4, 5.0, self.residency.look_again_s)
             with contextlib.suppress(TimeoutError):  # then it is time to look at the gaps, or at the places
-                async with asyncio.timeout(
-                    patience_s
-                ):  # wait_for loses a cancellation that comes with the wake
+                # Not wait_for, which before Python 3.12 loses a cancellation that comes with what it waits for.
+                async with asyncio.timeout(patience_s):
                     await self._wake.wait()
             self._wake.clear()
         if engine.lost.done():
