@@ -192,9 +192,11 @@ class Snapshots:
 
     async def take_all(self) -> None:
         """Take one of every run that stands at a boundary and has none of where it stands; returns when those are
-        registered or have failed. For an engine that is about to end: the next one begins there."""
+        registered or have failed, and those of runs that have left. For an engine that is about to end: the next one
+        begins there."""
         standing = [run_id for run_id, progress in self._runs.items() if progress.boundary]
-        await asyncio.gather(*map(self.request, standing))
+        leaving = [progress.left for progress in self._left.values() if progress.left is not None]
+        await asyncio.gather(*map(self.request, standing), *map(asyncio.shield, leaving))
 
     # ------------------------------------------------------------------ taken → kept → registered
 

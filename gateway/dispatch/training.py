@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -171,7 +170,7 @@ class TrainingLane:
         for run_id in self.residency.begin(engine.info.run_memory_bytes):
             await engine.drop_run(run_id)
         self.snapshots.serve(engine)
-        weigh = functools.partial(weight, self._inputs, packs=not engine.info.deterministic)
+        weigh = partial(weight, self._inputs, packs=not engine.info.deterministic)
         while True:
             await self._work_or_time(engine)
             if self._closed:

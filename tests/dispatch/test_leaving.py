@@ -206,3 +206,20 @@ async def test_runs_take_longer_turns_where_writing_a_copy_takes_long(small: Sna
         await small.outcome(future)
     changes = small.lane.residency.evictions - evictions
     assert changes <= 2 + (time.monotonic() - started) / 0.5
+
+
+async def test_a_lane_that_is_closed_waits_for_the_snapshot_of_a_run_that_has_just_left(
+    tmp_path: Path,
+) -> None:
+    async with fed(tmp_path, SmallEngine(places=9), snapshot_steps=0, snapshot_s=0.0) as place:
+        run = await place.begin("alice")
+        await place.steps(run, 1)
+        place.engine.holds = True
+        place.lane.drop(run.run_id)
+        await until(lambda: not resident(place))
+        ended = asyncio.create_task(place.lane.snapshots.take_all())
+        await asyncio.sleep(0.02)
+        assert not ended.done()
+        place.engine.release()
+        await asyncio.wait_for(ended, 5)
+        assert await place.kept(run) == [2]
