@@ -186,8 +186,8 @@ class Snapshots:
             return answer
         if progress.asked is None:
             progress.asked = asyncio.get_running_loop().create_future()
-            progress.wanted = progress.changed
             self._spawn(self._begin_if_due(run_id, progress))
+        progress.wanted = progress.changed
         return asyncio.shield(progress.asked)
 
     async def take_all(self) -> None:

@@ -132,13 +132,14 @@ async def test_one_that_is_under_way_is_too_old_for_a_request(quiet_place: Snaps
     await place.steps(run, 1)
     place.engine.holds = True
     first = place.lane.snapshots.request(run.run_id)
+    await until(lambda: place.engine.snapshots(run) == [2])
     await place.steps(run, 1)
     second = place.lane.snapshots.request(run.run_id)
     place.engine.holds = False
     place.engine.release()
     assert await asyncio.wait_for(first, 5)
     assert await asyncio.wait_for(second, 5)
-    await place.registered(run, 2)
+    assert await place.kept(run) == [4, 2]
 
 
 async def test_a_request_ends_with_the_runs_stay_in_memory(quiet_place: SnapshotPlace) -> None:
