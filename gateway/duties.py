@@ -64,8 +64,8 @@ def standing_duties(store: Store, settings: Settings, retention: Retention) -> l
         Duty("unnamed weights", every_s, retention.release_weights),
         Duty("stray folders", _SELDOM * every_s, partial(sweep, store, settings)),
         Duty("losses of ended sessions", every_s, retention.delete_losses),
-        Duty("inputs behind snapshots", every_s, partial(prune_inputs, store)),
-        Duty("older snapshots", every_s, partial(remove_needless, store, files, keep_s)),
+        Duty("inputs behind snapshots", every_s, partial(prune_inputs, store, retention.pace)),
+        Duty("older snapshots", every_s, partial(remove_needless, store, files, keep_s, retention.pace)),
         Duty("stray snapshots", STRAY_S, partial(remove_strays, store, files)),
     ]
 

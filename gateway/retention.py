@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
 from gateway.checkpoints import remove_folder
 from gateway.fleet import Fleet
+from gateway.pacing import Pace
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.retention import Batch
 
 _BATCH = 100
 """Rows of one transaction: some milliseconds of the only writer's time."""
-_REST = 4.0
-"""Seconds of rest for each second of a batch: all of this together takes a fifth of the writer's time at most."""
 
 
 class Retention:
@@ -30,7 +28,7 @@ class Retention:
         self._fleet = fleet
         self._on_released = on_released
         self._rows = store.retention
-        self._deleting = asyncio.Lock()
+        self.pace = Pace()
 
     async def end_silent_sessions(self) -> int:
         """End sessions whose clients were not heard of for long; nothing stored goes with them."""
@@ -92,13 +90,10 @@ class Retention:
         """All there is, leaving the writer to others between two batches of whichever kind."""
         total = 0
         while True:
-            async with self._deleting:
-                began = time.monotonic()
-                found = await batch()
-                total += found
-                if found < _BATCH:
-                    return total
-                await asyncio.sleep(_REST * (time.monotonic() - began))
+            found = await self.pace.batch(batch)
+            total += found
+            if found < _BATCH:
+                return total
 
 
 def _over(seconds: float) -> Batch:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from gateway.pacing import Pace
 from gateway.snapshot_files import SnapshotFiles
 from gateway.store import Store
 
@@ -10,21 +13,22 @@ STRAY_S = 3600.0
 _AT_A_TIME = 100
 
 
-async def prune_inputs(store: Store) -> int:
+async def prune_inputs(store: Store, pace: Pace) -> int:
     """Delete the inputs of operations that every kept snapshot of their run contains, few at a time; of how many."""
     total = 0
     while run_ids := await store.snapshots.prunable(_AT_A_TIME):
         for run_id in run_ids:
-            while passed := await store.snapshots.prune(run_id):
+            while passed := await pace.batch(partial(store.snapshots.prune, run_id)):
                 total += passed
     return total
 
 
-async def remove_needless(store: Store, files: SnapshotFiles, superseded_for: float) -> int:
+async def remove_needless(store: Store, files: SnapshotFiles, superseded_for: float, pace: Pace) -> int:
     """Remove snapshots that have been superseded for so many seconds, and those of runs that take no operation any
     more; how many. A row goes first: its files are strays if this ends in between."""
     total = 0
-    while folders := await store.snapshots.forget(_AT_A_TIME, superseded_for):
+    forget = partial(store.snapshots.forget, _AT_A_TIME, superseded_for)
+    while folders := await pace.batch(forget):
         total += await _remove(files, folders)
     return total
 

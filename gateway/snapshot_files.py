@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote
 
 import fsspec
 
@@ -32,7 +33,8 @@ _DATABASE_DIGITS = 16
 
 
 class SnapshotsUnreachable(Exception):
-    """The files cannot be written or read where the settings say; the message says why."""
+    """The files cannot be written or read where the settings say. Clients may see the message: it has only the id under
+    which the log says why."""
 
 
 class SnapshotFiles:
@@ -128,7 +130,20 @@ class SnapshotFiles:
         except (
             Exception
         ) as error:  # boundary: each file system of fsspec has errors of its own; callers get ours
-            raise SnapshotsUnreachable(f"{type(error).__name__}: {error}") from error
+            error_id = secrets.token_hex(6)
+            why = f"{type(error).__name__}: {error}"
+            log.error("error %s: the storage of snapshots: %s", error_id, self._without_credentials(why))
+            raise SnapshotsUnreachable(
+                f"the storage of snapshots cannot be reached; the log has more under {error_id}"
+            ) from error
+
+    def _without_credentials(self, text: str) -> str:
+        """Somebody else's error, in which the URL, or the part of it that names a user, may be repeated."""
+        user, at, _ = self._url.partition("://")[2].partition("/")[0].rpartition("@")
+        password = user.partition(":")[2]
+        for secret in (user + at, password, unquote(password)):
+            text = text.replace(secret, "***") if secret else text
+        return text
 
 
 def _below(database: bytes) -> str:
@@ -139,7 +154,12 @@ def check_place(settings: Settings) -> None:
     """See that snapshots can go where the settings say. Raises ConfigurationError."""
     if not settings.snapshot_url:
         return
+    protocol = settings.snapshot_url.partition("://")[0]  # what follows may hold credentials
     try:
         fsspec.url_to_fs(settings.snapshot_url)
-    except (ImportError, ValueError) as error:
-        raise ConfigurationError(f"snapshot_url is {settings.snapshot_url!r}: {error}") from error
+    except ImportError as error:
+        raise ConfigurationError(f"snapshot_url begins with {protocol!r}: {error}") from None
+    except ValueError:
+        raise ConfigurationError(
+            f"snapshot_url begins with {protocol!r}; it must be a URL of a kind that fsspec knows, such as s3://bucket"
+        ) from None

@@ -66,7 +66,8 @@ class Restoration:
         self.seconds = 0.0
 
     async def step(self, engine: EngineProcess) -> bool:
-        """Apply the next operations; whether the run is complete. Raises RestoreFailed, NoRoom and EngineLost."""
+        """Apply the next operations; whether the run is complete. Raises RestoreFailed, NoRoom and EngineLost, and
+        SnapshotsUnreachable when only a snapshot that cannot be looked at now can bring the run back."""
         begun = time.monotonic()
         if self._after is None:
             self._after = await self._begin(engine)
@@ -106,12 +107,20 @@ class Restoration:
         found = await self._store.snapshots.of_run(self._run_id)
         candidates = [snapshot for snapshot in found if snapshot.seq_id < self._before]
         problems = []
+        outage: SnapshotsUnreachable | None = None
         for snapshot in sorted(candidates, key=lambda each: each.damage is not None):  # else newest first
-            problem = await self._restore(engine, snapshot)
+            try:
+                problem = await self._restore(engine, snapshot)
+            except SnapshotsUnreachable as error:
+                log.warning("snapshot %s of run %s: %s", snapshot.folder, snapshot.run_id, error)
+                outage = error
+                continue
             if problem is None:
                 self.progress.changed = self.progress.kept = snapshot.seq_id
                 return snapshot.seq_id
             problems.append(f"that after operation {snapshot.seq_id}: {problem}")
+        if outage is not None and run.pruned_seq:
+            raise outage
         self._require_whole_log(run, problems)
         return -1
 
@@ -126,17 +135,14 @@ class Restoration:
             )
 
     async def _restore(self, engine: EngineProcess, snapshot: Snapshot) -> str | None:
-        """Have the engine restore a snapshot; why it could not. Damage is reported, and recorded with the snapshot."""
+        """Have the engine restore a snapshot; why it could not. Damage is reported, and recorded with the snapshot.
+        Raises SnapshotsUnreachable, which says nothing about the snapshot."""
         address = RunAddress(snapshot.run_id, snapshot.seq_id)
         create_run = await self._store.futures.input_at(snapshot.run_id, 0)
         if create_run is None:
             return "the input of its first operation is missing"
-        try:
-            async with self._files.at_hand(snapshot.folder):
-                performed = await engine.restore(address, snapshot.folder, snapshot.checksums, create_run)
-        except SnapshotsUnreachable as error:
-            log.error("snapshot %s of run %s cannot be read: %s", snapshot.folder, snapshot.run_id, error)
-            return str(error)
+        async with self._files.at_hand(snapshot.folder):
+            performed = await engine.restore(address, snapshot.folder, snapshot.checksums, create_run)
         if performed.no_room:
             raise NoRoom(performed.no_room[snapshot.run_id])
         failure = performed.outcomes[0].failure

@@ -30,7 +30,7 @@ from gateway.dispatch.weighing import weight
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineLost, TooManyRequests
 from gateway.settings import Settings
-from gateway.snapshot_files import SnapshotFiles
+from gateway.snapshot_files import SnapshotFiles, SnapshotsUnreachable
 from gateway.store import Store
 from gateway.store.futures import Claim
 from gateway.store.records import Future, Outcome, Settled
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 _RESTORE_TRIES = 3
 _RESTORE_AGAIN_S = 0.25
 """Seconds before a restoration that failed is tried again; doubles with each try."""
+_LONGEST_PAUSE_S = 10.0
+"""Seconds between two looks at a storage of snapshots that is out of reach, at most."""
 
 
 class Interrupted(Exception):
@@ -73,6 +75,7 @@ class TrainingLane:
         self.snapshots = Snapshots(store, settings, self._files, self._wake.set)
         self._restorations: dict[str, Restoration] = {}
         self._failed_restores: dict[str, int] = {}
+        self._outages: dict[str, float] = {}
         self.residency = Residency()
         self.in_engine: tuple[str, ...] = ()
         self.restoring: str | None = None
@@ -104,6 +107,7 @@ class TrainingLane:
         self.snapshots.reset()
         self._restorations.clear()
         self._failed_restores.clear()
+        self._outages.clear()
         self.residency.reset()
         self.in_engine = ()
         self.restoring = None
@@ -126,6 +130,8 @@ class TrainingLane:
     def standing(self, future: Future) -> Standing:
         """Where an open operation stands."""
         queue = self._queue.runs.get(future.run_id or "")
+        if queue is not None and queue.run_id in self._outages and future.seq_id == queue.next_seq:
+            return Standing(True, "its run waits for its snapshots, whose storage is out of reach")
         if queue is None or (queue.running and future.seq_id == queue.next_seq):
             return Standing(
                 False, "it is being performed" if queue is not None else "its run is being restored"
@@ -324,15 +330,19 @@ class TrainingLane:
             del self._restorations[run_id]
             self._refused(future, refusal.size)
             return
-        except RestoreFailed as error:
+        except (RestoreFailed, SnapshotsUnreachable) as error:
             del self._restorations[run_id]
             self.residency.leave(run_id)
             await engine.drop_run(run_id)
-            self._restore_failed(future, error)
+            if isinstance(error, RestoreFailed):
+                self._restore_failed(future, error)
+            else:
+                self._out_of_reach(future)
             return
         if complete:
             del self._restorations[run_id]
             self._failed_restores.pop(run_id, None)
+            self._outages.pop(run_id, None)
             self._blame.restored(run_id)
             pending = not restoration.progress.boundary
             seconds = restoration.seconds + self.snapshots.writing_s  # somebody has left for it
@@ -349,13 +359,24 @@ class TrainingLane:
     def _restore_failed(self, future: Future, error: RestoreFailed) -> None:
         """What may pass (no memory beside the other runs, say) is tried again a few times, then it fails."""
         run_id = future.run_id or ""
+        self._outages.pop(run_id, None)
         tries = self._failed_restores[run_id] = self._failed_restores.get(run_id, 0) + 1
         if not error.passing or tries >= _RESTORE_TRIES:
             del self._failed_restores[run_id]
             self._settle_one(failed(future, error.category, str(error)))
             return
         log.warning("run %s: try %d: %s", run_id, tries, error)
-        delay_s = _RESTORE_AGAIN_S * 2**tries
+        self._try_later(future, _RESTORE_AGAIN_S * 2**tries)
+
+    def _out_of_reach(self, future: Future) -> None:
+        """An outage of the storage says nothing about the run: its operation waits as long as that lasts."""
+        run_id = future.run_id or ""
+        pause_s = self._outages[run_id] = min(
+            2 * self._outages.get(run_id, _RESTORE_AGAIN_S), _LONGEST_PAUSE_S
+        )
+        self._try_later(future, pause_s)
+
+    def _try_later(self, future: Future, delay_s: float) -> None:
         asyncio.get_running_loop().call_later(delay_s, self._try_again, self._queue, future)
 
     def _returns(self, queue: TrainingQueue, future: Future, _: asyncio.Future[None]) -> None:

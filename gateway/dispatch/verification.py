@@ -14,20 +14,24 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
 """Relative difference of a loss or a gradient's norm up to which a replay is the same, where no digest says more."""
 _NOTHING = 1e-9
-"""Sums that cancel out are nothing on either side."""
+"""Numbers below this are nothing on either side."""
 
 
 def difference(recorded: Future, replayed: messages.Outcome) -> str | None:
     """How a replayed operation differs from what was recorded of it; None: not at all, as far as can be said.
 
     A deterministic engine gives digests, which must be equal. Otherwise the loss of a pass, or the gradient's norm of a
-    step, must agree within `TOLERANCE`.
+    step, must agree within `TOLERANCE`. A loss is a sum over tokens, whose terms may cancel out, and each of which is
+    rounded otherwise in a pass that others shared: it may also differ by `TOLERANCE` nats for each token of the pass.
     """
     measure = replayed.summary.get("loss", replayed.summary.get("grad_norm"))
     if recorded.result_digest is not None and replayed.digest:
         same = recorded.result_digest == replayed.digest
     elif recorded.measure is not None and measure is not None:
-        same = math.isclose(recorded.measure, measure, rel_tol=TOLERANCE, abs_tol=_NOTHING)
+        allowed = TOLERANCE * replayed.summary.get(
+            "tokens", 0.0
+        )  # a step has none: its norm is no sum of signs
+        same = math.isclose(recorded.measure, measure, rel_tol=TOLERANCE, abs_tol=max(allowed, _NOTHING))
     else:
         return None
     if same:

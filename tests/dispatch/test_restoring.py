@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from engines.messages import Failure, Outcome, Performed
+from gateway.pacing import Pace
 from gateway.snapshot_duties import prune_inputs
-from gateway.store.records import FutureStatus
+from gateway.snapshot_files import SnapshotsUnreachable
+from gateway.store.records import FutureStatus, Run
 from tests.dispatch.snapshotting import SnapshotPlace, fed, until
 from tests.dispatch.test_training import Call
 
@@ -59,7 +63,7 @@ async def test_a_damaged_snapshot_is_reported_and_the_one_before_is_taken(
     run = await place.begin("alice")
     await place.steps(run, 5)
     await place.registered(run, 8, 4)
-    assert await prune_inputs(place.store) == 4
+    assert await prune_inputs(place.store, Pace()) == 4
     place.engine.damaged = {8: damage("weights")}
     place.leave_memory(run)
     await place.next(run)
@@ -93,7 +97,7 @@ async def test_what_cannot_be_restored_fails_clearly_and_comes_back_with_its_fil
     run = await place.begin("alice")
     await place.steps(run, 4)
     await place.registered(run, 8, 4)
-    await prune_inputs(place.store)
+    await prune_inputs(place.store, Pace())
     place.engine.damaged = {8: damage("weights"), 4: damage("moments")}
     place.leave_memory(run)
     failed = await place.next(run)
@@ -124,6 +128,80 @@ async def test_an_engine_that_breaks_at_restoring_is_not_taken_for_damage(
     assert (await outcome).status is FutureStatus.DONE
     assert place.engine.restored == [8, 8]
     assert [each.damage for each in await place.store.snapshots.of_run(run.run_id)] == [None, None]
+
+
+class Outage:
+    """A storage of snapshots that cannot be reached for so many tries."""
+
+    def __init__(self, place: SnapshotPlace, tries: float) -> None:
+        self.tries = tries
+        self.looks = 0
+        self._at_hand = place.lane._files.at_hand
+
+    @contextlib.asynccontextmanager
+    async def at_hand(self, key: str) -> AsyncIterator[None]:
+        self.looks += 1
+        if self.looks <= self.tries:
+            raise SnapshotsUnreachable("out of reach")
+        async with self._at_hand(key):
+            yield
+
+
+async def without_log(
+    place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch, tries: float
+) -> tuple[Run, Outage]:
+    """A run that only its snapshots, of operations 8 and 4, can bring back, and those are out of reach."""
+    monkeypatch.setattr("gateway.dispatch.training._RESTORE_AGAIN_S", 0.001)
+    monkeypatch.setattr("gateway.dispatch.training._LONGEST_PAUSE_S", 0.004)
+    run = await place.begin("alice")
+    await place.steps(run, 4)
+    await place.registered(run, 8, 4)
+    await prune_inputs(place.store, Pace())
+    outage = Outage(place, tries)
+    monkeypatch.setattr(place.lane._files, "at_hand", outage.at_hand)
+    place.leave_memory(run)
+    return run, outage
+
+
+async def test_an_outage_of_the_storage_is_waited_for_and_counts_as_nothing(
+    place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, outage = await without_log(place, monkeypatch, math.inf)
+    outcome = asyncio.create_task(place.next(run))
+    await until(lambda: outage.looks >= 20)  # two snapshots: ten tries, where three failures are the end
+    (waiting,) = await place.store.futures.of_run_from(run.run_id, 9)
+    standing = place.lane.standing(waiting)
+    assert standing.paused and "out of reach" in standing.reason
+    place.engine.damaged = {8: damage("weights"), 4: damage("moments")}
+    outage.tries = (
+        outage.looks + 1
+    )  # the newest for once more: the other one is damaged, and that decides nothing
+    await until(lambda: place.engine.restored[:1] == [4])
+    place.engine.damaged = {}
+    assert (await outcome).status is FutureStatus.DONE
+    assert not place.lane.standing(waiting).paused
+
+
+async def test_damage_counts_again_once_the_storage_is_back(
+    place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = await without_log(place, monkeypatch, 20)
+    place.engine.damaged = {8: damage("weights"), 4: damage("moments")}
+    failed = await place.next(run)
+    assert (failed.status, failed.error_category) == (FutureStatus.FAILED, "server")
+    assert place.engine.restored == 3 * [8, 4]
+
+
+async def test_an_outage_does_not_keep_a_run_that_has_its_whole_log(
+    place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await place.begin("alice")
+    await place.steps(run, 4)
+    await place.registered(run, 8, 4)
+    monkeypatch.setattr(place.lane._files, "at_hand", Outage(place, math.inf).at_hand)
+    place.leave_memory(run)
+    assert (await place.next(run)).status is FutureStatus.DONE
+    assert place.engine.replayed(run) == list(range(9))
 
 
 # ---------------------------------------------------------------------------- checked

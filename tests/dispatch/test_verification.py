@@ -32,6 +32,19 @@ def test_without_digests_numbers_agree_within_a_tolerance(before: float, now: fl
         assert found is None or (f"{kind} 7" in found and repr(before) in found and repr(now) in found)
 
 
+@pytest.mark.parametrize(("tokens", "same"), [(1000.0, True), (100.0, False)])
+def test_a_loss_whose_terms_cancel_out_may_differ_by_what_its_terms_may(tokens: float, same: bool) -> None:
+    """Advantages of both signs: the sum is near zero, the rounding that of its terms."""
+    recorded = replace(operation("a", 7, "forward_backward"), measure=0.001)
+    found = difference(recorded, Outcome(summary={"loss": -0.004, "tokens": tokens}))
+    assert (found is None) == same
+
+
+def test_tokens_excuse_no_other_digest() -> None:
+    recorded = replace(operation("a", 7, "forward_backward"), measure=0.001, result_digest=b"one")
+    assert difference(recorded, Outcome(summary={"loss": 0.001, "tokens": 1e6}, digest=b"two")) is not None
+
+
 def test_digests_must_be_equal_whatever_the_numbers() -> None:
     recorded = replace(operation("a", 7, "forward_backward"), measure=1.0, result_digest=b"one")
     assert difference(recorded, Outcome(summary={"loss": 1.0}, digest=b"one")) is None

@@ -141,19 +141,38 @@ async def test_strays_are_found_by_their_age(
 
 
 async def test_a_place_out_of_reach_is_told_and_leaves_nothing_behind(
-    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     gone = s3.replace("tandem-", "nobodys-")
     files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=gone))
     folder = written(tmp_path)
-    with pytest.raises(SnapshotsUnreachable, match="bucket"):
+    with pytest.raises(SnapshotsUnreachable) as raised:
         await files.keep(KEY)
     assert not folder.exists()
+    sentence, _, error_id = str(raised.value).rpartition(" ")
+    assert sentence == "the storage of snapshots cannot be reached; the log has more under"
+    assert f"error {error_id}: " in caplog.text and "bucket" in caplog.text
+
+
+async def test_credentials_of_the_url_are_not_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(url: str) -> None:
+        raise OSError(f"{url}: login of alice with hush!word refused")
+
+    monkeypatch.setattr(fsspec, "url_to_fs", refuse)
+    url = "ftp://alice:hush%21word@host/folder"
+    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=url))
+    with pytest.raises(SnapshotsUnreachable):
+        await files.older_than(0, DATABASE)
+    assert "ftp://***host/folder: login of alice with *** refused" in caplog.text
+    assert "hush" not in caplog.text
 
 
 def test_a_url_that_nothing_understands_is_refused_at_the_start() -> None:
-    with pytest.raises(ConfigurationError, match=r"snapshot_url is 'nonsense://x'.*nonsense"):
-        check_place(Settings(snapshot_url="nonsense://x"))
+    with pytest.raises(ConfigurationError, match="snapshot_url begins with 'nonsense'") as raised:
+        check_place(Settings(snapshot_url="nonsense://alice:hush@x"))
+    assert "hush" not in str(raised.value) and raised.value.__suppress_context__
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gateway.pacing import Pace
 from gateway.snapshot_duties import prune_inputs
 from gateway.store import Store
 from gateway.store.futures import Claim, Submission
@@ -127,7 +128,7 @@ async def test_a_damaged_one_does_not_count(store: Store) -> None:
     await register(store, run, 6, epoch)
     assert await kept(store, run) == [6, 4, 2]
     assert [each.damage for each in await store.snapshots.of_run(run.run_id)] == [None, "gone", None]
-    await prune_inputs(store)
+    await prune_inputs(store, Pace())
     assert await inputs(store, run, 12) == [0, *range(3, 13)]  # behind the one after operation 2
     await register(store, run, 8, epoch)
     assert await kept(store, run) == [8, 6]
@@ -147,17 +148,17 @@ async def test_inputs_are_pruned_behind_the_older_of_two(store: Store) -> None:
     run, other = await begin(store, steps=8), await begin(store, steps=8)
     epoch = await epoch_of(store)
     await register(store, run, 10, epoch)
-    assert await prune_inputs(store) == 0
+    assert await prune_inputs(store, Pace()) == 0
     assert await inputs(store, run, 16) == list(range(17))  # one alone may be damaged
     await register(store, run, 14, epoch)
-    assert await prune_inputs(store) == 10
+    assert await prune_inputs(store, Pace()) == 10
     assert await inputs(store, run, 16) == [0, *range(11, 17)]  # creation stays
     assert await inputs(store, other, 16) == list(range(17))
     found = await store.runs.get(run.run_id)
     assert found is not None and found.pruned_seq == 10
-    assert await prune_inputs(store) == 0
+    assert await prune_inputs(store, Pace()) == 0
     await register(store, run, 16, epoch)
-    assert await prune_inputs(store) == 4
+    assert await prune_inputs(store, Pace()) == 4
     assert await inputs(store, run, 16) == [0, 15, 16]
 
 
