@@ -19,13 +19,13 @@ from tests.faults.workload import KEY
 from tests.postgres import PostgresServer
 from tests.served import ServedGateway
 
-LEASE_S = 1.5
+LEASE_S = 3.0
 SILENCE_S = 2.0
 _IMPATIENT = {
     "lease_s": f"{LEASE_S}",
     "engine_silence_s": f"{SILENCE_S}",
     "snapshot_steps": "5",
-    "engine_owner_timeout_s": f"{LEASE_S}",
+    "engine_owner_timeout_s": f"{LEASE_S * 2 / 3}",
     # No growing pauses and no blame: here most deaths are the harness's doing, hundreds of them in a row.
     "engine_restart_delay_s": "0",
     "max_attempts": "1000",
