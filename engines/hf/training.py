@@ -76,10 +76,9 @@ class Share:
 
     def apply(self) -> None:
         """Add the gradient to the run's own."""
-        pending = self.run.pending
-        self.run.pending = (
-            self.gradient if pending is None or self.gradient is None else pending.add_(self.gradient)
-        )
+        if self.gradient is not None:
+            pending = self.run.pending
+            self.run.pending = self.gradient if pending is None else pending.add_(self.gradient)
 
 
 def forward(

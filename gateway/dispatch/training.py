@@ -286,12 +286,11 @@ class TrainingLane:
         for run_id in performed.lost_runs:
             self.residency.leave(run_id)
             self.snapshots.forget(run_id)
-        if performed.lost_runs and len(batch) > 1:
-            for future in futures:  # none of them is to blame for the others: each again, alone
-                self._queue.put_back(future, alone=True)
-            return
         answered: list[tuple[Future, messages.Outcome]] = []
         for future, answer in zip(futures, performed.outcomes, strict=True):
+            if future.run_id in performed.lost_runs and len(batch) > 1:
+                self._queue.put_back(future, alone=True)  # none is to blame for the others: each again, alone
+                continue
             if (size := performed.no_room.get(future.run_id or "")) is not None:
                 self._refused(future, size)
                 continue

@@ -222,6 +222,31 @@ async def test_a_call_for_several_runs_that_breaks_is_repeated_for_each_alone(pl
     assert sizes == [2, 1, 1]
 
 
+async def test_what_was_applied_beside_a_run_that_was_lost_is_not_sent_again(place: Place) -> None:
+    """An operation that an engine gets twice is refused the second time, though it took effect."""
+    lost, other = [await place.begin(owner) for owner in ("alice", "bob")]
+    for run in (lost, other):
+        await place.outcome(await place.submit(run, 1))
+
+    def script(call: Call) -> Performed | None:
+        if len(call[1]) == 1:
+            return None
+        answers = {lost.run_id: Outcome(Failure("server", "not in memory")), other.run_id: Outcome()}
+        return Performed(0, [answers[address.run_id] for address in call[1]], [lost.run_id])
+
+    place.engine.script = script
+    place.engine.pause_s = 0.02  # both steps wait by the time that the pass is done
+    holds = await place.submit(lost, 2)
+    steps = [await place.submit(lost, 3, "optim_step"), await place.submit(other, 2, "optim_step")]
+    for future in (holds, *steps):
+        assert (await place.outcome(future)).status is FutureStatus.DONE
+    calls = [
+        addresses for kind, addresses, replay in place.engine.calls if kind == "optim_step" and not replay
+    ]
+    assert [len(addresses) for addresses in calls] == [2, 1]
+    assert calls[1][0].run_id == lost.run_id
+
+
 async def test_a_dropped_run_is_freed_when_nothing_of_it_waits(place: Place) -> None:
     run = await place.begin("alice")
     await place.outcome(await place.submit(run, 1))
