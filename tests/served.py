@@ -167,6 +167,14 @@ class ServedGateway:
         return self._process.wait(30)
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or waits only for its parent to ask how it ended."""
+    try:
+        return "zombie" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from engines.interface import EngineConfig
 from engines.operations import LoraSpec
 from tests.gateway.conftest import KEY, begin_run, datum, outcome, send_pass, send_step
 from tests.served import FAKE_ENGINE, TINY_ENGINE, ServedGateway
+from tests.threads import beside
 
 # The SDK warns of its own deprecations, and leaves the connections of its background loops to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -46,11 +47,15 @@ def train(service: tinker.ServiceClient, model: str, seed: int, steps: int) -> l
 
 def train_all(gateway: ServedGateway, model: str, runs: int, steps: int, at_a_time: int) -> Trained:
     """The losses of each run, and the files of all adapters, in an order that their numbers decide."""
-    with (
-        tinker.ServiceClient(base_url=gateway.url, api_key=KEY) as service,
-        ThreadPoolExecutor(at_a_time) as pool,
-    ):
-        losses = list(pool.map(lambda seed: train(service, model, seed, steps), range(runs)))
+    places = threading.Semaphore(at_a_time)
+
+    def train_one(service: tinker.ServiceClient, seed: int) -> list[float]:
+        with places:
+            return train(service, model, seed, steps)
+
+    with tinker.ServiceClient(base_url=gateway.url, api_key=KEY) as service:
+        trained = [beside(train_one, service, seed) for seed in range(runs)]
+        losses = [each.result(600) for each in trained]
     files = gateway.data_dir.glob("storage/checkpoints/*/adapter_model.safetensors")
     adapters = sorted(path.read_bytes() for path in files)
     assert len(adapters) == runs

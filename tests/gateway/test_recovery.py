@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,8 @@ import tinker
 
 from tests.gateway.conftest import KEY, begin_run, datum, send_step
 from tests.postgres import PostgresServer
-from tests.served import ServedGateway
+from tests.served import ServedGateway, has_ended
+from tests.threads import beside
 
 # The SDK warns of its own deprecations, and leaves the connections of its background loops to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -69,7 +69,7 @@ def kill_engine(gateway: ServedGateway) -> None:
 
 def kill_gateway(gateway: ServedGateway) -> None:
     gateway.kill()
-    threading.Thread(target=gateway.start).start()
+    beside(gateway.start)
 
 
 def undisturbed(tmp_path: Path) -> tuple[list[float], bytes]:
@@ -110,11 +110,10 @@ def test_the_engine_ends_with_its_gateway(mortal: ServedGateway) -> None:
     mortal.start()
     [engine] = mortal.engine_pids()
     mortal.kill()
-    for _ in range(100):
-        if not Path(f"/proc/{engine}").exists() or "zombie" in Path(f"/proc/{engine}/status").read_text():
-            return
-        threading.Event().wait(0.1)
-    pytest.fail("the engine outlived its gateway by ten seconds")
+    deadline = time.monotonic() + 30
+    while not has_ended(engine):
+        assert time.monotonic() < deadline, "the engine outlived its gateway"
+        time.sleep(0.1)
 
 
 def test_a_stop_does_not_wait_for_long_polls(tmp_path: Path) -> None:

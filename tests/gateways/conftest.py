@@ -60,7 +60,7 @@ def state(gateway: ServedGateway) -> str:
 
 def wait_for_company(gateways: list[ServedGateway]) -> None:
     """Until each has said that it knows of the other."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not all("besides this one: 1" in gateway.log.read_text() for gateway in gateways):
         assert time.monotonic() < deadline, "the gateways do not find each other"
         time.sleep(0.05)

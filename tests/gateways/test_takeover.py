@@ -11,23 +11,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import pytest
 import tinker
 from sqlalchemy.engine import make_url
 
 from tests.gateway.conftest import datum
 from tests.gateways.balancer import Balancer, balanced
-from tests.gateways.conftest import KEY, LEASE_S, Pair, database, rows, state, wait_for_company
+from tests.gateways.conftest import KEY, Pair, database, rows, state, wait_for_company
 from tests.postgres import PostgresServer
-from tests.served import ServedGateway
+from tests.served import ServedGateway, has_ended
+from tests.threads import beside
 
 pytestmark = [
     pytest.mark.postgres,
     pytest.mark.slow,
+    pytest.mark.timeout(300),
     # The SDK warns of its own deprecations, and leaves connections of its background loops to the garbage collector.
     pytest.mark.filterwarnings(
         "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -35,6 +38,8 @@ pytestmark = [
 ]
 CLIENTS = 4
 STEPS = 40
+WITHIN_S = 120.0
+"""What takes longer than this has not happened; a machine that is busy with other things takes some of it."""
 PAUSE_S = 0.1
 """Between two steps of a client, so that what happens happens in the middle."""
 ADAM = tinker.AdamParams(learning_rate=0.01)
@@ -79,11 +84,10 @@ def live(url: str, seed: int, begun: threading.Barrier) -> Told:
 def lives(url: str, database_url: str, storage: Path, disaster: Callable[[], None]) -> list[Life]:
     """Those of all clients, while something happens in their middle."""
     begun = threading.Barrier(CLIENTS + 1)
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        futures = [pool.submit(live, url, seed, begun) for seed in range(CLIENTS)]
-        begun.wait(60)
-        disaster()
-        told = [future.result(240) for future in futures]
+    futures = [beside(live, url, seed, begun) for seed in range(CLIENTS)]
+    begun.wait(60)
+    disaster()
+    told = [future.result(WITHIN_S) for future in futures]
     folders = dict(rows(database_url, "select path, folder from checkpoints"))
     return [
         Life(
@@ -135,11 +139,18 @@ def balancer(mortal_pair: Pair) -> Iterator[Balancer]:
         yield balancer
 
 
-def until_taken_over(gateway: ServedGateway, within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while state(gateway) != "ready":
-        assert time.monotonic() < deadline, f"the engine is {state(gateway)}"
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        with suppress(httpx.TransportError):  # it does not answer yet, or not any more
+            if true():
+                return
+        assert time.monotonic() < deadline, f"not within {WITHIN_S} s: {what}"
         time.sleep(0.1)
+
+
+def until_taken_over(gateway: ServedGateway) -> None:
+    until(lambda: state(gateway) == "ready", "another gateway's engine is taken over")
 
 
 def test_the_holder_is_killed(mortal_pair: Pair, balancer: Balancer, expected: list[Life]) -> None:
@@ -148,7 +159,7 @@ def test_the_holder_is_killed(mortal_pair: Pair, balancer: Balancer, expected: l
     def kill() -> None:
         time.sleep(1)
         mortal_pair.holder.kill()
-        until_taken_over(mortal_pair.other, LEASE_S + 10)
+        until_taken_over(mortal_pair.other)
 
     assert lives(balancer.url, mortal_pair.url, mortal_pair.storage, kill) == expected
     require_each_once(mortal_pair.url)
@@ -191,14 +202,11 @@ def test_the_holder_stands_still_for_longer_than_its_lease_and_goes_on(
     def pause() -> None:
         time.sleep(1)
         holder.pause()
-        until_taken_over(other, LEASE_S + 10)
-        assert not Path(f"/proc/{engine}").exists() or "zombie" in Path(f"/proc/{engine}/status").read_text()
+        until_taken_over(other)
+        until(lambda: has_ended(engine), "the engine of a gateway that stands still ends")
         holder.go_on()
-        deadline = time.monotonic() + 10
-        while state(holder) != "ready at another gateway":
-            assert time.monotonic() < deadline, state(holder)
-            time.sleep(0.1)
-        assert holder.engine_pids() == []
+        until(lambda: state(holder) == "ready at another gateway", "the holder sees that its lease is gone")
+        until(lambda: holder.engine_pids() == [], "it has no engine any more")
 
     assert lives(balancer.url, mortal_pair.url, mortal_pair.storage, pause) == expected
     require_each_once(mortal_pair.url)
@@ -216,7 +224,7 @@ def test_holder_and_engine_stand_still_and_go_on_together(
         time.sleep(1)
         holder.pause()
         os.kill(engine, signal.SIGSTOP)
-        until_taken_over(other, LEASE_S + 10)
+        until_taken_over(other)
         os.kill(engine, signal.SIGCONT)
         holder.go_on()
 
@@ -233,10 +241,10 @@ def test_both_are_stopped_one_after_the_other_and_started_again(
     def roll() -> None:
         time.sleep(1)
         assert holder.stop() == 0
-        until_taken_over(other, 20)
+        until_taken_over(other)
         holder.start()
         assert other.stop() == 0
-        until_taken_over(holder, 20)
+        until_taken_over(holder)
         other.start()
 
     assert lives(balancer.url, mortal_pair.url, mortal_pair.storage, roll) == expected

@@ -41,6 +41,35 @@ def test_a_failure_is_shown_and_the_rest_still_runs(
     assert summary[2].startswith("types   passed")
 
 
+def test_failed_tests_have_one_more_chance_and_the_summary_says_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "CHECKS", {"tests": FAILS})
+    for again, code in ((PASSES, 0), (FAILS, 1)):
+        monkeypatch.setattr(check, "AGAIN", {"tests": again})
+        assert check.main([]) == code
+        summary = capfd.readouterr().out.partition("── summary")[2]
+        assert "(second attempt; first: line 3: not well)" in summary
+
+
+def test_the_second_chance_is_for_what_has_failed_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With the real pytest: one test passes, one fails at the first attempt; each is seen to run or not."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    (tmp_path / "test_two.py").write_text(
+        "from pathlib import Path\n"
+        "def test_well(): Path('well').open('a').write('.')\n"
+        "def test_weak():\n"
+        "    Path('weak').open('a').write('.')\n"
+        "    assert Path('weak').read_text() == '..'\n"
+    )
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    assert check.main(["tests"]) == 0
+    assert "1 passed" in capfd.readouterr().out.partition("── summary")[2]
+    assert [(tmp_path / name).read_text() for name in ("well", "weak")] == [".", ".."]
+
+
 def test_only_what_is_named_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(check, "CHECKS", {"lint": FAILS, "types": PASSES})
     assert check.main(["types"]) == 0
