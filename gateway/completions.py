@@ -153,7 +153,9 @@ class Completions:
         channel.news.clear()
         channel.waiting += 1
         try:
-            await asyncio.wait_for(channel.news.wait(), hold_s)
+            # Not wait_for, which before Python 3.12 loses a cancellation that comes with what it waits for.
+            async with asyncio.timeout(hold_s):
+                await channel.news.wait()
         except TimeoutError:
             return
         finally:

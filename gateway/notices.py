@@ -159,7 +159,8 @@ class Notices:
     async def _forever(self, due: asyncio.Event, every_s: float, what: Callable[[], Awaitable[None]]) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(due.wait(), every_s)
+                async with asyncio.timeout(every_s):  # wait_for loses cancellations before Python 3.12
+                    await due.wait()
             due.clear()
             try:
                 await what()

@@ -35,8 +35,9 @@ async def remove_needless(store: Store, files: SnapshotFiles, superseded_for: fl
 
 async def remove_strays(store: Store, files: SnapshotFiles) -> int:
     """Remove files that have been left behind; how many snapshots. Raises SnapshotsUnreachable."""
-    total = 0
-    written = await files.older_than(STRAY_S, await store.secrets.get("storage"))
+    database = await store.secrets.get("storage")
+    total = await files.put_away_older_than(STRAY_S, database)
+    written = await files.older_than(STRAY_S, database)
     for begin in range(0, len(written), _AT_A_TIME):
         some = written[begin : begin + _AT_A_TIME]
         known = await store.snapshots.known(some)

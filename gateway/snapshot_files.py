@@ -13,8 +13,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
@@ -28,6 +27,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_FETCHES = 2
+"""Snapshots that are brought at a time, for runs that wait to be restored."""
 _FOLDER = "snapshots"
 _DATABASE_DIGITS = 16
 
@@ -43,6 +44,12 @@ class SnapshotFiles:
     def __init__(self, settings: Settings) -> None:
         self._local = settings.storage_dir
         self._url = settings.snapshot_url.rstrip("/")
+        self.fetches = asyncio.Semaphore(_FETCHES)
+
+    @property
+    def distant(self) -> bool:
+        """Whether a snapshot has to be brought before an engine can read it."""
+        return bool(self._url)
 
     @staticmethod
     def new_key(database: bytes) -> str:
@@ -58,17 +65,15 @@ class SnapshotFiles:
             finally:
                 await asyncio.to_thread(shutil.rmtree, self._place(key), ignore_errors=True)
 
-    @asynccontextmanager
-    async def at_hand(self, key: str) -> AsyncIterator[None]:
-        """Within the context the files lie in the engines' storage folder, as far as they exist. Raises
-        SnapshotsUnreachable."""
-        try:
-            if self._url:
-                await self._try(lambda: self._download(key))
-            yield
-        finally:
-            if self._url:
-                await asyncio.to_thread(shutil.rmtree, self._place(key), ignore_errors=True)
+    async def bring(self, key: str) -> None:
+        """Have the files in the engines' storage folder, as far as they exist. Raises SnapshotsUnreachable."""
+        if self._url:
+            await self._try(lambda: self._download(key))
+
+    async def put_away(self, key: str) -> None:
+        """After `bring`: they are not needed there any more."""
+        if self._url:
+            await asyncio.to_thread(shutil.rmtree, self._place(key), ignore_errors=True)
 
     async def remove(self, key: str) -> None:
         """Remove a snapshot that is not registered; what cannot be removed now is found again later."""
@@ -76,6 +81,17 @@ class SnapshotFiles:
             await self._try(lambda: self._remove(key))
         except SnapshotsUnreachable as error:
             log.warning("snapshot %s is removed later: %s", key, error)
+
+    async def put_away_older_than(self, seconds: float, database: bytes) -> int:
+        """The same for what was brought, or was about to be moved, by a process that has died since; how many."""
+        if not self._url:
+            return 0
+        keys = await asyncio.to_thread(
+            _older_than, *self._own_disk(), time.time() - seconds, _below(database)
+        )
+        for key in keys:
+            await self.put_away(key)
+        return len(keys)
 
     async def older_than(self, seconds: float, database: bytes) -> list[str]:
         """Keys of everything that was written so long ago for a database. Raises SnapshotsUnreachable."""
@@ -97,14 +113,20 @@ class SnapshotFiles:
             files.put_file(str(path), f"{root}/{key}/{path.name}")
 
     def _download(self, key: str) -> None:
+        """Under another name first: a thread whose caller has gone on writes nothing where somebody reads."""
         files, root = self._remote()
         place = self._place(key)
         shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        coming = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
+        coming.mkdir(parents=True)
         files.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):  # the engine says which files are missing
             for path in files.ls(f"{root}/{key}", detail=False):
-                files.get_file(path, str(place / path.rpartition("/")[2]))
+                files.get_file(path, str(coming / path.rpartition("/")[2]))
+        try:
+            coming.rename(place)
+        except OSError:  # somebody else has brought the same meanwhile
+            shutil.rmtree(coming)
 
     def _remove(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -114,15 +136,11 @@ class SnapshotFiles:
             else:
                 shutil.rmtree(self._place(key))
 
+    def _own_disk(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        return fsspec.filesystem("file"), str(self._local.resolve())
+
     def _older_than(self, moment: float, below: str) -> list[str]:
-        """By the newest file of each, for a file system of objects has no folders."""
-        files, root = self._remote() if self._url else (fsspec.filesystem("file"), str(self._local.resolve()))
-        files.invalidate_cache()
-        found: dict[str, float] = {}
-        for path in files.find(f"{root}/{below}"):
-            key = f"{below}/{path.removeprefix(f'{root}/{below}/').partition('/')[0]}"
-            found[key] = max(found.get(key, 0.0), files.modified(path).timestamp())
-        return [key for key, written in found.items() if written < moment]
+        return _older_than(*(self._remote() if self._url else self._own_disk()), moment, below)
 
     async def _try(self, work: Callable[[], T]) -> T:
         try:
@@ -144,6 +162,16 @@ class SnapshotFiles:
         for secret in (user + at, password, unquote(password)):
             text = text.replace(secret, "***") if secret else text
         return text
+
+
+def _older_than(files: fsspec.AbstractFileSystem, root: str, moment: float, below: str) -> list[str]:
+    """Keys by the newest file of each, for a file system of objects has no folders."""
+    files.invalidate_cache()
+    found: dict[str, float] = {}
+    for path in files.find(f"{root}/{below}"):
+        key = f"{below}/{path.removeprefix(f'{root}/{below}/').partition('/')[0]}"
+        found[key] = max(found.get(key, 0.0), files.modified(path).timestamp())
+    return [key for key, written in found.items() if written < moment]
 
 
 def _below(database: bytes) -> str:

@@ -353,7 +353,9 @@ class Supervisor:
                 log.info("engine %s: another gateway has its lease", self.engine.name)
             await self._become(EngineState.WAITING)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._free.wait(), max(0.05, min(self._settings.lease_s / 3, left_s)))
+                # Not wait_for, which before Python 3.12 loses a cancellation that comes with what it waits for.
+                async with asyncio.timeout(max(0.05, min(self._settings.lease_s / 3, left_s))):
+                    await self._free.wait()
 
     async def _learn(self) -> float:
         """What the engine does and has told at the gateway that has it; seconds for which its lease still runs."""

@@ -7,6 +7,8 @@ missing (a folder that was not mounted, say) may be back.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -16,6 +18,7 @@ from engines.operations import CHANGES_STATE, OperationKind
 from gateway.dispatch.snapshots import Progress
 from gateway.dispatch.verification import ReplayCheck
 from gateway.engine_process import EngineProcess
+from gateway.errors import StoreUnavailable
 from gateway.snapshot_files import SnapshotFiles, SnapshotsUnreachable
 from gateway.store import Store
 from gateway.store.records import Future, Run, RunStatus, Snapshot
@@ -61,9 +64,24 @@ class Restoration:
         self._page: deque[tuple[Future, bytes | None]] = deque()
         self._applied = 0
         self._check = ReplayCheck(run_id)
+        self._fetching: asyncio.Task[None] | None = None
+        self._fetched: str | None = None
         self.progress = Progress()
         self.size: int | None = None
         self.seconds = 0.0
+
+    def fetch(self) -> asyncio.Task[None] | None:
+        """Bring the files of the snapshot that will be tried first, while other runs have the engine; None when they
+        need not be brought. Everything that may go wrong is met again by `step`."""
+        if not self._files.distant:
+            return None
+        self._fetching = asyncio.create_task(self._fetch())
+        return self._fetching
+
+    def cancel(self) -> None:
+        """Nobody wants the run in this engine any more."""
+        if self._fetching is not None:
+            self._fetching.cancel()
 
     async def step(self, engine: EngineProcess) -> bool:
         """Apply the next operations; whether the run is complete. Raises RestoreFailed, NoRoom and EngineLost, and
@@ -104,11 +122,9 @@ class Restoration:
         run = await self._store.runs.get(self._run_id)
         if run is None or run.status is RunStatus.FAILED:
             raise RestoreFailed("user", f"run {self._run_id} could not be created; create a new one")
-        found = await self._store.snapshots.of_run(self._run_id)
-        candidates = [snapshot for snapshot in found if snapshot.seq_id < self._before]
         problems = []
         outage: SnapshotsUnreachable | None = None
-        for snapshot in sorted(candidates, key=lambda each: each.damage is not None):  # else newest first
+        for snapshot in await self._candidates():
             try:
                 problem = await self._restore(engine, snapshot)
             except SnapshotsUnreachable as error:
@@ -123,6 +139,21 @@ class Restoration:
             raise outage
         self._require_whole_log(run, problems)
         return -1
+
+    async def _candidates(self) -> list[Snapshot]:
+        """Those known to be damaged last, else the newest first."""
+        found = await self._store.snapshots.of_run(self._run_id)
+        behind = [snapshot for snapshot in found if snapshot.seq_id < self._before]
+        return sorted(behind, key=lambda each: each.damage is not None)
+
+    async def _fetch(self) -> None:
+        begun = time.monotonic()
+        with contextlib.suppress(SnapshotsUnreachable, StoreUnavailable):
+            async with self._files.fetches:
+                for snapshot in (await self._candidates())[:1]:
+                    await self._files.bring(snapshot.folder)
+                    self._fetched = snapshot.folder
+        self.seconds += time.monotonic() - begun
 
     def _require_whole_log(self, run: Run, problems: list[str]) -> None:
         if run.pruned_seq:
@@ -141,8 +172,13 @@ class Restoration:
         create_run = await self._store.futures.input_at(snapshot.run_id, 0)
         if create_run is None:
             return "the input of its first operation is missing"
-        async with self._files.at_hand(snapshot.folder):
+        try:
+            if snapshot.folder != self._fetched:
+                await self._files.bring(snapshot.folder)
             performed = await engine.restore(address, snapshot.folder, snapshot.checksums, create_run)
+        finally:
+            self._fetched = None
+            await self._files.put_away(snapshot.folder)
         if performed.no_room:
             raise NoRoom(performed.no_room[snapshot.run_id])
         failure = performed.outcomes[0].failure

@@ -105,6 +105,8 @@ class TrainingLane:
         self._to_drop.clear()
         self._sealing.cancel()
         self.snapshots.reset()
+        for restoration in self._restorations.values():
+            restoration.cancel()
         self._restorations.clear()
         self._failed_restores.clear()
         self._outages.clear()
@@ -321,7 +323,11 @@ class TrainingLane:
                 left.add_done_callback(partial(self._returns, self._queue, future))
                 return
             await self._require_settled()
-            self._restorations[run_id] = Restoration(self._store, self._files, run_id, future.seq_id)
+            restoration = Restoration(self._store, self._files, run_id, future.seq_id)
+            self._restorations[run_id] = restoration
+            if (fetching := restoration.fetch()) is not None:
+                fetching.add_done_callback(partial(self._returns, self._queue, future))
+                return
         restoration = self._restorations[run_id]
         try:
             complete = await restoration.step(engine)

@@ -47,7 +47,10 @@ class Listener:
             self._connected()
             while not cut.is_set():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(cut.wait(), _PING_EVERY_S)
+                    async with asyncio.timeout(
+                        _PING_EVERY_S
+                    ):  # wait_for loses cancellations before Python 3.12
+                        await cut.wait()
                     break
                 await driver.execute("SELECT 1", timeout=_PING_WITHIN_S)
             await connection.invalidate()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from engines.messages import Failure, Outcome, Performed
 from gateway.pacing import Pace
 from gateway.snapshot_duties import prune_inputs
-from gateway.snapshot_files import SnapshotsUnreachable
+from gateway.snapshot_files import SnapshotFiles, SnapshotsUnreachable
 from gateway.store.records import FutureStatus, Run
 from tests.dispatch.snapshotting import SnapshotPlace, fed, until
 from tests.dispatch.test_training import Call
@@ -136,15 +135,11 @@ class Outage:
     def __init__(self, place: SnapshotPlace, tries: float) -> None:
         self.tries = tries
         self.looks = 0
-        self._at_hand = place.lane._files.at_hand
 
-    @contextlib.asynccontextmanager
-    async def at_hand(self, key: str) -> AsyncIterator[None]:
+    async def bring(self, key: str) -> None:
         self.looks += 1
         if self.looks <= self.tries:
             raise SnapshotsUnreachable("out of reach")
-        async with self._at_hand(key):
-            yield
 
 
 async def without_log(
@@ -158,7 +153,7 @@ async def without_log(
     await place.registered(run, 8, 4)
     await prune_inputs(place.store, Pace())
     outage = Outage(place, tries)
-    monkeypatch.setattr(place.lane._files, "at_hand", outage.at_hand)
+    monkeypatch.setattr(place.lane._files, "bring", outage.bring)
     place.leave_memory(run)
     return run, outage
 
@@ -198,10 +193,81 @@ async def test_an_outage_does_not_keep_a_run_that_has_its_whole_log(
     run = await place.begin("alice")
     await place.steps(run, 4)
     await place.registered(run, 8, 4)
-    monkeypatch.setattr(place.lane._files, "at_hand", Outage(place, math.inf).at_hand)
+    monkeypatch.setattr(place.lane._files, "bring", Outage(place, math.inf).bring)
     place.leave_memory(run)
     assert (await place.next(run)).status is FutureStatus.DONE
     assert place.engine.replayed(run) == list(range(9))
+
+
+class SlowStorage:
+    """Snapshots lie elsewhere, and come when they are let."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, place: SnapshotPlace) -> None:
+        self.brought: list[str] = []
+        self.put_away: list[str] = []
+        self.arrived = asyncio.Event()
+        monkeypatch.setattr(SnapshotFiles, "distant", True)
+        for name in ("bring", "put_away"):
+            monkeypatch.setattr(place.lane._files, name, getattr(self, f"_{name}"))
+
+    async def _bring(self, key: str) -> None:
+        self.brought.append(key)
+        await self.arrived.wait()
+
+    async def _put_away(self, key: str) -> None:
+        self.put_away.append(key)
+
+
+async def test_while_a_snapshot_is_brought_other_runs_go_on(
+    place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = await place.begin("alice"), await place.begin("bob")
+    await place.steps(run, 4)
+    await place.registered(run, 8, 4)
+    newest, _ = await place.store.snapshots.of_run(run.run_id)
+    storage = SlowStorage(monkeypatch, place)
+    place.leave_memory(run)
+    coming = asyncio.create_task(place.next(run))
+    await until(lambda: bool(storage.brought))
+    assert (await place.next(other)).status is FutureStatus.DONE
+    assert not coming.done() and place.engine.restored == []
+    storage.arrived.set()
+    assert (await coming).status is FutureStatus.DONE
+    assert place.engine.restored == [8]
+    assert storage.brought == storage.put_away == [newest.folder]
+
+
+async def test_a_snapshot_that_is_damaged_is_brought_once_and_then_the_one_before(
+    place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await place.begin("alice")
+    await place.steps(run, 4)
+    await place.registered(run, 8, 4)
+    folders = [each.folder for each in await place.store.snapshots.of_run(run.run_id)]
+    storage = SlowStorage(monkeypatch, place)
+    storage.arrived.set()
+    place.engine.damaged = {8: damage("weights")}
+    place.leave_memory(run)
+    assert (await place.next(run)).status is FutureStatus.DONE
+    assert storage.brought == storage.put_away == folders
+
+
+async def test_an_engine_that_is_lost_meanwhile_ends_the_bringing(
+    place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await place.begin("alice")
+    await place.steps(run, 4)
+    await place.registered(run, 8, 4)
+    storage = SlowStorage(monkeypatch, place)
+    place.leave_memory(run)
+    coming = asyncio.create_task(place.next(run))
+    await until(lambda: bool(storage.brought))
+    [restoration] = place.lane._restorations.values()
+    assert restoration._fetching is not None
+    place.lane.reset()
+    await asyncio.wait([restoration._fetching], timeout=5)
+    assert restoration._fetching.cancelled()
+    coming.cancel()
 
 
 # ---------------------------------------------------------------------------- checked

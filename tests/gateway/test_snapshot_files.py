@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -102,12 +103,13 @@ async def test_files_move_there_and_are_at_hand_when_they_are_needed(url: str, t
     assert not folder.exists()
     other = SnapshotFiles(Settings(data_dir=tmp_path / "other", snapshot_url=url + "/"))  # another machine
     place = tmp_path / "other" / "storage" / KEY
-    async with other.at_hand(KEY):
-        assert contents(place) == FILES
+    await other.bring(KEY)
+    assert contents(place) == FILES
+    await other.put_away(KEY)
     assert not place.exists()
     await files.remove(KEY)
-    async with other.at_hand(KEY):
-        assert contents(place) == {}  # the engine says what is missing
+    await other.bring(KEY)
+    assert contents(place) == {}  # the engine says what is missing
     await files.remove(KEY)  # once more is no error
 
 
@@ -117,8 +119,39 @@ async def test_a_missing_file_is_missing_and_nothing_else(url: str, tmp_path: Pa
     await files.keep(KEY)
     system, root = fsspec.url_to_fs(url)
     system.rm(f"{root}/{KEY}/optimizer.safetensors")
-    async with files.at_hand(KEY):
-        assert contents(folder) == {"adapter.safetensors": FILES["adapter.safetensors"]}
+    await files.bring(KEY)
+    assert contents(folder) == {"adapter.safetensors": FILES["adapter.safetensors"]}
+
+
+async def test_two_may_bring_the_same_at_once(url: str, tmp_path: Path) -> None:
+    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=url))
+    folder = written(tmp_path)
+    await files.keep(KEY)
+    await asyncio.gather(*(files.bring(KEY) for _ in range(4)))
+    assert contents(folder) == FILES
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+async def test_what_killed_processes_had_brought_or_not_moved_yet_is_removed_here_and_kept_there(
+    url: str, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=url))
+    key = files.new_key(await store.secrets.get("storage"))
+    written(tmp_path, key)
+    await files.keep(key)
+    await files.bring(key)
+    half_moved = written(tmp_path, files.new_key(await store.secrets.get("storage")))
+    assert await remove_strays(store, files) == 0
+    monkeypatch.setattr("gateway.snapshot_duties.STRAY_S", -60)
+    monkeypatch.setattr(files, "older_than", nothing_there)
+    assert await remove_strays(store, files) == 2
+    assert list(half_moved.parent.iterdir()) == []
+    await files.bring(key)
+    assert contents(tmp_path / "storage" / key) == FILES
+
+
+async def nothing_there(seconds: float, database: bytes) -> list[str]:
+    return []
 
 
 async def test_strays_are_found_by_their_age(
