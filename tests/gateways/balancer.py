@@ -45,7 +45,9 @@ class Balancer:
     async def _check(self, port: int) -> None:
         while True:
             try:
-                alive = await asyncio.wait_for(_answers(port), _ANSWERS_WITHIN_S)
+                # Not wait_for, which before Python 3.12 may lose the cancellation that ends this.
+                async with asyncio.timeout(_ANSWERS_WITHIN_S):
+                    alive = await _answers(port)
             except (OSError, TimeoutError):
                 alive = False
             if self._alive[port] and not alive:
@@ -102,12 +104,14 @@ def balanced(*ports: int) -> Iterator[Balancer]:
     """A running balancer."""
     balancer = Balancer(*ports)
     started, loop, stop = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
-    thread = threading.Thread(target=loop.run_until_complete, args=(balancer._run(started, stop),))
+    thread = threading.Thread(
+        target=loop.run_until_complete, args=(balancer._run(started, stop),), daemon=True
+    )
     thread.start()
     started.wait(10)
     try:
         yield balancer
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(30)
         loop.close()

@@ -15,8 +15,8 @@ from tests.postgres import PostgresServer
 from tests.served import ServedGateway
 
 KEY = "tml-test"
-LEASE_S = 3.0
-SETTINGS = {"lease_s": str(LEASE_S), "engine_owner_timeout_s": "2"}
+LEASE_S = 5.0
+SETTINGS = {"lease_s": str(LEASE_S), "engine_owner_timeout_s": "3"}
 pytestmark = pytest.mark.postgres
 
 

@@ -116,6 +116,12 @@ def require_each_once(database_url: str) -> None:
     assert rows(database_url, "select distinct step, next_seq from runs") == [(STEPS, 2 * STEPS + 2)]
 
 
+def epoch(pair: Pair) -> int:
+    """How many times the engine's lease has been taken."""
+    [(number,)] = rows(pair.url, "select epoch from leases")
+    return int(number)
+
+
 @pytest.fixture(scope="module")
 def expected(
     pg_server: PostgresServer, _pg_template: str, tmp_path_factory: pytest.TempPathFactory
@@ -163,7 +169,9 @@ def test_the_holder_is_killed(mortal_pair: Pair, balancer: Balancer, expected: l
 
     assert lives(balancer.url, mortal_pair.url, mortal_pair.storage, kill) == expected
     require_each_once(mortal_pair.url)
-    assert rows(mortal_pair.url, "select epoch from leases") == [(2,)]
+    assert (
+        epoch(mortal_pair) >= 2
+    )  # more, where a busy machine has kept the new holder from renewing its lease
 
 
 def test_the_holder_is_killed_with_all_clients_at_it(
@@ -189,7 +197,7 @@ def test_the_gateway_without_the_engine_is_killed_with_all_clients_at_it(
 
     assert lives(balancer.url, mortal_pair.url, mortal_pair.storage, kill) == expected
     require_each_once(mortal_pair.url)
-    assert rows(mortal_pair.url, "select epoch from leases") == [(1,)]
+    assert epoch(mortal_pair) == 1
 
 
 def test_the_holder_stands_still_for_longer_than_its_lease_and_goes_on(
@@ -205,12 +213,17 @@ def test_the_holder_stands_still_for_longer_than_its_lease_and_goes_on(
         until_taken_over(other)
         until(lambda: has_ended(engine), "the engine of a gateway that stands still ends")
         holder.go_on()
-        until(lambda: state(holder) == "ready at another gateway", "the holder sees that its lease is gone")
-        until(lambda: holder.engine_pids() == [], "it has no engine any more")
+        until(lambda: engine not in holder.engine_pids(), "the holder sees that its engine is gone")
+        until(
+            lambda: state(holder) == "ready at another gateway" or epoch(mortal_pair) > 2,
+            "the holder sees that its lease is gone",
+        )
 
     assert lives(balancer.url, mortal_pair.url, mortal_pair.storage, pause) == expected
     require_each_once(mortal_pair.url)
-    assert rows(mortal_pair.url, "select epoch from leases") == [(2,)]
+    assert (
+        epoch(mortal_pair) >= 2
+    )  # more, where a busy machine has kept the new holder from renewing its lease
 
 
 def test_holder_and_engine_stand_still_and_go_on_together(
