@@ -14,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ CLIENTS = 8
 PATIENCE_S = 120.0
 """A result that is later than this is missing."""
 _CLOSED_WITHIN_S = 10.0
+_SESSION_TRIES = 5
 _WINDOW = 5
 """Steps that a client has under way."""
 _DATA = 3
@@ -112,8 +114,7 @@ class _Follower:
 
     def run(self) -> None:
         course = self._course
-        made = self._service.create_lora_training_client(course.base_model, rank=4, seed=course.seed)
-        client = made.result(timeout=PATIENCE_S)
+        client = self._begin().result(timeout=PATIENCE_S)
         self._followed.run_id = client.model_id
         for step in range(course.steps):
             data = [_example(course, step, index) for index in range(_DATA)]
@@ -128,6 +129,16 @@ class _Follower:
             self._keep()
         self._followed.path = client.save_state("end").result(timeout=PATIENCE_S).path
         self._journal.note(course.client)
+
+    def _begin(self) -> Any:
+        """The run's creation. A session is asked for first, by a call that the SDK gives up after ten tries: with its
+        waits cut short that is too soon, so it is asked for again."""
+        course = self._course
+        begin = partial(self._service.create_lora_training_client, rank=4, seed=course.seed)
+        for _ in range(_SESSION_TRIES - 1):
+            with contextlib.suppress(tinker.APIConnectionError, tinker.InternalServerError):
+                return begin(course.base_model)
+        return begin(course.base_model)
 
     def _sample(self, client: tinker.TrainingClient, step: int) -> None:
         """Draw from the weights as they are after a step, while training goes on."""
