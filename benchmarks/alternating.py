@@ -40,13 +40,15 @@ class Turn:
 Round = Mapping[str, Turn]
 
 
-def alternate(sides: Mapping[str, Side], repeats: int, patience_s: float) -> list[Round]:
-    """A B A B …, after a first round that does not count.
+def alternate(
+    sides: Mapping[str, Side], repeats: int, patience_s: float, *, warm: bool = False
+) -> list[Round]:
+    """A B A B …, after a first round that does not count unless the sides are `warm` already.
 
     Gives as many undisturbed rounds as wanted, or, when `patience_s` is over, the least disturbed ones in their order.
     """
     own = {pid for side in sides.values() for pid in side.processes.values()}
-    for side in sides.values():
+    for side in () if warm else sides.values():
         side.work()
     rounds: list[Round] = []
     deadline = time.monotonic() + patience_s

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +25,8 @@ ADAM = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
 """Of both sides' optimizers."""
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 ALPHA = 32
+PAGE_SIZE = 32
+CONTINUOUS_LIMIT_S = 120.0
 
 
 class PlainProcess:
@@ -200,11 +205,12 @@ class Tenants:
 
 
 class Generating:
-    """The base model and its prompts."""
+    """The base model and its prompts, adapters on it, and Transformers' own continuous batching."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from transformers import GenerationConfig
 
+        self.settings = settings
         self.model = load(settings["folder"], settings["threads"]).eval()
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.model.generation_config = GenerationConfig(
@@ -212,24 +218,64 @@ class Generating:
         )
         size = vocabulary(Path(settings["folder"]))
         self.prompts = prompts(size, settings["prompts"], settings["shortest"], settings["longest"])
+        self.ways = {"one by one": self._one_by_one, "batch": self._batch, "continuous": self._continuous}
 
     def perform(self, order: dict[str, Any]) -> dict[str, Any]:
-        """All prompts, one by one or in one batch padded on the left: seconds, and the new tokens of each."""
+        """The prompts with the numbers in `which`, in one of three ways; on the adapter in a folder, if there is one.
+        Gives seconds and the new tokens of each."""
+        chosen = [self.prompts[number] for number in order["which"]]
+        adapter = order.get("adapter")
+        model = self.model if adapter is None else self._adapted(adapter)
         started = time.perf_counter()
-        packs = [self.prompts] if order["batched"] else [[prompt] for prompt in self.prompts]
-        tokens = [row for pack in packs for row in self._generate(pack)]
+        tokens = self.ways[order["way"]](model, chosen)
         return {"seconds": time.perf_counter() - started, "tokens": tokens}
 
-    def _generate(self, pack: list[list[int]]) -> list[list[int]]:
+    def _one_by_one(self, model: Any, chosen: list[list[int]]) -> list[list[int]]:
+        return [self._batch(model, [prompt])[0] for prompt in chosen]
+
+    def _batch(self, model: Any, chosen: list[list[int]]) -> list[list[int]]:
+        """All in one batch, padded on the left."""
         import torch
 
-        longest = max(len(prompt) for prompt in pack)
-        padded = [[0] * (longest - len(prompt)) + prompt for prompt in pack]
-        seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in pack]
+        longest = max(len(prompt) for prompt in chosen)
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in chosen]
+        seen = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in chosen]
         with torch.inference_mode():
-            out = self.model.generate(torch.tensor(padded), attention_mask=torch.tensor(seen))
+            out = model.generate(input_ids=torch.tensor(padded), attention_mask=torch.tensor(seen))
         new: list[list[int]] = out[:, longest:].tolist()
         return new
+
+    def _continuous(self, model: Any, chosen: list[list[int]]) -> list[list[int]]:
+        """`generate_batch`, with pages and passes of a size that suits a processor; its own choice is many times
+        slower. It works in a thread of its own: should that hang, the process ends."""
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        new = self.settings["new_tokens"]
+        pages = sum(math.ceil((len(prompt) + new) / PAGE_SIZE) + 1 for prompt in chosen)
+        paged = ContinuousBatchingConfig(page_size=PAGE_SIZE, num_blocks=pages, max_batch_tokens=256)
+        greedy = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=-1)
+        watch = threading.Timer(CONTINUOUS_LIMIT_S, os._exit, [1])
+        watch.daemon = True
+        watch.start()
+        out = model.generate_batch(
+            chosen,
+            generation_config=greedy,
+            continuous_batching_config=paged,
+            progress_bar=False,
+            warmup=False,
+        )
+        watch.cancel()
+        by_prompt = {tuple(found.prompt_ids): list(found.generated_tokens) for found in out.values()}
+        return [by_prompt[tuple(prompt)] for prompt in chosen]
+
+    def _adapted(self, folder: str) -> Any:
+        from peft import PeftModel
+
+        base = load(self.settings["folder"], self.settings["threads"]).eval()
+        base.generation_config = self.model.generation_config
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            return PeftModel.from_pretrained(base, folder).eval()
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ _LARGER_SHAPE: dict[str, Any] = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
+_SPREAD_OF_A, _SPREAD_OF_B = 0.05, 0.02
+"""Large enough that adapters continue a prompt differently."""
 Tokens = NDArray[np.int32]
 
 
@@ -77,6 +79,36 @@ def prompts(size: int, count: int, shortest: int, longest: int) -> list[list[int
     rng = np.random.default_rng(2)
     lengths = np.linspace(shortest, longest, count).round().astype(int)
     return [rng.integers(0, size, length).tolist() for length in rng.permutation(lengths)]
+
+
+def random_adapters(model: Path, root: Path, count: int, rank: int) -> list[Path]:
+    """Folders, made under `root`, of adapters in PEFT's format on all linear layers and the unembedding: A and B are
+    random."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from engines.adapters import peft_config, peft_key
+    from engines.operations import LoraSpec
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    layers = {name: part for name, part in empty.named_modules() if isinstance(part, torch.nn.Linear)}
+    folders = []
+    for seed in range(count):
+        drawn = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, layer in layers.items():
+            a = torch.randn((rank, layer.in_features), generator=drawn)
+            b = torch.randn((layer.out_features, rank), generator=drawn)
+            tensors[peft_key(name, "A")] = a * _SPREAD_OF_A
+            tensors[peft_key(name, "B")] = b * _SPREAD_OF_B
+        folder = root / f"{model.name}-adapter-{seed}"
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_bytes(peft_config(LoraSpec(rank, seed), "", layers))
+        folders.append(folder)
+    return folders
 
 
 def _make_random(folder: Path) -> None:

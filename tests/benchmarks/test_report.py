@@ -39,24 +39,21 @@ def training_results() -> dict[str, Any]:
 
 
 def sampling_results() -> dict[str, Any]:
-    compared = {
-        "tandem_to_one_by_one": [5.0, 4.0],
-        "tandem_to_batch": [0.5, 0.7],
-        "tandem_adapter_to_one_by_one": [3.0, 3.0],
-        "tandem_adapter_to_batch": [0.4, 0.4],
-    }
-    sides = {
-        name: side(rate) for name, rate in (("tandem", 50.0), ("tandem_adapter", 30.0), ("one_by_one", 10.0))
-    }
+    ours = {"http": 50.0, "http_adapters": 30.0, "engine": 60.0, "engine_adapters": 40.0}
+    theirs = {"one_by_one": 10.0, "batch": 100.0, "continuous": 25.0}
     model = {
-        **sides,
-        "batch": side(80.0),
-        "ratios": compared,
-        "ratio": 4.5,
+        **{name: side(rate) for name, rate in (ours | theirs).items()},
+        "ratios": {
+            f"{mine}_to_{other}": [0.9 * rate / slow, 1.1 * rate / slow]
+            for mine, rate in ours.items()
+            for other, slow in theirs.items()
+        },
+        "ratio": 5.0,
         "others": [0.0, 0.004],
-        "same_tokens": 0.9375,
+        "same_tokens": {"http": 1.0, "engine": 0.9375},
+        "curve": {"at_once": [1, 64], **{name: [rate, 8 * rate] for name, rate in ours.items()}},
     }
-    return {"machine": MACHINE, "threads": 2, "models": {"tandem/tiny": model}}
+    return {"machine": MACHINE, "threads": 2, "adapters": 4, "models": {"tandem/tiny": model}}
 
 
 @pytest.fixture
@@ -91,8 +88,11 @@ def test_renewing_twice_changes_nothing(folder: Path) -> None:
 def test_each_mark_gets_its_own_results(folder: Path) -> None:
     made = report.renewed(page("sampling") + page("training"), folder)
     first, second = made.split("<!-- end -->")[:2]
-    assert "| tandem/tiny | Tandem, base model | 50 | **4.50** (4.00–5.00) | **0.60** (0.50–0.70) |" in first
-    assert "At least 94% of the prompts" in first
+    ratios = "**5.00** (4.50–5.50) | **0.50** (0.45–0.55) | **2.00** (1.80–2.20)"
+    assert f"| tandem/tiny | through HTTP, base model | 50 | {ratios} |" in first
+    assert "| | `generate`, padded batch | 100 | | | |" in first
+    assert "| tandem/tiny | engine, 4 adapters mixed | 40 | 320 |" in first
+    assert "At least 94% of the compared prompts" in first
     assert "**0.90**" in second
 
 
@@ -108,6 +108,13 @@ def test_an_unknown_name_is_an_error(folder: Path) -> None:
 def test_charts_are_drawn_for_the_results_that_exist(folder: Path) -> None:
     (folder / "sampling.json").unlink()
     assert list(report.charts(folder)) == ["training.svg"]
+
+
+def test_the_chart_of_sampling_shows_speeds_as_shares_of_the_best(folder: Path) -> None:
+    drawn = report.charts(folder)["sampling.svg"]
+    assert "tiny, HTTP" in drawn and "tiny, adapters" in drawn
+    assert drawn.count("<circle") == 4
+    assert 'text-anchor="end">1</text>' in drawn and 'text-anchor="end">400</text>' not in drawn
 
 
 def test_the_page_shows_the_results_that_are_kept() -> None:

@@ -121,13 +121,22 @@ def test_paging(tmp_path: Path) -> None:
 def test_sampling(tmp_path: Path) -> None:
     run_short("sampling", tmp_path, "--models", TINY, "--threads", "1")
     results = results_of("sampling", tmp_path)
-    work = {"prompts": 3, "shortest": 4, "longest": 9, "new_tokens": 5}
+    work = {"prompts": 4, "shortest": 4, "longest": 9, "new_tokens": 5}
     assert {name: results["work"][name] for name in work} == work
     found = results["models"][TINY]
-    for side in ("tandem", "tandem_adapter", "one_by_one", "batch"):
+    ours, theirs = (
+        ("http", "http_adapters", "engine", "engine_adapters"),
+        ("one_by_one", "batch", "continuous"),
+    )
+    for side in ours + theirs:
         assert len(found[side]["tokens_per_second"]) == 2
         assert min(found[side]["tokens_per_second"]) > 0
-    assert found["same_tokens"] == 1.0
+    assert found["same_tokens"] == dict.fromkeys(
+        ("http", "engine", "http_adapters_peft", "engine_adapters_peft", "engine_adapters_alone"), 1.0
+    )
+    assert found["curve"]["at_once"] == [1, 3]
+    for side in ours:
+        assert len(found["curve"][side]) == 2 and min(found["curve"][side]) > 0
 
 
 def test_tenants(tmp_path: Path) -> None:
