@@ -13,6 +13,7 @@ import check
 from tests.project.source import ROOT
 
 PASSES = ["-c", "print('all is well')"]
+AGAIN = dict(check.AGAIN)
 FAILS = ["-c", "print('line 3: not well'); print(); raise SystemExit(4)"]
 
 
@@ -20,6 +21,7 @@ FAILS = ["-c", "print('line 3: not well'); print(); raise SystemExit(4)"]
 def _prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is installed; the checks are run by this interpreter."""
     monkeypatch.setattr(check, "_prepare", lambda: Path(sys.executable))
+    monkeypatch.setattr(check, "AGAIN", {})
 
 
 def test_all_passing_is_success(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +67,7 @@ def test_the_second_chance_is_for_what_has_failed_only(
         "    assert Path('weak').read_text() == '..'\n"
     )
     monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "AGAIN", {"tests": AGAIN["tests"]})
     assert check.main(["tests"]) == 0
     assert "1 passed" in capfd.readouterr().out.partition("── summary")[2]
     assert [(tmp_path / name).read_text() for name in ("well", "weak")] == [".", ".."]
