@@ -62,12 +62,21 @@ class PackedLayout:
         self.groups = group_equal(lengths)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        parts = [causal(group, query, key, value, scale) for group in self.groups]
+        # Split, not sliced: the gradient of a split is put together once, those of slices are summed at full length.
+        sizes = [group.stop - group.start for group in self.groups]
+        own = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+        parts = [_within(group, q, k, v, scale) for group, q, k, v in zip(self.groups, *own, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def causal(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """The group's part of the result, [1, repeats * length, heads, dim]."""
+    """The group's part of the result, [1, repeats * length, heads, dim], from the states of a whole pack."""
+    q, k, v = (tensor[:, :, group.start : group.stop] for tensor in (query, key, value))
+    return _within(group, q, k, v, scale)
+
+
+def _within(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """The same from the group's own states, [1, heads, repeats * length, dim]."""
     gqa = query.shape[1] != key.shape[1]
     q, k, v = (_unpack(tensor, group) for tensor in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
@@ -75,9 +84,8 @@ def causal(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float
 
 
 def _unpack(packed: Tensor, group: Group) -> Tensor:
-    """[1, heads, T, dim] to [repeats, heads, length, dim] without copying."""
-    part = packed[0, :, group.start : group.stop]
-    return part.view(part.shape[0], group.repeats, group.length, -1).transpose(0, 1)
+    """[1, heads, repeats * length, dim] to [repeats, heads, length, dim] without copying."""
+    return packed[0].view(packed.shape[1], group.repeats, group.length, -1).transpose(0, 1)
 
 
 def _attention(

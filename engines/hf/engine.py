@@ -186,12 +186,13 @@ class HfEngine(Engine):
             torch.cuda.empty_cache()
 
     def optim_step(self, items: Sequence[RunOperation[OptimStep]]) -> list[OptimStepResult | UserError]:
-        return [_attempt(self._optim_step, item) for item in items]
-
-    def _optim_step(self, item: RunOperation[OptimStep]) -> OptimStepResult:
         self.base.threads.share_all()
-        norm = optim_step(self._run(item.run_id), item.operation)
-        return OptimStepResult(metrics={"unclipped_grad_l2:mean": norm})
+        known = [(self.runs[item.run_id], item.operation) for item in items if item.run_id in self.runs]
+        with translated():
+            norms = iter(optim_step(known))
+        return [
+            _stepped(next(norms)) if item.run_id in self.runs else _unknown(item.run_id) for item in items
+        ]
 
     def save_weights(self, items: Sequence[RunOperation[SaveWeights]]) -> list[SaveWeightsResult | UserError]:
         return [_attempt(self._save_weights, item) for item in items]
@@ -286,6 +287,10 @@ def _describe(config: EngineConfig, options: HfOptions, base: BaseModel, run_mem
         layers={site.name: (site.in_features, site.out_features) for site in base.sites},
         run_memory_bytes=run_memory,
     )
+
+
+def _stepped(norm: float | UserError) -> OptimStepResult | UserError:
+    return norm if isinstance(norm, UserError) else OptimStepResult({"unclipped_grad_l2:mean": norm})
 
 
 def _unknown(run_id: str) -> UserError:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engines.hf.lora import Segment, add_product
+from engines.hf.lora import ANCHOR, Piece, Segment, add_deltas, add_gradients, add_product, pieces_at
 
 KEPT_LOGITS = 2**26
 """Logits (float32) that may stay in memory between forward and backward: 256 MiB."""
@@ -40,11 +40,7 @@ class Unembedding:
     def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Logits float32 [T, V] of `hidden` [T, H]. For few rows; see `chunks` for many."""
         logits = project(hidden, self.weight, self.bias)
-        for adapter, start, stop in segments:
-            factors = adapter.factors[self.site]
-            if factors is not None:
-                inner = F.linear(hidden[start:stop].float(), factors.a)
-                add_product(logits[start:stop], inner, factors.b.t(), adapter.scale)
+        add_deltas(logits, hidden, pieces_at(segments, self.site))
         return logits
 
     def chunks(self, hidden: Tensor, segments: Sequence[Segment]) -> Iterator[tuple[int, Tensor]]:
@@ -53,38 +49,57 @@ class Unembedding:
         for start in range(0, hidden.shape[0], step):
             stop = min(start + step, hidden.shape[0])
             inside = [
-                Segment(adapter, max(first, start) - start, min(last, stop) - start)
-                for adapter, first, last in segments
-                if first < stop and last > start
+                segment._replace(
+                    start=max(segment.start, start) - start, stop=min(segment.stop, stop) - start
+                )
+                for segment in segments
+                if segment.start < stop and segment.stop > start
             ]
             yield start, self.logits(hidden[start:stop], inside)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Log-probs float32 [T, K] of `targets` int64 [T, K] given `hidden` [T, H].
 
-        Differentiable with respect to `hidden` and the factors of the segments' adapters.
+        Differentiable with respect to `hidden`; a backward pass adds to the segments' gradients.
         """
-        spans, factors = _spans(segments, self.site, hidden.shape[0], rows_per_chunk(self.vocabulary))
+        chunks = _chunks(pieces_at(segments, self.site), hidden.shape[0], self.vocabulary)
         if torch.is_grad_enabled():
             apply: Callable[..., Tensor] = _Logprobs.apply
-            return apply(hidden, targets, self.weight, self.bias, spans, *factors)
+            return apply(hidden, ANCHOR, targets, self.weight, self.bias, chunks)
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        for span in spans:
-            rows = slice(span.start, span.stop)
-            logits = _span_logits(span, hidden[rows], self.weight, self.bias, factors)
-            own = logits.gather(1, targets[rows])
+        for chunk in chunks:
+            logits, _ = _chunk_logits(chunk, hidden[chunk.rows], self.weight, self.bias)
+            own = logits.gather(1, targets[chunk.rows])
             peak, total = exponentials_(logits)
-            out[rows] = own.sub_(peak).sub_(total.log_())
+            out[chunk.rows] = own.sub_(peak).sub_(total.log_())
         return out
 
 
-class _Span(NamedTuple):
-    """Rows [start, stop) of one chunk, all of one adapter: A and B are factors `place` and `place + 1`, -1 is none."""
+class _Chunk(NamedTuple):
+    """Rows [start, stop) and the pieces among them, whose own rows are counted from the first of these."""
 
     start: int
     stop: int
-    place: int
-    scale: float
+    pieces: list[Piece]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+def _chunks(pieces: Sequence[Piece], rows: int, vocabulary: int) -> list[_Chunk]:
+    """All rows, in chunks: of all adapters' rows, for a small run's own are too few to use a processor well."""
+    step = rows_per_chunk(vocabulary)
+    chunks = []
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        inside = [
+            piece._replace(start=max(piece.start, start) - start, stop=min(piece.stop, stop) - start)
+            for piece in pieces
+            if piece.start < stop and piece.stop > start
+        ]
+        chunks.append(_Chunk(start, stop, inside))
+    return chunks
 
 
 def rows_per_chunk(vocabulary: int) -> int:
@@ -121,34 +136,12 @@ def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     return peak, logits.sub_(peak).exp_().sum(1, keepdim=True)
 
 
-def _spans(segments: Sequence[Segment], site: int, rows: int, step: int) -> tuple[list[_Span], list[Tensor]]:
-    """Cover all rows: each segment, and the gaps between segments, in chunks of at most `step` rows."""
-    spans: list[_Span] = []
-    factors: list[Tensor] = []
-    done = 0
-    for adapter, start, stop in [*segments, (None, rows, rows)]:
-        pair = None if adapter is None else adapter.factors[site]
-        spans += _cut(done, start, step, -1, 0.0)
-        place, scale = (-1, 0.0) if pair is None or adapter is None else (len(factors), adapter.scale)
-        spans += _cut(start, stop, step, place, scale)
-        factors += pair or ()
-        done = stop
-    return spans, factors
-
-
-def _cut(start: int, stop: int, step: int, place: int, scale: float) -> list[_Span]:
-    return [_Span(first, min(first + step, stop), place, scale) for first in range(start, stop, step)]
-
-
-def _span_logits(
-    span: _Span, hidden: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
-) -> Tensor:
-    """Logits float32 of one span."""
+def _chunk_logits(
+    chunk: _Chunk, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits float32 of one chunk, and `hidden @ A.T` of its pieces."""
     logits = project(hidden, weight, bias)
-    if span.place >= 0:
-        a, b = factors[span.place : span.place + 2]
-        add_product(logits, F.linear(hidden.float(), a), b.t(), span.scale)
-    return logits
+    return logits, add_deltas(logits, hidden, chunk.pieces)
 
 
 class _Logprobs(torch.autograd.Function):
@@ -161,67 +154,55 @@ class _Logprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
+        anchor: Tensor,
         targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        spans: list[_Span],
-        *factors: Tensor,
+        chunks: list[_Chunk],
     ) -> Tensor:
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         norm = torch.empty((hidden.shape[0], 1), dtype=torch.float32, device=hidden.device)
         keep = hidden.shape[0] * weight.shape[0] <= KEPT_LOGITS
         ctx.kept = []
-        for span in spans:
-            rows = slice(span.start, span.stop)
-            logits = _span_logits(span, hidden[rows], weight, bias, factors)
-            own = logits.gather(1, targets[rows])
+        for chunk in chunks:
+            logits, inner = _chunk_logits(chunk, hidden[chunk.rows], weight, bias)
+            own = logits.gather(1, targets[chunk.rows])
             peak, total = exponentials_(logits)
-            norm[rows] = total.log() + peak
-            out[rows] = own.sub_(peak).sub_(total.log())  # as without gradient, to the last bit
+            norm[chunk.rows] = total.log() + peak
+            out[chunk.rows] = own.sub_(peak).sub_(total.log())  # as without gradient, to the last bit
             if keep:
-                ctx.kept.append((logits, total))
-        ctx.spans = spans
-        ctx.save_for_backward(hidden, targets, norm, weight, bias, *factors)
+                ctx.kept.append((logits, total, inner))
+        ctx.chunks = chunks
+        ctx.save_for_backward(hidden, targets, norm, weight, bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets, norm, weight, bias, *factors = ctx.saved_tensors
+        hidden, targets, norm, weight, bias = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grads = [torch.zeros_like(factor) for factor in factors]
-        kept = iter(ctx.kept or [None] * len(ctx.spans))
-        for span, held in zip(ctx.spans, kept, strict=True):
-            rows = slice(span.start, span.stop)
+        kept = iter(ctx.kept or [None] * len(ctx.chunks))
+        for chunk, held in zip(ctx.chunks, kept, strict=True):
+            rows = chunk.rows
             share = -grad[rows].sum(1, keepdim=True)
             if held is None:
-                logits = _span_logits(span, hidden[rows], weight, bias, factors)
+                logits, inner = _chunk_logits(chunk, hidden[rows], weight, bias)
                 grad_logits = logits.sub_(norm[rows]).exp_().mul_(share)
             else:
-                exponentials, total = held
+                exponentials, total, inner = held
                 grad_logits = exponentials.mul_(share / total)
             grad_logits.scatter_add_(1, targets[rows], grad[rows])
             torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
-            if span.place >= 0:
-                pair = slice(span.place, span.place + 2)
-                _adapter_grads(span, grad_logits, hidden[rows], factors[pair], grads[pair], grad_hidden[rows])
+            _add_adapters(chunk, grad_logits, hidden[rows], inner, grad_hidden[rows])
         ctx.kept = None
-        return (grad_hidden, None, None, None, None, *grads)
+        return (grad_hidden, None, None, None, None, None)
 
 
-def _adapter_grads(
-    span: _Span,
-    grad_logits: Tensor,
-    hidden: Tensor,
-    factors: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    grad_hidden: Tensor,
+def _add_adapters(
+    chunk: _Chunk, grad_logits: Tensor, hidden: Tensor, inner: Sequence[Tensor], grad_hidden: Tensor
 ) -> None:
-    """Add one span's share to the gradients of A and B and to that of the hidden states."""
-    a, b = factors
-    grad_a, grad_b = grads
-    rows = hidden.float()
-    grad_inner = (grad_logits @ b).mul_(span.scale)
-    grad_b.addmm_(grad_logits.t(), F.linear(rows, a), alpha=span.scale)
-    grad_a.addmm_(grad_inner.t(), rows)
-    add_product(grad_hidden, grad_inner, a, 1.0)
+    """Add what one chunk contributes to its adapters' gradients, and what these do to that of the hidden states."""
+    for piece, reduced in zip(chunk.pieces, inner, strict=True):
+        own = slice(piece.start, piece.stop)
+        grad_inner = add_gradients(grad_logits[own], hidden[own].float(), reduced, piece)
+        add_product(grad_hidden[own], grad_inner, piece.factors.a, piece.scale)

@@ -1,8 +1,8 @@
 """Low-rank adapters: where they attach, how one is held in memory, and the linear layer that applies many of them.
 
-A pass is a batch of rows (tokens) in which each adapter owns one contiguous segment; the rows of no segment get the
-base model alone. Training passes have one segment, as each holds data of one run; a decoding batch has one for each
-adapter in it.
+A pass is a batch of rows (tokens) in which each adapter owns contiguous segments; the rows of no segment get the base
+model alone. Gradients of adapters are no business of autograd's: the backward pass adds each segment's share to a
+`Gradient`, in place. A graph with a leaf for each factor of each run would cost more than small adapters' arithmetic.
 """
 
 from __future__ import annotations
@@ -59,13 +59,17 @@ class Adapter:
                 factors.a.copy_(torch.from_numpy(start))
         return adapter
 
-    def leaves(self) -> list[Tensor]:
-        """A and B of each site it attaches to, in the order of `values`, ready to have gradients computed."""
-        return [factor.requires_grad_(True) for pair in self.factors if pair is not None for factor in pair]
-
     def copy(self) -> Adapter:
         """The same numbers in memory of their own."""
-        return Adapter(self.sites, self.spec, self.values.detach().clone())
+        return Adapter(self.sites, self.spec, self.values.clone())
+
+
+class Gradient:
+    """A sum of gradients by the values of an adapter, laid out like these; zero at first."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.values = torch.zeros_like(adapter.values)
+        self.factors = views(adapter.sites, adapter.spec, self.values)
 
 
 def size(sites: Sequence[Site], spec: LoraSpec) -> int:
@@ -92,19 +96,26 @@ def views(sites: Sequence[Site], spec: LoraSpec, values: Tensor) -> list[Factors
 
 
 class Segment(NamedTuple):
-    """Rows [start, stop) of a pass belong to `adapter`."""
+    """Rows [start, stop) of a pass belong to `adapter`. A backward pass adds what they contribute to `gradient`."""
 
     adapter: Adapter
     start: int
     stop: int
+    gradient: Gradient | None = None
 
 
 class Piece(NamedTuple):
-    """A segment seen from one site: its rows and the scale of the adapter. Its factors travel beside it."""
+    """A segment seen from one site: its rows, the adapter's scale and factors there, and those of its gradient."""
 
     start: int
     stop: int
     scale: float
+    factors: Factors
+    gradient: Factors | None
+
+
+ANCHOR = torch.zeros((), requires_grad=True)
+"""What all adapted layers depend on. A backward pass towards it visits each of them; it gets no gradient itself."""
 
 
 class Routing:
@@ -122,21 +133,20 @@ class Routing:
         finally:
             self.segments = ()
 
-    def at(self, site: int) -> tuple[list[Piece], list[Tensor]]:
-        """The pieces at a site, and A and B of each in turn."""
+    def at(self, site: int) -> list[Piece]:
+        """The pieces at a site."""
         return pieces_at(self.segments, site)
 
 
-def pieces_at(segments: Sequence[Segment], site: int) -> tuple[list[Piece], list[Tensor]]:
-    """Those segments whose adapter attaches to the site: the pieces, and A and B of each in turn."""
+def pieces_at(segments: Sequence[Segment], site: int) -> list[Piece]:
+    """Those segments whose adapter attaches to the site."""
     pieces: list[Piece] = []
-    tensors: list[Tensor] = []
-    for adapter, start, stop in segments:
+    for adapter, start, stop, gradient in segments:
         factors = adapter.factors[site]
         if factors is not None:
-            pieces.append(Piece(start, stop, adapter.scale))
-            tensors += factors
-    return pieces, tensors
+            own = None if gradient is None else gradient.factors[site]
+            pieces.append(Piece(start, stop, adapter.scale, factors, own))
+    return pieces
 
 
 class LoraLinear(nn.Module):
@@ -150,30 +160,43 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; rows are counted over the leading axes."""
-        pieces, factors = self.routing.at(self.site)
+        pieces = self.routing.at(self.site)
         if not pieces:
             return F.linear(x, self.base.weight, self.base.bias)
         rows = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():
             apply: Callable[..., Tensor] = _AdaptedLinear.apply
-            out = apply(rows, self.base.weight, self.base.bias, pieces, *factors)
+            out = apply(rows, ANCHOR, self.base.weight, self.base.bias, pieces)
         else:
             out = F.linear(rows, self.base.weight, self.base.bias)
-            add_deltas(out, rows, pieces, factors)
+            add_deltas(out, rows, pieces)
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def add_deltas(out: Tensor, rows: Tensor, pieces: Sequence[Piece], factors: Sequence[Tensor]) -> list[Tensor]:
+def add_deltas(out: Tensor, rows: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
     """Add `scale * rows @ A.T @ B.T` to each piece of `out` in place, computed in float32.
 
     Returns `rows @ A.T` of each piece, which the gradient of B needs.
     """
     inner = []
-    for piece, a, b in zip(pieces, factors[::2], factors[1::2], strict=True):
-        hidden = F.linear(rows[piece.start : piece.stop].float(), a)
-        add_product(out[piece.start : piece.stop], hidden, b.t(), piece.scale)
+    for start, stop, scale, (a, b), _ in pieces:
+        hidden = F.linear(rows[start:stop].float(), a)
+        add_product(out[start:stop], hidden, b.t(), scale)
         inner.append(hidden)
     return inner
+
+
+def add_gradients(grad: Tensor, rows: Tensor, inner: Tensor, piece: Piece) -> Tensor:
+    """Add one piece's share to the gradients of its factors, given that of its output (float32), its rows and
+    `rows @ A.T`. Returns the gradient by `rows @ A.T`, but for the factor `scale`.
+
+    d out / d A = scale * (grad @ B).T @ rows, d out / d B = scale * grad.T @ (rows @ A.T)
+    """
+    grad_inner = grad @ piece.factors.b
+    if piece.gradient is not None:
+        piece.gradient.a.addmm_(grad_inner.t(), rows, alpha=piece.scale)
+        piece.gradient.b.addmm_(grad.t(), inner, alpha=piece.scale)
+    return grad_inner
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
@@ -189,29 +212,22 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[Piece], *factors: Tensor
+        ctx: Any, rows: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[Piece]
     ) -> Tensor:
         out = F.linear(rows, weight, bias)
-        inner = add_deltas(out, rows, pieces, factors)
+        inner = add_deltas(out, rows, pieces)
         ctx.pieces = pieces
-        ctx.save_for_backward(rows, weight, *factors, *inner)
+        ctx.save_for_backward(rows, weight, *inner)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, *rest = ctx.saved_tensors
-        count = 2 * len(ctx.pieces)
-        factors, inner = rest[:count], rest[count:]
+        rows, weight, *inner = ctx.saved_tensors
         grad_rows = grad @ weight if ctx.needs_input_grad[0] else None
-        grads: list[Tensor] = []
-        for piece, a, b, hidden in zip(ctx.pieces, factors[::2], factors[1::2], inner, strict=True):
-            part = grad[piece.start : piece.stop].float()
-            grad_hidden = (part @ b).mul_(piece.scale)
-            grads += (
-                grad_hidden.t() @ rows[piece.start : piece.stop].float(),
-                part.t() @ (hidden * piece.scale),
-            )
+        for piece, hidden in zip(ctx.pieces, inner, strict=True):
+            own = slice(piece.start, piece.stop)
+            grad_inner = add_gradients(grad[own].float(), rows[own].float(), hidden, piece)
             if grad_rows is not None:
-                add_product(grad_rows[piece.start : piece.stop], grad_hidden, a, 1.0)
-        return (grad_rows, None, None, None, *grads)
+                add_product(grad_rows[own], grad_inner, piece.factors.a, piece.scale)
+        return (grad_rows, None, None, None, None)

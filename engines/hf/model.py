@@ -19,6 +19,7 @@ from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS, part_of
 from engines.hf.attention import ATTENTION, Layout, ProbeLayout, Unsupported
 from engines.hf.logprobs import Unembedding
 from engines.hf.lora import LoraLinear, Routing, Segment, Site
+from engines.hf.norms import replace_norms
 from engines.hf.options import HfOptions, cpu_threads
 from engines.hf.threads import Threads
 from engines.interface import EngineConfig, LoadError
@@ -106,6 +107,7 @@ def load_base_model(config: EngineConfig, options: HfOptions) -> BaseModel:
     device = _device(options.device)
     module = _read_weights(config.model, _dtype(options.dtype, device)).to(device)
     module.requires_grad_(False).eval()
+    replace_norms(module)
     base = BaseModel(module, device, _max_context(module, options), threads)
     _probe(base, config.model)
     return base

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.hf.collating import Batch, Operation, Piece, collate, width_of
-from engines.hf.lora import Adapter, Segment
+from engines.hf.lora import ANCHOR, Adapter, Gradient, Segment
 from engines.hf.losses import Judge, judge_of
 from engines.hf.model import BaseModel
-from engines.hf.optimizer import AdamW
+from engines.hf.optimizer import AdamW, Step, take
 from engines.interface import UserError
 from engines.operations import Forward, ForwardBackward, ForwardResult, OptimStep
 from engines.tensors import Tensor as Bytes
@@ -30,11 +30,21 @@ VECTORS = 4
 
 @dataclass
 class Run:
-    """A fine-tuning in progress. `pending` is the gradient since the last step, float32 like `adapter.values`."""
+    """A fine-tuning in progress. `pending` is the gradient since the last step; `spare` is memory for
+    the next one, kept while there is no pending one."""
 
     adapter: Adapter
     optimizer: AdamW
-    pending: Tensor | None = None
+    pending: Gradient | None = None
+    spare: Gradient | None = None
+
+    def new_gradient(self) -> Gradient:
+        """One that is zero; it is the caller's until it is `pending` or given back as `spare`."""
+        gradient, self.spare = self.spare, None
+        if gradient is None:
+            return Gradient(self.adapter)
+        gradient.values.zero_()
+        return gradient
 
 
 class Rows(NamedTuple):
@@ -53,7 +63,7 @@ class Share:
         self.judge: Judge | None = None
         self.loss = torch.zeros((), dtype=torch.float64, device=run.adapter.values.device)
         self.rows: list[Rows] = []
-        self.gradient: Tensor | None = None
+        self.gradient: Gradient | None = None
         self.refusal: UserError | None = None
 
     def judged(self, logprobs: Tensor, piece: Piece, *, with_slope: bool) -> Tensor:
@@ -70,15 +80,24 @@ class Share:
         self.loss += judged.loss
         return torch.zeros_like(logprobs) if judged.slope is None else judged.slope
 
-    def add(self, gradient: Tensor) -> None:
-        """Take the gradient of one pass."""
-        self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
+    def segment(self, rows: slice, *, with_gradient: bool) -> Segment:
+        """Rows of a pass that belong to the operation's run."""
+        if with_gradient and self.gradient is None:
+            self.gradient = self.run.new_gradient()
+        return Segment(self.run.adapter, rows.start, rows.stop, self.gradient)
 
     def apply(self) -> None:
         """Add the gradient to the run's own."""
-        if self.gradient is not None:
-            pending = self.run.pending
-            self.run.pending = self.gradient if pending is None else pending.add_(self.gradient)
+        run = self.run
+        if run.pending is None:
+            run.pending = self.gradient
+        elif self.gradient is not None:
+            run.pending.values.add_(self.gradient.values)
+
+    def discard(self) -> None:
+        """The operation has no effect."""
+        if self.run.pending is None:
+            self.run.spare = self.gradient
 
 
 def forward(
@@ -92,7 +111,8 @@ def forward(
     passes: list[Tensor] = []
     with torch.no_grad():
         for batch in collate(base, [operation for _, operation in items], pass_tokens, together=together):
-            logprobs = _logprobs(base, shares, batch)
+            segments = _segments(shares, batch, with_gradient=False)
+            logprobs = _logprobs(base, batch, segments)
             _judge(shares, batch, logprobs, len(passes), with_slope=False)
             passes.append(logprobs)
     return _split(shares, passes)
@@ -103,39 +123,49 @@ def forward_backward(
 ) -> list[ForwardResult | UserError]:
     """The same, and each gradient is added to its run's. UserError, without effect, where anything is not finite."""
     shares = [Share(run, operation) for run, operation in items]
-    leaves = [run.adapter.leaves() for run, _ in items]
     passes: list[Tensor] = []
     for batch in collate(base, [operation for _, operation in items], pass_tokens, together=together):
-        logprobs = _logprobs(base, shares, batch)
+        segments = _segments(shares, batch, with_gradient=True)
+        logprobs = _logprobs(base, batch, segments)
         slope = _judge(shares, batch, logprobs.detach(), len(passes), with_slope=True)
-        _differentiate(shares, leaves, batch, logprobs, slope)
+        torch.autograd.grad(logprobs, ANCHOR, slope, allow_unused=True)  # adds to the segments' gradients
         passes.append(logprobs.detach())
     outcomes = _split(shares, passes)
     for share, outcome in zip(shares, outcomes, strict=True):
-        if not isinstance(outcome, UserError):
+        if isinstance(outcome, UserError):
+            share.discard()
+        else:
             share.apply()
     return outcomes
 
 
-def optim_step(run: Run, settings: OptimStep) -> float:
-    """One optimizer step with the pending gradient, which is used up; gives its norm before clipping.
+def optim_step(items: Sequence[tuple[Run, OptimStep]]) -> list[float | UserError]:
+    """One optimizer step of each run with its pending gradient, which is used up; gives its norm before clipping.
 
-    Without a pending gradient nothing changes and the norm is 0. UserError, without effect, when sums of finite
+    Without a pending gradient nothing changes and the norm is 0. UserError, without effect, where sums of finite
     gradients have left float32's range.
     """
-    if run.pending is None:
-        return 0.0
-    norm = run.optimizer.step(run.adapter.values, run.pending, settings)
-    run.pending = None
-    return norm
+    due = [(run, run.pending, settings) for run, settings in items if run.pending is not None]
+    taken = iter(
+        take([Step(run.optimizer, run.adapter.values, own.values, wanted) for run, own, wanted in due])
+    )
+    norms: list[float | UserError] = []
+    for run, _ in items:
+        norm = next(taken) if run.pending is not None else 0.0
+        if not isinstance(norm, UserError) and run.pending is not None:
+            run.spare, run.pending = run.pending, None
+        norms.append(norm)
+    return norms
 
 
-def _logprobs(base: BaseModel, shares: Sequence[Share], batch: Batch) -> Tensor:
-    """Log-probs float32 [T, K] of the targets."""
-    segments = [
-        Segment(shares[piece.operation].run.adapter, piece.rows.start, piece.rows.stop)
-        for piece in batch.pieces
+def _segments(shares: Sequence[Share], batch: Batch, *, with_gradient: bool) -> list[Segment]:
+    return [
+        shares[piece.operation].segment(piece.rows, with_gradient=with_gradient) for piece in batch.pieces
     ]
+
+
+def _logprobs(base: BaseModel, batch: Batch, segments: Sequence[Segment]) -> Tensor:
+    """Log-probs float32 [T, K] of the targets."""
     hidden = base.hidden(batch.pack, batch.layout, segments)
     return base.unembedding.logprobs(hidden, batch.targets, segments)
 
@@ -152,37 +182,26 @@ def _judge(
     return slopes[0] if len(slopes) == 1 else torch.cat(slopes)
 
 
-def _differentiate(
-    shares: Sequence[Share], leaves: Sequence[list[Tensor]], batch: Batch, logprobs: Tensor, slope: Tensor
-) -> None:
-    """Give each operation of the pass the gradient by the `leaves` of its run's adapter."""
-    numbers = [piece.operation for piece in batch.pieces]
-    wanted = [leaf for number in numbers for leaf in leaves[number]]
-    grads = iter(torch.autograd.grad(logprobs, wanted, slope))
-    for number in numbers:
-        shares[number].add(torch.cat([next(grads).reshape(-1) for _ in leaves[number]]))
-
-
 # ---------------------------------------------------------------------------- split
 
 
 def _split(shares: Sequence[Share], passes: Sequence[Tensor]) -> list[ForwardResult | UserError]:
     """Read everything from the device at once and give each datum of each operation its own part."""
     losses = torch.stack([share.loss for share in shares])
-    broken = torch.stack([_broken(share) for share in shares])
-    totals = torch.stack([losses, broken]).tolist()
+    checks = torch.stack([_check(share) for share in shares])
+    totals = torch.stack([losses, checks]).tolist()
     host = [logprobs.cpu().numpy() for logprobs in passes]
     return [
-        _outcome(share, host, total, gradient_broken=bool(flag))
-        for share, total, flag in zip(shares, *totals, strict=True)
+        _outcome(share, host, total, gradient_broken=not np.isfinite(checked))
+        for share, total, checked in zip(shares, *totals, strict=True)
     ]
 
 
-def _broken(share: Share) -> Tensor:
-    """Float64 []: 1 when the gradient is not finite."""
+def _check(share: Share) -> Tensor:
+    """Float64 []: not finite when the gradient is not, for finite float32 numbers have a finite sum in float64."""
     if share.gradient is None:
         return torch.zeros_like(share.loss)
-    return share.gradient.isfinite().all().logical_not().to(torch.float64)
+    return share.gradient.values.sum(dtype=torch.float64)
 
 
 def _outcome(

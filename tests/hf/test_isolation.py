@@ -39,7 +39,7 @@ LENGTHS = [31, 4, 17, 17, 9, 1, 17, 26]
 def pending(engine: HfEngine, run_id: str = "run") -> torch.Tensor:
     gradient = engine.runs[run_id].pending
     assert gradient is not None
-    return gradient
+    return gradient.values
 
 
 @pytest.mark.parametrize("pass_tokens", [1, 30, 60, 4096])

@@ -28,7 +28,8 @@ def test_a_run_is_counted_with_all_that_it_will_ever_hold(engine: HfEngine, spec
     train(engine, supervised([9, 5]), steps=1)
     forward_backward(engine, supervised([9, 5]))
     run = engine.runs["run"]
-    held = [run.adapter.values, run.pending, run.optimizer.exp_avg, run.optimizer.exp_avg_sq]
+    assert run.pending is not None and run.spare is None
+    held = [run.adapter.values, run.pending.values, run.optimizer.exp_avg, run.optimizer.exp_avg_sq]
     storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in held if tensor is not None}
     assert sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) == engine.run_bytes(spec)
 

@@ -7,7 +7,7 @@ import torch
 
 from engines.hf import logprobs as module
 from engines.hf.logprobs import Unembedding, project
-from engines.hf.lora import Adapter, Segment, Site
+from engines.hf.lora import Adapter, Gradient, Segment, Site
 from engines.operations import LoraSpec
 
 ROWS, WIDTH, VOCABULARY = 23, 16, 61
@@ -37,20 +37,25 @@ def test_equals_log_softmax_of_full_logits(
     targets = torch.randint(0, VOCABULARY, (ROWS, width), generator=generator)
     upstream = torch.randn(ROWS, width, generator=generator)
     first, second = random_adapter(1), random_adapter(2)
-    segments = [Segment(first, 0, 9), Segment(second, 12, ROWS)]
-    variables = [hidden, *first.leaves(), *second.leaves()]
+    sums = [Gradient(first), Gradient(second)]
+    segments = [Segment(first, 0, 9, sums[0]), Segment(second, 12, ROWS, sums[1])]
+    variables = [hidden]
 
     logits = hidden @ weight.t() + (0 if offset is None else offset)
     deltas = [torch.zeros_like(logits[9:12])]
     for adapter, rows in ((first, hidden[:9]), (second, hidden[12:])):
-        a, b = adapter.leaves()
+        pair = adapter.factors[0]
+        assert pair is not None
+        a, b = (factor.clone().requires_grad_(True) for factor in pair)
+        variables += [a, b]
         deltas.append(adapter.scale * rows @ a.t() @ b.t())
     expected = (logits + torch.cat([deltas[1], deltas[0], deltas[2]])).log_softmax(1).gather(1, targets)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), variables)
 
     unembedding = Unembedding(weight, offset, 0)
     found = unembedding.logprobs(hidden, targets, segments)
-    grads = torch.autograd.grad((found * upstream).sum(), variables)
+    grads = [*torch.autograd.grad((found * upstream).sum(), hidden)]
+    grads += [factor for own in sums for factor in own.factors[0] or ()]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)

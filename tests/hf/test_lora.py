@@ -9,7 +9,7 @@ from torch import nn
 
 from engines.adapters import initial_a
 from engines.hf.attention import PackedLayout
-from engines.hf.lora import Adapter, LoraLinear, Routing, Segment, Site, size
+from engines.hf.lora import ANCHOR, Adapter, Gradient, LoraLinear, Routing, Segment, Site, size
 from engines.hf.samples import segments_of
 from engines.operations import LoraSpec
 from tests.hf.conftest import MakeEngine
@@ -53,8 +53,8 @@ def test_an_adapter_attaches_where_it_is_asked_to(
 ) -> None:
     adapter = random(LoraSpec(2, 0, 32.0, *parts), SITES, 1)
     assert [i for i, pair in enumerate(adapter.factors) if pair is not None] == attached
-    assert len(adapter.leaves()) == 2 * len(attached)
-    assert sum(leaf.numel() for leaf in adapter.leaves()) == adapter.values.numel()
+    pairs = [pair for pair in adapter.factors if pair is not None]
+    assert sum(factor.numel() for pair in pairs for factor in pair) == adapter.values.numel()
 
 
 def test_a_fresh_adapter_holds_the_shared_initial_numbers() -> None:
@@ -75,15 +75,23 @@ def test_each_segment_gets_its_own_adapter(bias: bool, dtype: torch.dtype) -> No
     layer = LoraLinear(linear, 0, routing)
     first, second = random(LoraSpec(3, 0, 6.0), SITES, 1), random(LoraSpec(5, 0), SITES, 2)
     absent = random(LoraSpec(2, 0, train_attn=False), SITES, 3)
-    segments = [Segment(first, 0, 4), Segment(second, 6, 9), Segment(absent, 9, 11)]
+    sums = [Gradient(adapter) for adapter in (first, second, absent)]
+    segments = [
+        Segment(first, 0, 4, sums[0]),
+        Segment(second, 6, 9, sums[1]),
+        Segment(absent, 9, 11, sums[2]),
+    ]
     x = torch.randn(1, 12, 6).to(dtype).requires_grad_(True)
     upstream = torch.randn(1, 12, 10).to(dtype)
-    variables = [x, *(leaf for adapter in (first, second) for leaf in adapter.leaves()[:2])]
+    variables = [x]
 
     expected = linear(x).float()
     parts = []
-    for adapter, start, stop in segments[:2]:
-        a, b = adapter.leaves()[:2]
+    for adapter, start, stop, _ in segments[:2]:
+        pair = adapter.factors[0]
+        assert pair is not None
+        a, b = (factor.clone().requires_grad_(True) for factor in pair)
+        variables += [a, b]
         parts.append((start, stop, adapter.scale * x[:, start:stop].float() @ a.t() @ b.t()))
     for start, stop, delta in parts:
         expected = torch.cat(
@@ -96,12 +104,17 @@ def test_each_segment_gets_its_own_adapter(bias: bool, dtype: torch.dtype) -> No
         with torch.no_grad():
             torch.testing.assert_close(layer(x), found.detach())
     assert found.dtype == dtype
-    grads = torch.autograd.grad((found * upstream).sum(), variables)
+    grads = [*torch.autograd.grad((found * upstream).sum(), x, retain_graph=True)]
+    grads += [factor for own in sums[:2] for factor in own.factors[0] or ()]
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
     for grad, reference in zip(grads, expected_grads, strict=True):
         assert difference(grad.float(), reference.float()) <= tolerance
+    assert not sums[2].values.any()
     assert torch.equal(layer(x), linear(x))
+    torch.autograd.grad((found * upstream).sum(), ANCHOR, allow_unused=True)
+    for grad, reference in zip(grads[1:], expected_grads[1:], strict=True):
+        assert difference(grad, 2 * reference) <= tolerance  # added, and without a gradient of the rows
 
 
 def test_segments_of_neighbours_are_joined() -> None:
@@ -124,19 +137,24 @@ def test_runs_in_one_pass_equal_runs_alone(make_engine: MakeEngine) -> None:
         :, None
     ]
 
-    def passed(members: list[int], wanted: torch.Tensor) -> torch.Tensor:
+    def passed(members: list[int], wanted: torch.Tensor, sums: list[Gradient | None]) -> torch.Tensor:
         own = [lengths[i] for i in members]
-        segments = segments_of([adapters[i] for i in members], own)
+        segments = [
+            Segment(adapter, start, stop, sums[adapters.index(adapter)])
+            for adapter, start, stop, _ in segments_of([adapters[i] for i in members], own)
+        ]
         hidden = base.hidden(base.pack([sequences[i] for i in members]), PackedLayout(own), segments)
-        return base.unembedding.logprobs(hidden, wanted, segments)
+        found = base.unembedding.logprobs(hidden, wanted, segments)
+        torch.autograd.grad(found.square().sum(), ANCHOR, allow_unused=True)
+        return found.detach()
 
-    leaves = [leaf for adapter in adapters if adapter is not None for leaf in adapter.leaves()]
-    together = passed([0, 1, 2], targets)
-    grads = torch.autograd.grad(together.square().sum(), leaves)
-    alone = []
-    for i, wanted in enumerate(targets.split(lengths)):
-        alone.append(passed([i], wanted))
+    grads, references = (
+        [None if adapter is None else Gradient(adapter) for adapter in adapters] for _ in range(2)
+    )
+    together = passed([0, 1, 2], targets, grads)
+    alone = [passed([i], wanted, references) for i, wanted in enumerate(targets.split(lengths))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
-    references = torch.autograd.grad(sum(part.square().sum() for part in alone), leaves)  # type: ignore[arg-type]
     for grad, reference in zip(grads, references, strict=True):
-        assert difference(grad, reference) <= 1e-5
+        if grad is not None and reference is not None:
+            assert reference.values.any()
+            assert difference(grad.values, reference.values) <= 1e-5

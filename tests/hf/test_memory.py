@@ -158,7 +158,7 @@ def test_a_step_in_which_memory_runs_out_puts_its_run_in_doubt(
     def lacking(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("engines.hf.optimizer.AdamW.step", lacking)
+    monkeypatch.setattr("engines.hf.optimizer.AdamW.moments", lacking)
     with pytest.raises(MemoryError, match="CUDA out of memory"):
         engine.optim_step([RunOperation("run", OptimStep(learning_rate=1e-3))])
 

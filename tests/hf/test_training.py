@@ -226,12 +226,12 @@ def check_pending(engine: HfEngine, reference: Reference) -> None:
     for site, pair in zip(run.adapter.sites, run.adapter.factors, strict=True):
         assert pair is not None
         for name, factor in zip(("lora_A", "lora_B"), pair, strict=True):
-            found = run.pending[start : start + factor.numel()].view(factor.shape)
+            found = run.pending.values[start : start + factor.numel()].view(factor.shape)
             expected = reference.weights[f"{site.name}.{name}"].grad
             assert expected is not None
             assert difference(found, expected) <= TOLERANCE, (site.name, name)
             start += factor.numel()
-    assert start == run.pending.numel()
+    assert start == run.pending.values.numel()
 
 
 def test_every_pass_of_a_call_is_counted_while_it_is_made(make_engine: MakeEngine) -> None:
