@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from gateway.dispatch.shares import Shares
 from gateway.store.records import Future
 
 Weigh = Callable[[Future], float]
@@ -152,6 +153,7 @@ class TrainingQueue:
         self.runs: dict[str, RunQueue] = {}
         self.load: Counter[str] = Counter()
         self._ready = Turns()
+        self._shares = Shares()
         self._blocked: set[str] = set()
 
     def __len__(self) -> int:
@@ -172,23 +174,27 @@ class TrainingQueue:
         self._mark(queue)
 
     def take_batch(self, weigh: Weigh) -> list[Future]:
-        """Heads of different runs, all of one kind, that fill one call. One that an engine has died over before goes
-        alone."""
+        """Heads of different runs, all of one kind, that fill one call, from the owners who have been given least. One
+        that an engine has died over before goes alone."""
         batch: list[Future] = []
         passed_over: list[RunQueue] = []
         room = 1.0
-        while room > 0 and (run_id := self._ready.take()) is not None:
-            queue = self.runs[run_id]
+        self._shares.begin(self._ready.owners())
+        while room > 0 and (owner := self._shares.next()) is not None:
+            queue = self.runs[self._ready.take(owner) or ""]
             head = queue.head()
-            if head is None:
-                continue
-            weight = 1.0 if queue.alone or head.deaths > 0 else weigh(head)
-            if batch and (head.kind != batch[0].kind or weight > room):
+            weight = 0.0
+            if head is not None:
+                weight = 1.0 if queue.alone or head.deaths > 0 else weigh(head)
+            if head is not None and batch and (head.kind != batch[0].kind or weight > room):
                 passed_over.append(queue)
-                continue
-            queue.running = True
-            batch.append(head)
-            room -= weight
+            elif head is not None:
+                queue.running = True
+                batch.append(head)
+                room -= weight
+                self._shares.charge(owner, weight)
+            if self._ready.count(owner):
+                self._shares.again(owner)
         for queue in reversed(passed_over):
             self._ready.put_back(queue.owner, queue.run_id)
         return batch

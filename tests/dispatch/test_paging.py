@@ -92,10 +92,9 @@ async def test_idle_runs_make_room_at_once(small: Place) -> None:
 
 async def test_a_run_that_waits_for_a_place_says_so(small: Place) -> None:
     engine = engine_of(small)
-    runs = [await small.begin(owner) for owner in ("alice", "bob")]
     engine.pause_s = 0.05
+    runs = [await small.begin(owner) for owner in ("alice", "bob", "carol")]
     held = [await small.submit(run, seq) for seq in range(1, 9) for run in runs]
-    held.append(await small.submit(await small.begin("carol"), 1))
     said = set()
     while len(small.settled) < 3 + len(held):
         standings = [small.lane.standing(each) for each in held if each.request_id not in small.settled]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 
-from gateway.dispatch.run_queue import TrainingQueue, Turns
+import pytest
+
+from gateway.dispatch.run_queue import TrainingQueue, Turns, Weigh
 from gateway.store.records import Future, FutureStatus
 
 
@@ -110,6 +113,62 @@ def test_an_owner_with_many_runs_does_not_keep_another_waiting() -> None:
     many = [operation(f"a{number}", 1, "forward_backward") for number in range(50)]
     queue = opened(*many, operation("b", 1, "forward_backward", owner="bob"))
     assert "b:1" in [ids(queue.take_batch(weigh))[0] for _ in range(2)]
+
+
+def taken(queue: TrainingQueue, weigh: Weigh, calls: int) -> Counter[str]:
+    """Operations of each owner in so many calls, one after the other."""
+    found: Counter[str] = Counter()
+    for _ in range(calls):
+        for future in queue.take_batch(weigh):
+            found[future.owner] += 1
+            queue.settled(future)
+    return found
+
+
+def test_owners_get_equal_shares_by_weight_and_not_by_number() -> None:
+    """Alice's passes fill half a call each, bob's an eighth: bob gets four for each of hers."""
+    weights = {"alice": 0.5, "bob": 0.125}
+    queue = opened(
+        *(operation(f"a{i}", seq, "forward", "alice") for i in range(8) for seq in range(1, 60)),
+        *(operation(f"b{i}", seq, "forward", "bob") for i in range(8) for seq in range(1, 60)),
+    )
+    found = taken(queue, lambda future: weights[future.owner], 40)
+    assert found["alice"] == pytest.approx(40, abs=2)
+    assert found["bob"] == pytest.approx(160, abs=8)
+
+
+@pytest.mark.parametrize("alone", [1.0, 16.0])
+def test_a_single_step_beside_a_thousand_is_in_the_next_call(alone: float) -> None:
+    """However large it is, however long the other has been waiting, and in whatever the other's are."""
+    many = [operation(f"a{i}", seq, "forward_backward") for i in range(20) for seq in range(1, 51)]
+    queue = opened(*many)
+    taken(queue, weigh, 7)
+    in_flight = queue.take_batch(weigh)
+    assert {future.owner for future in in_flight} == {"alice"}
+    queue.open_run("b", "bob", 1, [operation("b", 1, "forward", owner="bob")])
+    for future in in_flight:
+        queue.settled(future)
+    assert ids(queue.take_batch(lambda future: alone if future.owner == "bob" else weigh(future))) == ["b:1"]
+
+
+def test_who_stayed_away_has_saved_nothing() -> None:
+    queue = opened(*(operation("a", seq, "forward_backward") for seq in range(1, 200)))
+    taken(queue, weigh, 100)
+    queue.open_run("b", "bob", 1, [operation("b", seq, "forward_backward", "bob") for seq in range(1, 200)])
+    assert taken(queue, weigh, 20) == {"alice": 10, "bob": 10}
+
+
+def test_who_was_given_much_waits_until_others_have_had_as_much() -> None:
+    queue = opened(
+        *(operation("a", seq, "forward_backward") for seq in range(1, 20)),
+        *(operation("b", seq, "forward_backward", "bob") for seq in range(1, 20)),
+    )
+    order = []
+    for _ in range(10):
+        [future] = queue.take_batch(lambda future: 4.0 if future.owner == "alice" else 1.0)
+        order.append(future.owner)
+        queue.settled(future)
+    assert order == ["alice", "bob", "bob", "bob", "bob"] * 2
 
 
 def test_a_gap_that_lasts_is_found_and_given_up() -> None:

@@ -93,11 +93,16 @@ class Place:
         return run
 
     async def submit(
-        self, run: Run, seq: int, kind: str = "forward_backward", new: Run | None = None
+        self,
+        run: Run,
+        seq: int,
+        kind: str = "forward_backward",
+        new: Run | None = None,
+        body: bytes = b"input",
     ) -> Future:
         future = an_operation(run, seq, kind)
-        submission = Submission(future, b"input", new)
-        await self.store.futures.submit(submission, lambda _: self.lane.accept(future, b"input"))
+        submission = Submission(future, body, new)
+        await self.store.futures.submit(submission, lambda _: self.lane.accept(future, body))
         return future
 
     async def outcome(self, future: Future) -> Future:
@@ -278,3 +283,20 @@ async def test_a_death_in_a_restoration_is_put_down_to_that_run_and_to_no_operat
         await place.outcome(step)
     assert set(seen) == {(run.run_id, ()) for run in runs}
     assert place.lane.restoring is None
+
+
+@pytest.mark.parametrize("large", [False, True])
+async def test_one_step_waits_for_the_call_in_flight_and_no_other_beside_a_thousand(
+    place: Place, large: bool
+) -> None:
+    """Also when it is so large that the other owner's steps are many times smaller."""
+    many, one = [await place.begin("alice") for _ in range(10)], await place.begin("bob")
+    await place.outcome(await place.submit(one, 1))
+    place.engine.pause_s = 0.05
+    hers = await asyncio.gather(*(place.submit(run, seq) for run in many for seq in range(1, 101)))
+    his = await place.submit(one, 2, body=bytes(2**18) if large else b"input")
+    begun = len(place.engine.calls)
+    await place.outcome(his)
+    [number] = [i for i, call in enumerate(place.engine.calls) if RunAddress(one.run_id, 2) in call[1]]
+    assert number <= begun  # the next one after those that had begun
+    assert sum(future.request_id in place.settled for future in hers) < 500
