@@ -7,6 +7,7 @@ and the name is also the promise that is answered: there is nothing to wait for.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from engines.losses import CUSTOM
 from engines.losses.graph import check_graph
 from engines.operations import Forward, ForwardBackward
 from gateway.auth import Owner
-from gateway.errors import Unprocessable
+from gateway.errors import NumberTaken, Unprocessable
 from gateway.state import Gateway, Running
 from gateway.store.records import Run, StoredLoss
 from gateway.tinker import schemas
@@ -64,6 +65,13 @@ async def create_custom_loss(request: Request, owner: Owner, gateway: Running) -
         created_at=time.time(),
     )
     await gateway.store.custom_losses.create(stored)
+    first = await gateway.known_losses.get(stored.loss_id)
+    if first is not None and replace(stored, created_at=first.created_at) != first:
+        raise NumberTaken(
+            f"custom_loss_seq_id is that of another loss: {body.custom_loss_seq_id} of this session is "
+            f"{first.name[:80]!r}, and this {loss.name[:80]!r} is not the same sent again",
+            param="custom_loss_seq_id",
+        )
     return json_reply({"request_id": stored.loss_id})
 
 

@@ -244,11 +244,20 @@ def use(http: httpx.Client, run: str, seq_id: int, config: dict[str, Any]) -> di
 
 
 def test_a_loss_is_created_once(http: httpx.Client) -> None:
-    """A repeated request finds the first, whatever it says; the recorded upload of an SDK is taken as it is."""
+    """A repeated request finds the first; another loss under its number is refused, and not taken for it."""
     session = a_session(http)
     found = create(http, body_of(session))
     assert found == {"loss_id": f"{session}:loss:0", "type": "create_custom_loss"}
-    assert create(http, body_of(session, node("call_function", "bad", "os.system", "ls"))) == found
+    assert create(http, body_of(session)) == found
+    others = (
+        body_of(session, node("call_function", "bad", "os.system", "ls")),
+        body_of(session, name="another"),
+        body_of(session, node("call_method", "more", "exp", {"ref": "logprobs"})),
+    )
+    for other in others:
+        refused = http.post("/api/v1/create_custom_loss", json=other)
+        assert refused.status_code == 422
+        assert "custom_loss_seq_id is that of another loss" in clean(refused)["detail"]
     result = use(http, a_run(http, session), 1, {"loss_id": found["loss_id"]})
     assert result["metrics"]["custom/total:sum"] == pytest.approx(result["metrics"]["loss:sum"])
     logprobs = result["loss_fn_outputs"][0]["logprobs"]["data"]
