@@ -164,8 +164,8 @@ def _message(sent: dict[str, Any], where: str) -> ChatMessage:
     role = given.get("role")
     if role in ("tool", "function") or given.get("tool_calls") or given.get("function_call"):
         raise UnsupportedParameter(f"'{where}' belongs to a tool call; tools are not supported.", param=where)
-    given = {key: value for key, value in given.items() if key != "tool_calls"}
     known = {field.name for field in msgspec.structs.fields(ChatMessage)}
+    given = {key: value for key, value in given.items() if key in known or value not in ([], {}, "")}
     if unknown := sorted(given.keys() - known):
         raise UnsupportedParameter(
             f"'{where}.{unknown[0]}' is not supported. Leave it out.", param=f"{where}.{unknown[0]}"

@@ -13,7 +13,7 @@ import numpy as np
 from engines.operations import SampleRequest
 from engines.tensors import Tensor
 from gateway.openai.backend import Target
-from gateway.openai.errors import ContextLengthExceeded, InvalidValue
+from gateway.openai.errors import ContextLengthExceeded, InvalidValue, UnsupportedParameter
 from gateway.openai.parse import check_choices, parse_messages, text_of
 from gateway.openai.reasoning import Thinking
 from gateway.openai.requests import MAX_PROMPTS, ChatMessage, ChatRequest, CompletionRequest
@@ -214,18 +214,34 @@ def _render(target: Target, messages: list[ChatMessage], request: ChatRequest) -
     # `developer` is the newer name of `system`; few templates know it.
     template = target.text.chat_template
     renamed = {} if "developer" in template.source else {"developer": "system"}
-    return target.text.render_chat(
-        [
-            {
-                "role": renamed.get(message.role, message.role),
-                "content": text_of(message),
-                "name": message.name,
-                "reasoning_content": message.reasoning_content,
-            }
-            for message in messages
-        ],
-        variables=request.chat_template_kwargs,
-    )
+    shown = [
+        {
+            "role": renamed.get(message.role, message.role),
+            "content": text_of(message),
+            "name": message.name,
+            "reasoning_content": message.reasoning_content,
+        }
+        for message in messages
+    ]
+    variables = request.chat_template_kwargs
+    rendered = target.text.render_chat(shown, variables=variables)
+    for name, value in variables.items():
+        if value and name not in template.reads:
+            raise UnsupportedParameter(
+                f"'chat_template_kwargs' has {name[:80]!r}, which the chat template of this model does not read. "
+                "Leave it out.",
+                param="chat_template_kwargs",
+            )
+    named = [index for index, message in enumerate(messages) if message.name]
+    if named and rendered == target.text.render_chat(
+        [{**message, "name": None} for message in shown], variables=variables
+    ):
+        raise UnsupportedParameter(
+            f"'messages[{named[0]}].name' does not appear in the prompts of this model's chat template. Leave it out, "
+            "or say in the content who speaks.",
+            param=f"messages[{named[0]}].name",
+        )
+    return rendered
 
 
 def _chat_tokens(target: Target, rendered: str) -> list[int]:

@@ -125,7 +125,6 @@ HARMLESS = frozenset(
         "parallel_tool_calls",
         "safety_identifier",
         "prompt_cache_key",
-        "prompt_cache_retention",
     }
 )
 """Fields that ask for nothing here: they are accepted whatever they hold."""
@@ -142,6 +141,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "store": (False,),
     "service_tier": ("auto", "default"),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
     "reasoning_effort": ("none",),
     "use_beam_search": (False,),
     "stop_token_ids": ([],),

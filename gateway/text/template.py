@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -85,8 +85,11 @@ class ChatTemplate:
         """Raises BadRequest when the source is not a template."""
         self.source = source
         self._special_tokens = dict(special_tokens)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.reads = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            """The names that it takes from outside."""
         except TemplateError as error:
             raise BadRequest(
                 f"The chat template of this model cannot be compiled ({error}). Use /v1/completions with a prompt "

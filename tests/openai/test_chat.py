@@ -97,6 +97,21 @@ async def test_parts_roles_and_template_variables(connect: Connect) -> None:
     )
 
 
+async def test_what_the_template_would_drop_is_refused_by_name(connect: Connect) -> None:
+    backend = says("Hi")
+    await ask(connect, backend, chat_template_kwargs={"mood": None, "loud": False})  # they ask for nothing
+    error = await refused(connect, backend, chat_template_kwargs={"enable_thinking": False, "mood": "glad"})
+    assert (error["param"], error["code"]) == ("chat_template_kwargs", "unsupported_parameter")
+    assert "'mood'" in error["message"]
+    eve = [*MESSAGES, {"role": "user", "content": "Hi", "name": "eve"}]
+    error = await refused(connect, backend, messages=eve)
+    assert (error["param"], error["code"]) == ("messages[1].name", "unsupported_parameter")
+    names = "{% for m in messages %}{{ m.name | default('somebody') }}: {{ m.content }}. {% endfor %}"
+    backend = says("Hi", template=names)
+    await ask(connect, backend, messages=eve)
+    assert prompt_text(backend) == "somebody: Hello. eve: Hi. "
+
+
 async def test_a_template_that_knows_developers_gets_them(connect: Connect) -> None:
     template = "{% for m in messages %}{{ '[' + m.role + ']' }}{% endfor %}{# developer #}"
     backend = says("Hi", template=template)

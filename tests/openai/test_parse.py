@@ -37,6 +37,7 @@ MEANINGFUL: dict[str, Any] = {
     "suffix": "tail",
     "store": True,
     "service_tier": "flex",
+    "prompt_cache_retention": "24h",
     "reasoning_effort": "low",
     "use_beam_search": True,
     "stop_token_ids": [1],
@@ -211,6 +212,7 @@ def test_messages_with_empty_tool_fields_and_parts() -> None:
         "role": "assistant",
         "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}],
         "tool_calls": [],
+        "annotations": [],
         "refusal": None,
         "name": "eve",
     }
