@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, String, and_, cast, false, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, String, and_, case, cast, false, func, literal, or_, select
 
 from gateway.store import schema
 from gateway.store.dialect import now
@@ -102,9 +102,15 @@ def _conditions(search: SessionSearch, dialect: str) -> list[ColumnElement[bool]
 
 def _metadata_has(key: str, value: str, dialect: str) -> ColumnElement[bool]:
     """Pair by pair: in a path to the value, SQLite could not name every key."""
-    pairs_of = func.json_each if dialect == "sqlite" else func.json_each_text
-    pairs = pairs_of(S.c.user_metadata).table_valued("key", "value")
-    same = and_(pairs.c.key == key, cast(pairs.c.value, String) == value)
+    if dialect == "sqlite":  # which has numbers for true and false
+        pairs = func.json_each(S.c.user_metadata).table_valued("key", "value", "type")
+        text: ColumnElement[Any] = case(
+            (pairs.c.type.in_(("true", "false", "null")), pairs.c.type), else_=cast(pairs.c.value, String)
+        )
+    else:
+        pairs = func.json_each_text(S.c.user_metadata).table_valued("key", "value")
+        text = func.coalesce(pairs.c.value, "null")
+    same = and_(pairs.c.key == key, text == value)
     return select(literal(1)).select_from(pairs).where(same).exists()
 
 

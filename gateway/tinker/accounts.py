@@ -19,6 +19,7 @@ from gateway.store.records import AuditEntry, AuditTopic
 from gateway.tinker.accounting import events_of
 from gateway.tinker.edge import json_reply, moment
 from gateway.tinker.routing import topic
+from gateway.tinker.texts import texts_of
 from gateway.tokens import ORGANIZATION, owner_urn
 
 router = topic()
@@ -103,8 +104,7 @@ async def usage_events(
     return {
         "data": events_of(rows, intervals, start, end, time.time()),
         "sessions": {
-            session_id: {"user_metadata": {name: str(value) for name, value in metadata.items()}}
-            for session_id, metadata in sessions.items()
+            session_id: {"user_metadata": texts_of(metadata)} for session_id, metadata in sessions.items()
         },
     }
 

@@ -18,6 +18,7 @@ from gateway.tinker import schemas
 from gateway.tinker.edge import json_body, json_reply, moment, takes
 from gateway.tinker.routing import topic
 from gateway.tinker.session_registry import Scope, whose
+from gateway.tinker.texts import texts_of
 
 router = topic()
 
@@ -155,7 +156,7 @@ def _run_json(run: Run, latest: dict[tuple[str, str], Checkpoint]) -> dict[str, 
         "lora_rank": run.lora["rank"],
         "corrupted": run.status is RunStatus.FAILED,
         "last_request_time": moment(run.last_request_at),
-        "user_metadata": {name: _as_text(value) for name, value in run.user_metadata.items()},
+        "user_metadata": texts_of(run.user_metadata),
     }
     for field, kind in (
         ("last_checkpoint", CheckpointKind.TRAINING),
@@ -180,8 +181,3 @@ def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.expires_at is not None:
         body["expires_at"] = moment(checkpoint.expires_at)
     return body
-
-
-def _as_text(value: object) -> str:
-    """The SDK reads metadata as text only; one number would break a whole listing."""
-    return value if isinstance(value, str) else str(value)

@@ -16,6 +16,7 @@ from gateway.store.sessions import Assignment
 from gateway.tinker import schemas
 from gateway.tinker.edge import json_body, json_reply, moment, takes
 from gateway.tinker.routing import topic
+from gateway.tinker.texts import texts_of
 from gateway.tokens import URN, owner_urn
 
 router = topic()
@@ -58,7 +59,7 @@ async def get_session(
     body: dict[str, Any] = {
         "training_run_ids": [run.run_id for run in runs],
         "sampler_ids": [sampler.sampler_id for sampler in samplers],
-        "user_metadata": _as_texts(session),
+        "user_metadata": texts_of(session.user_metadata),
     }
     return body if session.display_name is None else {**body, "display_name": session.display_name}
 
@@ -144,7 +145,7 @@ def _summary(found: Found) -> dict[str, Any]:
         "project_id": session.project_id or NO_PROJECT,
         "checkpoints_count": found.checkpoints,
         "checkpoint_storage_bytes": found.size_bytes,
-        "user_metadata": _as_texts(session),
+        "user_metadata": texts_of(session.user_metadata),
     }
     if session.display_name is not None:
         body["display_name"] = session.display_name
@@ -155,8 +156,3 @@ def _summary(found: Found) -> dict[str, Any]:
     elif is_alive(session):
         body["status"] = {"type": "active"}
     return body
-
-
-def _as_texts(session: Session) -> dict[str, str]:
-    """The SDK reads metadata as text only; one number would break a whole listing."""
-    return {name: str(value) for name, value in session.user_metadata.items()}

@@ -6,6 +6,7 @@ The check raises ValueError with a sentence; in a struct's `__post_init__` it be
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -23,6 +24,15 @@ def require_storable(field: str, value: object) -> None:
     size = len(msgspec.json.encode(value))
     if size > _LARGEST:
         raise ValueError(f"{field} takes {size} bytes as JSON; at most {_LARGEST} are kept")
+
+
+def texts_of(metadata: dict[str, Any]) -> dict[str, str]:
+    """Metadata as the SDK reads it, which is text only: one number would break a whole listing. What is no text is
+    shown as JSON; a search finds numbers, true, false and null in this form too."""
+    return {
+        name: value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        for name, value in metadata.items()
+    }
 
 
 def _texts(value: object) -> Iterator[tuple[int, str]]:

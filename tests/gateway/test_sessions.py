@@ -67,13 +67,18 @@ def test_a_finished_session_stops_its_heartbeat_and_takes_nothing_more(http: htt
 
 def test_sessions_are_found_by_each_thing_that_is_known_of_them(http: httpx.Client) -> None:
     mark = f"m{time.time()}"
-    blue = begin(http, display_name="Blue 50%_Run", user_metadata={"mark": mark, "n": 3}, project_id="p1")
+    more = {"n": 3, "on": True, "off": None, "deep": {"a": [1]}}
+    blue = begin(http, display_name="Blue 50%_Run", user_metadata={"mark": mark, **more}, project_id="p1")
     red = begin(http, display_name="red run", user_metadata={"mark": mark})
     done = begin(http, user_metadata={"mark": mark}, project_id="p2")
     http.post(f"/api/v1/sessions/{done}/finish", json={"reason": {"type": "interrupted"}})
     marked = {"user_metadata": {"mark": mark}}
     assert search(http, **marked) == [done, red, blue]
-    assert search(http, user_metadata={"mark": mark, "n": "3"}) == [blue]
+    shown = http.get(f"/api/v1/sessions/{blue}").json()["user_metadata"]
+    assert shown == {"mark": mark, "n": "3", "on": "true", "off": "null", "deep": '{"a":[1]}'}
+    for name in ("n", "on", "off"):
+        assert search(http, user_metadata={"mark": mark, name: shown[name]}) == [blue]
+    assert search(http, user_metadata={"mark": mark, "on": "1"}) == []
     assert search(http, user_metadata={"mark": "other"}) == []
     assert search(http, **marked, display_name="RUN") == [red, blue]
     assert search(http, **marked, display_name="run blue") == [blue]
@@ -120,7 +125,10 @@ def test_pages_follow_one_another_without_gap_or_repetition(http: httpx.Client) 
         ({"statuses": []}, "statuses"),
         ({"statuses": [{"type": "asleep"}]}, "asleep"),
         ({"owner": {"type": "team"}}, "team"),
+        ({"statuses": [{"type": "active", "reasons": ["success"]}]}, "reasons"),
+        ({"statuses": [{"type": "client_finished", "reasons": []}]}, "reasons"),
         ({"owner": {"type": "user"}}, "owner_urns"),
+        ({"owner": {"type": "own", "owner_urns": ["tml:user:ada"]}}, "owner_urns"),
         ({"cursor": {"last_created_at": "2026-01-01T00:00:00", "last_session_id": "x"}}, "last_created_at"),
         ({"colour": "blue"}, "colour"),
     ],
