@@ -47,8 +47,8 @@ async def copy_weights(request: Request, owner: Owner, gateway: Running) -> Resp
 
 async def _destination(request: Request, gateway: Gateway, owner: str, body: schemas.CopyWeights) -> Session:
     """The session that the copy's run belongs to: the one that is named, or one for this copy, in a project."""
-    in_session = body.session_id is not None and body.model_seq_id is not None
-    if in_session == (body.destination_project_id is not None):
+    given = [each is not None for each in (body.session_id, body.model_seq_id, body.destination_project_id)]
+    if given not in ([True, True, False], [False, False, True]):
         raise BadRequest(
             "give either destination_project_id, or session_id and model_seq_id",
             param="destination_project_id",

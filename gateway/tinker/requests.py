@@ -130,16 +130,16 @@ def _datum(datum: wire.Datum, where: str, room: Room) -> Datum:
 # ---------------------------------------------------------------------------- forward_backward, JSON
 
 
-def pass_of_json(body: schemas.ForwardBackwardBody) -> Pass:
+def pass_of_json(body: schemas.ForwardBackwardBody, kind: type[Pass]) -> Pass:
     """The operation of SDKs that do not send protobuf. Raises BadRequest and UserError."""
-    given = body.forward_backward_input or body.forward_input
-    if given is None or None not in (body.forward_backward_input, body.forward_input):
-        raise BadRequest(
-            "give either forward_backward_input or forward_input", param="forward_backward_input"
-        )
+    field, other = "forward_backward_input", "forward_input"
+    if kind is Forward:
+        field, other = other, field
+    given: schemas.PassInput | None = getattr(body, field)
+    if given is None or getattr(body, other) is not None:
+        raise BadRequest(f"give {field}, and not {other}, which another route takes", param=field)
     room = Room(8 * sum(_numbers(datum) for datum in given.data))
     data = [_json_datum(datum, f"data[{index}]", room) for index, datum in enumerate(given.data)]
-    kind = ForwardBackward if body.forward_backward_input is not None else Forward
     return kind(data, given.loss_fn, dict(given.loss_fn_config or {}))
 
 

@@ -83,11 +83,19 @@ class SearchOwner(Strict):
 
     owner_urns: Annotated[list[Text], Meta(min_length=1, max_length=10)] | None = None
 
+    def __post_init__(self) -> None:
+        if self.owner_urns is not None and self.type != "user":
+            raise ValueError("owner_urns belong to the type user")
+
 
 class StatusQuery(Strict):
     """`type` is active, client_finished, cancelled or failed."""
 
-    reasons: list[Literal["success", "errored", "interrupted"]] | None = None
+    reasons: Annotated[list[Literal["success", "errored", "interrupted"]], Meta(min_length=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.reasons is not None and self.type != "client_finished":
+            raise ValueError("reasons belong to the type client_finished")
 
 
 class SearchCursor(Strict):
@@ -138,6 +146,8 @@ class CreateModel(Strict):
     user_metadata: UserMetadata | None = None
 
     def __post_init__(self) -> None:
+        if (self.session_id is None) != (self.model_seq_id is None):
+            raise ValueError("session_id and model_seq_id belong together")
         require_storable("user_metadata", self.user_metadata)
 
 
@@ -182,7 +192,7 @@ class TensorData(Strict):
     sparse_col_indices: list[int] | None = None
 
 
-class ModelInputChunk(msgspec.Struct, frozen=True, kw_only=True):
+class ModelInputChunk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`type` may be missing; a chunk of text is one that has a list of `tokens`. Images of early SDKs have a number."""
 
     type: str | None = None
@@ -190,6 +200,16 @@ class ModelInputChunk(msgspec.Struct, frozen=True, kw_only=True):
     data: Any = None
     location: Any = None
     dmel: Any = None
+    format: Any = None
+    expected_tokens: Any = None
+    height: Any = None
+    width: Any = None
+
+    @property
+    def beside_text(self) -> str | None:
+        """A field that asks for something that text does not have."""
+        others = ("data", "location", "dmel", "format", "expected_tokens", "height", "width")
+        return next((name for name in others if getattr(self, name)), None)
 
     @property
     def kind(self) -> str:
@@ -320,6 +340,13 @@ class LoadWeights(Strict):
     weights_access_token: Text | None = None
 
     def __post_init__(self) -> None:
+        if self.model_id is not None:
+            begins = ("session_id", "model_seq_id", "base_model", "optimizer_config", "user_metadata")
+            given = [name for name in begins if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{given[0]} is for a new run; model_id names one that is there")
+        elif self.seq_id is not None:
+            raise ValueError("seq_id belongs to model_id; a new run has session_id and model_seq_id")
         require_storable("user_metadata", self.user_metadata)
 
 
@@ -334,8 +361,10 @@ class WeightsInfo(Lenient):
     tinker_path: Id
 
 
-class SetTtl(Lenient):
-    ttl_seconds: Ttl | None = None
+class SetTtl(Strict):
+    """Null keeps a checkpoint for ever, so it has to be said."""
+
+    ttl_seconds: Ttl | None
 
 
 # ---------------------------------------------------------------------------- sampling
@@ -381,6 +410,10 @@ class SampleBody(Strict):
     prompt_alt_tokens_k: Count | None = None
     prompt_logprobs_last_n: Count | None = None
     record_stability_info: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.seq_id is not None and self.sampling_session_id is None:
+            raise ValueError("seq_id belongs to sampling_session_id")
 
 
 class JoinSamplingSession(Lenient):

@@ -99,6 +99,8 @@ def tokens_of(model_input: schemas.ModelInput, where: str) -> Tensor:
     for index, chunk in enumerate(model_input.chunks):
         if not isinstance(chunk.tokens, list) or chunk.type not in (None, "encoded_text"):
             raise _not_text(f"{where}.chunks[{index}]", chunk.kind[:_ECHO])
+        if chunk.beside_text is not None:
+            raise UserError(f"{where}.chunks[{index}] is text, which has tokens and no {chunk.beside_text}")
         tokens += chunk.tokens
     try:
         return Tensor.of(np.array(tokens, dtype=np.int32))

@@ -6,10 +6,11 @@ import asyncio
 
 from fastapi import Request, Response
 
+from engines.operations import Forward, ForwardBackward
 from gateway.auth import Owner
 from gateway.state import Gateway, Running
 from gateway.store.records import Future, Run
-from gateway.submit import NewRun, draw_seed, submit_operation, submit_run
+from gateway.submit import KIND_OF, NewRun, draw_seed, submit_operation, submit_run
 from gateway.tinker import requests, schemas
 from gateway.tinker.custom_losses import with_custom_loss
 from gateway.tinker.decoding import parse_json
@@ -63,7 +64,7 @@ async def get_info(request: Request, owner: Owner, gateway: Running) -> Response
 async def forward_backward(request: Request, owner: Owner, gateway: Running) -> Response:
     """Gradients of a loss, or with `forward_only` only its numbers. Protobuf, or the JSON form of older SDKs."""
     if not request.headers.get("content-type", "").startswith(PROTOBUF):
-        return await _json_pass(request, owner, gateway, "forward_backward")
+        return await _json_pass(request, owner, gateway, ForwardBackward)
     body, message = await message_of_pass(request, gateway, owner)
     envelope = requests.envelope_of(message)
     run = await gateway.live_run(owner, envelope.model_id)
@@ -81,16 +82,16 @@ async def forward_backward(request: Request, owner: Owner, gateway: Running) -> 
 @router.post("/forward", openapi_extra=takes(schemas.ForwardBackwardBody))
 async def forward(request: Request, owner: Owner, gateway: Running) -> Response:
     """The numbers of a loss without its gradients, as older SDKs ask for them."""
-    return await _json_pass(request, owner, gateway, "forward")
+    return await _json_pass(request, owner, gateway, Forward)
 
 
-async def _json_pass(request: Request, owner: str, gateway: Gateway, kind: str) -> Response:
+async def _json_pass(request: Request, owner: str, gateway: Gateway, kind: type[requests.Pass]) -> Response:
     async def submit(run: Run, turn: Turn, body: schemas.ForwardBackwardBody) -> Future:
-        operation = await asyncio.to_thread(requests.pass_of_json, body)
+        operation = await asyncio.to_thread(requests.pass_of_json, body, kind)
         operation = await with_custom_loss(gateway, run, operation)
         return await submit_operation(gateway, run, turn, operation)
 
-    return await accept_json(request, gateway, owner, schemas.ForwardBackwardBody, kind, submit)
+    return await accept_json(request, gateway, owner, schemas.ForwardBackwardBody, KIND_OF[kind], submit)
 
 
 @router.post("/optim_step", openapi_extra=takes(schemas.OptimStepBody))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 
 from gateway.auth import owner_of
 from gateway.errors import BadRequest, NotFound, Unprocessable
@@ -11,10 +11,9 @@ from gateway.tinker import schemas
 from gateway.tinker.decoding import parse_json
 from gateway.tinker.edge import read_body
 from gateway.tinker.operations import digest_of_call, reject
-from gateway.tinker.routing import topic
 from gateway.turns import Turn
 
-router = topic()
+router = APIRouter(prefix="/api/v1")
 
 
 @router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)

@@ -148,6 +148,8 @@ def test_a_copy_in_the_callers_session_takes_a_number_of_it(alice: httpx.Client)
         {"destination_project_id": None},
         {"session_id": "s", "model_seq_id": 0},
         {"destination_project_id": None, "session_id": "s"},
+        {"session_id": "s"},
+        {"model_seq_id": 4},
         {"source_path": "tinker://x/y"},
     ],
 )

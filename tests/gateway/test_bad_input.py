@@ -229,6 +229,28 @@ RECORDED: dict[str, tuple[Send, list[str]]] = {
         calling("load_weights", path="tinker://a/weights/b", strict=True),
         ["strict"],
     ),
+    "load of another model into a run": (
+        calling("load_weights", path="tinker://a/weights/b", base_model="no/such"),
+        ["base_model", "model_id"],
+    ),
+    "load with another optimizer": (
+        calling("load_weights", path="tinker://a/weights/b", optimizer_config={"type": "dimuon"}),
+        ["optimizer_config"],
+    ),
+    "load into a run and a new one": (
+        calling("load_weights", path="tinker://a/weights/b", session_id="s", model_seq_id=4),
+        ["session_id"],
+    ),
+    "load with metadata": (
+        calling("load_weights", path="tinker://a/weights/b", user_metadata={"a": "b"}),
+        ["user_metadata"],
+    ),
+    "training where only a forward pass is asked for": (
+        calling("forward", forward_backward_input={"data": [json_datum(TOKENS)], "loss_fn": "cross_entropy"}),
+        ["forward_input", "forward_backward_input"],
+    ),
+    "text with an unknown field": (with_prompt({**text(3, 1), "weight": 2.0}), ["weight"]),
+    "text with something beside it": (with_prompt({**text(3, 1), "expected_tokens": 3}), ["expected_tokens"]),
     "load with a token": (
         calling("load_weights", path="tinker://a/weights/b", weights_access_token="t"),
         ["there is no checkpoint", "tinker://a/weights/b"],
@@ -323,6 +345,16 @@ REFUSED: dict[str, tuple[Send, int, list[str]]] = {
     "a NUL in the query": (lambda http, *_: http.get("/admin/v1/runs?base_model=%00"), 400, ["NUL"]),
     "a limit out of range": (lambda http, *_: http.get("/api/v1/training_runs?limit=0"), 422, ["limit"]),
     "a limit that is no number": (lambda http, *_: http.get("/api/v1/checkpoints?limit=all"), 422, ["limit"]),
+    "a filter that there is not": (
+        lambda http, *_: http.get("/api/v1/sessions?limit=3&project_id=mine"),
+        422,
+        ["project_id", "access_scope, limit, offset"],
+    ),
+    "a query where none is read": (
+        lambda http, run_id, _: http.post("/api/v1/get_info?verbose=1", json={"model_id": run_id}),
+        422,
+        ["verbose", "it takes none"],
+    ),
     "unknown run to load into": (
         lambda http, run_id, seq_id: http.post(
             "/api/v1/load_weights", json={"model_id": "x", "seq_id": 1, "path": "tinker://a/weights/b"}

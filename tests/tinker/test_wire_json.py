@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from engines.interface import UserError
-from engines.operations import ForwardBackward
+from engines.operations import Forward, ForwardBackward
 from gateway.errors import BadRequest, Unprocessable
 from gateway.tinker import requests, schemas
 from gateway.tinker.decoding import parse_json
@@ -78,8 +78,10 @@ def test_the_json_passes_of_older_sdks_say_the_same(route: str) -> None:
     bodies = [one for one in CAPTURED if one.route == route]
     assert len(bodies) >= 3
     for request in bodies:
-        operation = requests.pass_of_json(parse_json(encoded(request.body), schemas.ForwardBackwardBody))
-        assert isinstance(operation, ForwardBackward) is (route == "forward_backward")
+        body = parse_json(encoded(request.body), schemas.ForwardBackwardBody)
+        kind = ForwardBackward if route == "forward_backward" else Forward
+        operation = requests.pass_of_json(body, kind)
+        assert type(operation) is kind
         assert (operation.loss, operation.loss_config) == ("cross_entropy", {})
         assert len(operation.data) == 2
         for datum in operation.data:
@@ -87,19 +89,25 @@ def test_the_json_passes_of_older_sdks_say_the_same(route: str) -> None:
             assert inputs(datum) == {"target_tokens": [2, 3, 4], "weights": [0.0, 1.0, 1.0]}
 
 
-@pytest.mark.parametrize("fields", [{}, {"forward_input": None}])
-def test_a_pass_without_its_input_is_refused(fields: dict[str, Any]) -> None:
+NOTHING_TO_COMPUTE = {"data": [], "loss_fn": "cross_entropy"}
+INPUT_OF: dict[type[requests.Pass], str] = {
+    Forward: "forward_input",
+    ForwardBackward: "forward_backward_input",
+}
+
+
+@pytest.mark.parametrize("kind", INPUT_OF)
+@pytest.mark.parametrize("given", [[], ["other"], ["its own", "other"]])
+def test_a_route_takes_its_own_input_only(kind: type[requests.Pass], given: list[str]) -> None:
+    """Asked for a forward pass, the server must not train."""
+    names = {
+        "its own": INPUT_OF[kind],
+        "other": next(INPUT_OF[each] for each in INPUT_OF if each is not kind),
+    }
+    fields = {names[each]: NOTHING_TO_COMPUTE for each in given}
     body = parse_json(encoded({"model_id": "m", "seq_id": 1, **fields}), schemas.ForwardBackwardBody)
-    with pytest.raises(BadRequest, match="give either forward_backward_input or forward_input"):
-        requests.pass_of_json(body)
-
-
-def test_both_inputs_at_once_are_refused() -> None:
-    given = {"data": [], "loss_fn": "cross_entropy"}
-    fields = {"model_id": "m", "seq_id": 1, "forward_input": given, "forward_backward_input": given}
-    body = parse_json(encoded(fields), schemas.ForwardBackwardBody)
-    with pytest.raises(BadRequest, match="either"):
-        requests.pass_of_json(body)
+    with pytest.raises(BadRequest, match=f"give {INPUT_OF[kind]}, and not"):
+        requests.pass_of_json(body, kind)
 
 
 # ---------------------------------------------------------------------------- what is left out, and what is unknown
@@ -124,6 +132,8 @@ STRICT: dict[str, tuple[type[Any], dict[str, Any], list[Any]]] = {
     "adam_params": (schemas.OptimStepBody, {**STEP, "adam_params": {}}, ["adam_params"]),
     "asample": (schemas.SampleBody, SAMPLE, []),
     "prompt": (schemas.SampleBody, SAMPLE, ["prompt"]),
+    "chunk": (schemas.SampleBody, SAMPLE, ["prompt", "chunks", 0]),
+    "ttl": (schemas.SetTtl, {"ttl_seconds": None}, []),
     "sampling_params": (schemas.SampleBody, {**SAMPLE, "sampling_params": {}}, ["sampling_params"]),
     "create_model": (schemas.CreateModel, MODEL, []),
     "lora_config": (schemas.CreateModel, {**MODEL, "lora_config": {}}, ["lora_config"]),
@@ -223,6 +233,11 @@ def test_every_optional_field_may_be_null_and_type_may_be_missing(name: str) -> 
         (schemas.SampleBody, {**SAMPLE, "sampling_params": {"stop": 5}}, r"\$.sampling_params.stop"),
         (schemas.CreateModel, {**MODEL, "lora_config": {"rank": 2**40}}, r"\$.lora_config.rank"),
         (schemas.SetTtl, {"ttl_seconds": 3599}, ">= 3600"),
+        (schemas.SetTtl, {}, "missing required field `ttl_seconds`"),
+        (schemas.CreateModel, {"session_id": "s", "base_model": "b"}, "model_seq_id belong together"),
+        (schemas.CreateModel, {"model_seq_id": 1, "base_model": "b"}, "model_seq_id belong together"),
+        (schemas.SampleBody, {**SAMPLE, "sampling_session_id": None}, "seq_id belongs to sampling_session"),
+        (schemas.LoadWeights, {"session_id": "s", "model_seq_id": 1, "seq_id": 1, "path": "a"}, "seq_id"),
         (schemas.SetTtl, {"ttl_seconds": 10**9}, "<= "),
         (schemas.SaveWeights, {**STEP, "path": "a", "user_metadata": {"a": 1}}, r"\$.user_metadata"),
     ],
@@ -306,6 +321,16 @@ def test_a_body_of_unknown_fields_takes_bounded_time_and_memory() -> None:
     assert time.process_time() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 20 * len(body)
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "more", [{"data": "aGk="}, {"expected_tokens": 3}, {"location": "x"}, {"dmel": "x"}, {"height": 1}]
+)
+def test_text_with_something_beside_it_is_not_taken_for_text_alone(more: dict[str, Any]) -> None:
+    chunks = [{"tokens": [1]}, {"type": "encoded_text", "tokens": [1], **more}]
+    body = parse_json(encoded({**SAMPLE, "prompt": {"chunks": chunks}}), schemas.SampleBody)
+    with pytest.raises(UserError, match=rf"prompt.chunks\[1\] is text.* no {next(iter(more))}"):
+        requests.sample_of(body, lambda: 0)
 
 
 def test_early_images_have_a_number_of_tokens() -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.interface import UserError
+from engines.operations import Forward
 from engines.tensors import Tensor
 from gateway.tinker import schemas
 from gateway.tinker import wire_pb2 as wire
@@ -205,9 +206,9 @@ def test_the_json_form_has_no_more_room() -> None:
     given = {"data": [datum], "loss_fn": "cross_entropy"}
     fields = {"model_id": "m", "seq_id": 1, "forward_input": given}
     with pytest.raises(UserError, match=r"data\[0\].* may take \d+ bytes together"):
-        pass_of_json(msgspec.convert(fields, schemas.ForwardBackwardBody))
+        pass_of_json(msgspec.convert(fields, schemas.ForwardBackwardBody), Forward)
     tensor["shape"] = [1, 1000]
-    found = pass_of_json(msgspec.convert(fields, schemas.ForwardBackwardBody))
+    found = pass_of_json(msgspec.convert(fields, schemas.ForwardBackwardBody), Forward)
     assert found.data[0].loss_inputs["weights"].shape == (1, 1000)
 
 
