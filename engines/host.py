@@ -82,7 +82,9 @@ class Host:
         self._snapshots = SnapshotWriter(config.storage)
         self._samples = SamplingCalls(engine, info, self._send)
         self._waiting: deque[tuple[Call, list[bytes]]] = deque()
-        self._training_lead_s = 0.0
+        self._share = config.sampling_share
+        self._lead_s = 0.0
+        """What sampling is owed before the next training call."""
         self._stopped = False
         self._heard_at = time.monotonic()
 
@@ -132,19 +134,23 @@ class Host:
                 log.warning("a second load was ignored: a process serves one model")
 
     def _work(self) -> None:
-        """One training call or one decoding step. While both have work each gets half of the time, however long a
-        call or a step takes: it is the turn of the one that has had less."""
-        sampling = self._engine.sampling
-        if not (self._waiting and sampling):
-            self._training_lead_s = 0.0
-        begun = time.monotonic()
-        if self._waiting and not (sampling and self._training_lead_s > 0):
+        """One training call or one decoding step. While both have work sampling gets its share of the time, however
+        long a call or a step takes.
+
+        An owner may wait for a call's answer before it sends the next. What sampling is owed for a call therefore
+        stays until sampling has had it or has nothing to do; training that is not there saves nothing up.
+        """
+        sampling, begun = self._engine.sampling, time.monotonic()
+        if not sampling:
+            self._lead_s = 0.0
+        if self._waiting and self._lead_s <= 0:
             self._perform(*self._waiting.popleft())
-            self._training_lead_s += time.monotonic() - begun
+            self._lead_s += (time.monotonic() - begun) * self._share
         elif sampling:
             with self._vitals.during(Doing.SAMPLING):
                 self._samples.advance()
-            self._training_lead_s -= time.monotonic() - begun
+            lead_s = self._lead_s - (time.monotonic() - begun) * (1 - self._share)
+            self._lead_s = lead_s if self._waiting else max(lead_s, 0.0)
 
     def _perform(self, call: Call, payloads: list[bytes]) -> None:
         match call:

@@ -23,6 +23,7 @@ _SHORTEST_TOKEN_S = 900
 _LONGEST_TOKEN_S = 7 * 86400
 _SHORTEST_ADDRESS_S = 600
 _SHORTEST_SILENCE_S = 300
+_SAMPLING_SHARES = (0.05, 0.95)
 _LONGEST_ADDRESS_S = 7 * 86400
 BUILT_IN = "tandem/tiny"
 """The base model that comes with Tandem."""
@@ -50,6 +51,8 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Memory for runs; if there are more, they take turns. Not given: 40 % of what is free when its model is loaded."""
     adapter_memory_bytes: int | None = None
     """Memory for sampled adapters; others are read again. Not given: 10 % of what is free when its model is loaded."""
+    sampling_share: float = 0.5
+    """Part of its time that it samples while there is also training to do; either has all of it while it is alone."""
 
     @property
     def source(self) -> str:
@@ -316,6 +319,12 @@ def _check_engines(engines: tuple[EngineSettings, ...]) -> None:
                 raise ConfigurationError(
                     f"engines: {setting} of {engine.name!r} is {size}; it must be at least 1"
                 )
+        low, high = _SAMPLING_SHARES
+        if not low <= engine.sampling_share <= high:
+            raise ConfigurationError(
+                f"engines: sampling_share of {engine.name!r} is {engine.sampling_share}; it must be from {low} to "
+                f"{high}"
+            )
 
 
 def _check_leases(settings: Settings) -> None:

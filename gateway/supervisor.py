@@ -294,6 +294,7 @@ class Supervisor:
             owner_timeout_s=settings.engine_owner_timeout_s,
             run_memory_bytes=engine.run_memory_bytes,
             adapter_memory_bytes=engine.adapter_memory_bytes,
+            sampling_share=engine.sampling_share,
         )
 
     async def _tell(self, process: EngineProcess) -> None:

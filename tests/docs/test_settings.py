@@ -123,6 +123,10 @@ def test_variables_of_every_page_are_settings() -> None:
             {"TANDEM_ENGINES": '[{"name": "a", "base_model": "b"}, {"name": "a", "base_model": "c"}]'},
             ["'a'", "unique"],
         ),
+        (
+            {"TANDEM_ENGINES": '[{"name": "a", "base_model": "b", "sampling_share": 1}]'},
+            ["sampling_share", "'a'", "1", "0.05", "0.95"],
+        ),
         ({"TANDEM_CONFIG": "/no/such.toml"}, ["TANDEM_CONFIG", "/no/such.toml"]),
     ],
 )

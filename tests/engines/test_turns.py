@@ -52,14 +52,31 @@ class TimedEngine(FakeEngine):
 
 
 class Script:
-    """A socket on which everything has arrived already; a stop follows when all calls are answered."""
+    """A socket on which everything has arrived already, or from the calls only the next one, some polls after the last
+    one's answer; a stop follows when all calls are answered."""
 
-    def __init__(self, messages: Sequence[list[bytes]]) -> None:
-        self.arrived = deque(messages)
+    def __init__(self, first: Sequence[list[bytes]], calls: Sequence[list[bytes]], polls: int | None) -> None:
+        self.arrived = deque(first)
+        self.calls = deque(calls)
+        self.polls = polls
         self.answered = 0
+        self.sent = 1
+        self.quiet = 0
 
     def poll(self, timeout_ms: int) -> int:
+        if self.polls is None:
+            self._send(len(self.calls))
+        elif self.sent == self.answered:
+            self.quiet += 1
+            if self.quiet > self.polls:
+                self._send(1)
         return len(self.arrived) or int(self.answered > CALLS)
+
+    def _send(self, count: int) -> None:
+        self.quiet = 0
+        for _ in range(min(count, len(self.calls))):
+            self.arrived.append(self.calls.popleft())
+            self.sent += 1
 
     def recv_multipart(self) -> list[bytes]:
         return self.arrived.popleft() if self.arrived else pack(Stop())
@@ -69,9 +86,16 @@ class Script:
 
 
 def history(
-    monkeypatch: pytest.MonkeyPatch, storage: Path, call_s: float, step_s: float, max_tokens: int = 4000
+    monkeypatch: pytest.MonkeyPatch,
+    storage: Path,
+    call_s: float,
+    step_s: float,
+    *,
+    max_tokens: int = 4000,
+    share: float = 0.5,
+    polls: int | None = None,
 ) -> str:
-    """What an engine does that has 40 calls waiting and one sample."""
+    """What an engine does that has 40 calls waiting and one sample; with `polls` the calls come one at a time."""
     config = EngineConfig(
         name="timed",
         plugin="fake",
@@ -81,6 +105,7 @@ def history(
         storage=str(storage),
         epoch=1,
         owner_timeout_s=1e6,
+        sampling_share=share,
     )
     engine = TimedEngine.load(config)
     assert isinstance(engine, TimedEngine)
@@ -92,7 +117,7 @@ def history(
         pack(Perform(i, 1, "forward_backward", [RunAddress("a", i)]), encode(learn()))
         for i in range(1, CALLS + 1)
     ]
-    socket = cast(host.Socket, Script([create, drawing, *calls]))
+    socket = cast(host.Socket, Script([create, drawing], calls, polls))
     vitals = Vitals.create()
     assert host.Host(socket, vitals, engine, engine.info(), config).serve() == host.EXIT_STOPPED
     vitals.close()
@@ -121,3 +146,35 @@ def test_after_the_last_sample_training_has_all_the_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert history(monkeypatch, tmp_path, 1.0, 0.5, max_tokens=3) == "cssc" + "s" + "c" * (CALLS - 2)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.75, 24), (0.5, 8)])
+@pytest.mark.parametrize("polls", [None, 0, 3])
+def test_sampling_gets_its_share_whether_calls_wait_or_come_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, polls: int | None, share: float, steps: int
+) -> None:
+    """A call takes a second, a step an eighth. An owner that sends a call only when it has the answer to the one before
+    has no more of the time than one whose calls all wait."""
+    found = history(monkeypatch, tmp_path, 1.0, 0.125, share=share, polls=polls)
+    assert found.strip("s") == ("c" + "s" * steps) * (CALLS - 1) + "c"
+
+
+def test_training_that_was_not_there_saves_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each call comes 50 steps after the last one's answer, is made at once, and only one of them."""
+    found = history(monkeypatch, tmp_path, 1.0, 0.125, polls=50)
+    assert {len(steps) for steps in found.strip("s").split("c")[1:-1]} == {50}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.95])
+@pytest.mark.parametrize(("call_s", "step_s"), [(1.0, 0.25), (0.02, 0.5)])
+def test_neither_starves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, share: float, call_s: float, step_s: float
+) -> None:
+    """From the first call to the last the time is divided as set, to within what one call and one step take."""
+    found = history(monkeypatch, tmp_path, call_s, step_s, share=share)
+    found = found[: found.rindex("c") + 1]
+    trained, sampled = found.count("c") * call_s, found.count("s") * step_s
+    assert abs(share * trained - (1 - share) * sampled) <= share * call_s + (1 - share) * step_s + 1e-9
+    assert trained > 0 and sampled > 0
