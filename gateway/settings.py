@@ -6,14 +6,18 @@ its default. A variable for a list or a table holds JSON. An unknown key or a va
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tomllib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from gateway.errors import ConfigurationError
 
@@ -25,6 +29,7 @@ _SHORTEST_ADDRESS_S = 600
 _SHORTEST_SILENCE_S = 300
 _SAMPLING_SHARES = (0.05, 0.95)
 _LONGEST_ADDRESS_S = 7 * 86400
+_POSTGRES = "postgresql+asyncpg"
 BUILT_IN = "tandem/tiny"
 """The base model that comes with Tandem."""
 _BUILT_IN_FOLDER = str(Path(__file__).parents[1] / "engines" / "tiny" / "model")
@@ -64,7 +69,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of one gateway process."""
 
     data_dir: Path = Path("data")
-    """Folder for the embedded database, checkpoints and sockets."""
+    """Folder for the embedded database, checkpoints and what is being uploaded."""
     database_url: str = ""
     """SQLAlchemy URL: `postgresql+asyncpg://user@host/name`; empty: SQLite in `data_dir`."""
     database_wait_s: float = 30.0
@@ -247,8 +252,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _checked(settings: Settings) -> Settings:
     """What types cannot say."""
     _check_engines(settings.engines)
-    _check_times(settings)
+    _check_database(settings)
     _check_numbers(settings)
+    _check_times(settings)
     for name in ("max_body_bytes", "max_decompressed_bytes"):
         if getattr(settings, name) > settings.body_memory_bytes:
             raise ConfigurationError(
@@ -261,17 +267,54 @@ def _checked(settings: Settings) -> Settings:
     return settings
 
 
+def _check_database(settings: Settings) -> None:
+    """What is not understood of the URL is not repeated: it may hold a password."""
+    try:
+        driver = make_url(settings.url).drivername
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            f"database_url cannot be understood; it is to be {_POSTGRES}://user:password@host/name, with what is "
+            "special in user and password percent-encoded, or empty"
+        ) from None
+    if driver != _POSTGRES and driver.partition("+")[0] != "sqlite":
+        raise ConfigurationError(
+            f"database_url begins with {driver!r}; it must begin with {_POSTGRES}, or be empty: the embedded database"
+        )
+    if driver == _POSTGRES and find_spec("asyncpg") is None:
+        raise ConfigurationError(
+            "database_url is of a Postgres, for which asyncpg is needed: install the extra `postgres`, as in "
+            "pip install -e '.[postgres]'"
+        )
+
+
 def _check_numbers(settings: Settings) -> None:
+    for field in msgspec.structs.fields(Settings):
+        if field.type is float and math.isnan(
+            getattr(settings, field.name)
+        ):  # which no comparison below refuses
+            raise ConfigurationError(f"{field.name} is nan; it must be a number")
     for name in (
         "max_body_bytes",
         "max_decompressed_bytes",
         "max_import_bytes",
+        "max_queued_per_run",
+        "max_queued_per_owner",
+        "max_queued_samples",
         "samples_in_engine",
         "max_attempts",
     ):
         if getattr(settings, name) < 1:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 1")
-    for name in ("snapshot_steps", "snapshot_s", "snapshot_keep_s"):
+    for name in (
+        "database_wait_s",
+        "announced_result_bytes",
+        "input_cache_bytes",
+        "result_cache_bytes",
+        "engine_restart_delay_s",
+        "snapshot_steps",
+        "snapshot_s",
+        "snapshot_keep_s",
+    ):
         if getattr(settings, name) < 0:
             raise ConfigurationError(f"{name} is {getattr(settings, name)}; it must be at least 0")
 

@@ -114,6 +114,9 @@ def test_variables_of_every_page_are_settings() -> None:
         ({"TANDEM_TOKEN_LIFETIME_S": "inf"}, ["token_lifetime_s", "604800"]),
         ({"TANDEM_PUBLIC_URL": "lab.example"}, ["public_url", "lab.example", "https://"]),
         ({"TANDEM_MAX_BODY_BYTES": "0"}, ["max_body_bytes", "0", "at least 1"]),
+        ({"TANDEM_LEASE_S": "nan"}, ["lease_s", "nan"]),
+        ({"TANDEM_MAX_QUEUED_SAMPLES": "0"}, ["max_queued_samples", "0", "at least 1"]),
+        ({"TANDEM_RESULT_CACHE_BYTES": "-1"}, ["result_cache_bytes", "-1", "at least 0"]),
         ({"TANDEM_LOG_LEVEL": "LOUD"}, ["log_level"]),
         ({"TANDEM_ENGINES": "qwen"}, ["TANDEM_ENGINES", "JSON"]),
         ({"TANDEM_ENGINES": "[]"}, ["engines", "empty"]),
@@ -135,6 +138,29 @@ def test_what_is_wrong_is_named(environment: dict[str, str], words: list[str]) -
         load_settings(environment)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://tandem:geheim@db/tandem",
+        "postgres://tandem:geheim@db/tandem",
+        "mysql+aiomysql://tandem:geheim@db/tandem",
+        "postgresql+asyncpg://tandem:geheim@db:port/tandem",
+        "tandem:geheim",
+    ],
+)
+def test_a_database_that_is_not_served_is_named_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"database_url .*postgresql\+asyncpg") as caught:
+        load_settings({"TANDEM_DATABASE_URL": url})
+    assert "geheim" not in str(caught.value)
+
+
+def test_a_postgres_needs_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.settings.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="extra `postgres`"):
+        load_settings({"TANDEM_DATABASE_URL": "postgresql+asyncpg://tandem@db/tandem"})
+    assert load_settings({}).embedded
 
 
 def test_a_variable_wins_over_the_file(tmp_path: Path) -> None:
