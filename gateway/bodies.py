@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import io
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -31,6 +31,7 @@ _HELD = "tandem.bodies"
 _MOST_WAITING = 1024
 _LONGEST_WAIT_S = 20.0
 _PATIENCE_S = 30.0
+"""Seconds for which a sender may be silent."""
 _SLOWEST = 64 * 1024
 """Bytes in a second: whoever sends more slowly for long does not keep others waiting."""
 
@@ -168,8 +169,9 @@ async def read_sent(request: Request, limit: int, advice: str = _ADVICE) -> byte
     sent = io.BytesIO()  # one buffer: parts that are joined at the end would be there twice
     beginning = b""
     size = 0
-    async with _patience(limit):
+    async with patience(limit) as heard:
         async for chunk in request.stream():
+            heard()
             size += len(chunk)
             if size > limit:
                 beginning = beginning or (sent.getvalue() or chunk)[:BEGINNING]
@@ -189,11 +191,14 @@ async def read_sent(request: Request, limit: int, advice: str = _ADVICE) -> byte
 
 
 @contextlib.asynccontextmanager
-async def _patience(limit: int) -> AsyncIterator[None]:
-    """A body that does not come does not keep its memory."""
+async def patience(limit: int) -> AsyncIterator[Callable[[], None]]:
+    """A body of at most `limit` bytes that does not come keeps neither its memory nor its place. What is yielded is
+    called whenever a part has come. Raises NoRoom."""
+    now = asyncio.get_running_loop().time
+    end = now() + _PATIENCE_S + limit / _SLOWEST
     try:
-        async with asyncio.timeout(_PATIENCE_S + limit / _SLOWEST):
-            yield
+        async with asyncio.timeout(_PATIENCE_S) as silence:
+            yield lambda: silence.reschedule(min(end, now() + _PATIENCE_S))
     except TimeoutError as error:
         raise NoRoom("the body came too slowly; send it again") from error
 

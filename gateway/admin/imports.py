@@ -15,6 +15,7 @@ from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from engines.interface import EngineInfo
 from engines.storage import FolderStorage
 from gateway.adapter_files import Imported, rewrite_adapter
+from gateway.bodies import patience
 from gateway.checkpoints import checkpoint_path, remove_folder
 from gateway.errors import BadRequest, EngineUnavailable, PayloadTooLarge
 from gateway.settings import Settings
@@ -43,7 +44,7 @@ async def import_adapter(
     gateway: Gateway, owner: str, body: AsyncIterator[bytes], wanted: Wanted
 ) -> tuple[Checkpoint, Imported]:
     """The checkpoint, with weights alone, and what was found. Raises UserError, PayloadTooLarge, NotFound,
-    ModelNotLoadable, and EngineUnavailable until the engine has told its layers."""
+    ModelNotLoadable, NoRoom, and EngineUnavailable until the engine has told its layers."""
     engine = gateway.fleet.for_base_model(wanted.base_model, "train").supervisor
     info = _info(engine, wanted.base_model)
     folder = f"checkpoints/{secrets.token_hex(16)}"
@@ -70,14 +71,17 @@ def _info(engine: Supervisor, base_model: str) -> EngineInfo:
 
 
 async def _receive(body: AsyncIterator[bytes], target: Path, limit: int) -> None:
+    """Raises PayloadTooLarge, and NoRoom when it comes too slowly: few can be received at a time."""
     size = 0
     with target.open("wb") as file:
-        async for chunk in body:
-            size += len(chunk)
-            if size <= limit:
-                await asyncio.to_thread(file.write, chunk)
-            elif size > _DRAINED * limit:
-                break
+        async with patience(limit) as heard:
+            async for chunk in body:
+                heard()
+                size += len(chunk)
+                if size <= limit:
+                    await asyncio.to_thread(file.write, chunk)
+                elif size > _DRAINED * limit:
+                    break
     if size > limit:
         raise PayloadTooLarge(f"the body is larger than {limit} bytes (setting max_import_bytes)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -164,6 +165,32 @@ async def test_a_body_that_does_not_come_gives_up(monkeypatch: pytest.MonkeyPatc
     request._receive = silence
     with pytest.raises(NoRoom, match="slowly"):
         await read_sent(request, 100)
+
+
+async def test_a_body_that_comes_in_time_may_take_long_and_one_that_stops_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.bodies._PATIENCE_S", 0.2)
+    parts = [b"a" * KIB] * 8
+
+    async def slowly(request: Request, coming: int) -> bytes:
+        receive, came = request._receive, 0
+
+        async def later() -> Message:
+            nonlocal came
+            came += 1
+            await asyncio.sleep(0.05 if came <= coming else 60)
+            return await receive()
+
+        request._receive = later
+        return await read_sent(request, 1000 * KIB)
+
+    bodies = Bodies(1000 * KIB, 1000 * KIB)
+    began = time.monotonic()
+    assert await slowly(a_request(bodies, parts), len(parts)) == b"".join(parts)
+    assert time.monotonic() - began > 0.2  # longer than anybody may be silent
+    with pytest.raises(NoRoom, match="slowly"):  # long before what a body of the largest size may take
+        await asyncio.wait_for(slowly(a_request(bodies, parts), 3), 10)
 
 
 def test_the_size_is_what_the_frame_says_or_a_guess() -> None:
