@@ -50,6 +50,7 @@ class Remembered(Generic[T]):
         self._shared = shared
         self._largest = largest
         self._records: OrderedDict[str, T] = OrderedDict()
+        self._forgotten = 0
 
     async def get(self, key: str) -> T | None:
         """The record, from memory or from the database."""
@@ -57,8 +58,10 @@ class Remembered(Generic[T]):
             return None  # no id has one, and PostgreSQL does not take it as text
         record = self._records.get(key)
         if record is None or (self._shared is not None and self._shared()):
+            forgotten = self._forgotten
             record = await self._look_up(key)
-            if record is not None:
+            # One that was read while something changed may be as it was before: it is not kept.
+            if record is not None and forgotten == self._forgotten:
                 self._records[key] = record
                 if len(self._records) > self._largest:
                     self._records.popitem(last=False)
@@ -66,6 +69,7 @@ class Remembered(Generic[T]):
 
     def forget(self, key: str) -> None:
         """Something of the record has changed."""
+        self._forgotten += 1
         self._records.pop(key, None)
 
 
