@@ -100,7 +100,7 @@ class Futures:
                 "this number is taken by another operation of the run; one client at a time numbers a run's operations",
                 param="seq_id",
             )
-        if stored.open and request_id not in self._open:
+        if stored.open and self._known(request_id) is None:  # else it was settled while it was read
             self._accepted(stored, None)
         return stored
 

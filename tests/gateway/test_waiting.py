@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from gateway.migrate import upgrade
 from gateway.store import Store
 from gateway.store.database import Database
 from gateway.store.futures import Claim, Submission
-from gateway.store.records import Future, Outcome
+from gateway.store.records import Future, FutureStatus, Outcome, Settled
 from tests.store.conftest import a_run, a_session, an_operation
 
 WAITERS = 2000
@@ -103,3 +104,25 @@ async def test_an_outcome_whose_news_was_lost_is_found_at_the_end(store: Store) 
     settled = await futures.outcome(operation.request_id, "alice", 0.3)
     assert settled is not None
     assert settled.result == b"r"
+
+
+@pytest.mark.parametrize("settled_meanwhile", [False, True])
+async def test_a_repetition_whose_first_try_got_no_answer_is_dispatched_unless_it_has_its_outcome(
+    store: Store, monkeypatch: pytest.MonkeyPatch, settled_meanwhile: bool
+) -> None:
+    _, [operation] = await accepted(store, 1)
+    dispatched: list[str] = []
+    futures = Futures(store, lambda future, body: dispatched.append(future.request_id), 1 << 20)
+    get = store.futures.get
+
+    async def outrun(request_id: str) -> Future | None:
+        row = await get(request_id)
+        if settled_meanwhile:  # between the database's answer and whoever waits for it
+            assert row is not None
+            futures.settled(Settled(replace(row, status=FutureStatus.DONE), b"r"))
+        return row
+
+    monkeypatch.setattr(store.futures, "get", outrun)
+    await futures.submit(Submission(operation, b""))
+    assert dispatched == ([] if settled_meanwhile else [operation.request_id])
+    assert futures.awaits([operation.request_id]) is not settled_meanwhile
