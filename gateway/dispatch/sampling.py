@@ -227,8 +227,10 @@ class SamplingLane:
 
     def _done(self, future: Future, task: asyncio.Task[None]) -> None:
         self._active.pop(future.request_id, None)
-        if task.cancelled() and future.request_id in self._given_up:
-            self._settle_given_up(future)
+        if task.cancelled():
+            self.in_engine.discard(future.request_id)
+            if future.request_id in self._given_up:
+                self._settle_given_up(future)
         self._given_up.discard(future.request_id)
         self._written(task)
         self._wake.set()

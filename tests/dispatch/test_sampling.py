@@ -141,3 +141,14 @@ async def test_a_sample_that_an_earlier_engine_had_is_given_up_in_the_name_of_th
     stored = await place.store.futures.get("alice:a3")
     assert stored is not None
     assert (stored.status, stored.error) == (FutureStatus.FAILED, GIVEN_UP)
+
+
+async def test_what_another_gateway_has_settled_is_neither_waited_for_nor_drawn(place: Place) -> None:
+    for name in ("a1", "a2", "a3"):
+        await place.submit("alice", name)
+    await place.engine.comes_to_hold("a1", "a2")
+    place.lane.withdraw(["alice:a1", "alice:a3", "bob:unknown"])
+    await place.engine.comes_to_hold("a2")
+    await asyncio.sleep(0.05)  # a3 would be taken now
+    assert set(place.engine.inside) == {"a2"}
+    assert place.lane.in_engine == {"alice:a2"}  # only that could be blamed for the engine's death
