@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 
 _FILES_NEEDED = 4096
 _ECHO = 200
-_NOT_FOUND = 404
 """Characters of an address that an error repeats."""
+_NOT_FOUND = 404
 _OPENAI_PATHS = ("/v1/", "/oai/")
 
 
