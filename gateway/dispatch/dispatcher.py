@@ -13,11 +13,12 @@ import logging
 from collections.abc import Callable
 
 from gateway.dispatch.blame import Blame
+from gateway.dispatch.claiming import Interrupted
 from gateway.dispatch.elsewhere import QueuesElsewhere
 from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.sampling import GIVEN_UP, SamplingLane
 from gateway.dispatch.standing import Standing
-from gateway.dispatch.training import Interrupted, TrainingLane
+from gateway.dispatch.training import TrainingLane
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineLost, StoreUnavailable
 from gateway.settings import Settings

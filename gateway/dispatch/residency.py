@@ -27,6 +27,8 @@ _SHORTEST_TURN_S, _LONGEST_TURN_S = 0.05, 30.0
 _FIRST_GUESS_S = 0.02
 """Seconds that a change of places takes, before one has been measured."""
 _LOOK_AGAIN_S = 0.02
+_SIZES = 10_000
+"""Runs whose size is remembered when they have left; the engine tells it again of any other."""
 
 
 @dataclass(slots=True)
@@ -124,7 +126,8 @@ class Residency:
         place = self._places[run_id]
         if size is not None:
             self.used += size - place.size
-            place.size = self._sizes[run_id] = size
+            place.size = size
+            self._remember(run_id, size)
         place.filled = True
         place.since = place.used_at = self._clock()
         self._places.move_to_end(run_id)
@@ -142,7 +145,7 @@ class Residency:
         If there should have been room, the engine has less than it thought, and others leave from now on as if its
         limit were what it has now.
         """
-        self._sizes[run_id] = size
+        self._remember(run_id, size)
         self.leave(run_id)
         if self._places and self._missing(run_id) <= 0:
             log.warning("run %s of %d bytes does not fit beside %d bytes of others", run_id, size, self.used)
@@ -239,6 +242,12 @@ class Residency:
         self._places[run_id] = Place(owner, size)
         self._held[owner] += 1
         self.used += size
+
+    def _remember(self, run_id: str, size: int) -> None:
+        self._sizes.pop(run_id, None)
+        self._sizes[run_id] = size
+        if len(self._sizes) > _SIZES:
+            del self._sizes[next(iter(self._sizes))]
 
     def _missing(self, run_id: str) -> int:
         """Bytes that must become free before the run fits. In an empty engine it may try: nobody can leave for it."""

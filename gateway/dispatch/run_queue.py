@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from gateway.dispatch.shares import Shares
+from gateway.dispatch.standing import Standing
 from gateway.store.records import Future
 
 Weigh = Callable[[Future], float]
@@ -70,6 +71,19 @@ class RunQueue:
         self.waiting.clear()
         self.gap_since = None
         return [future for future in abandoned if future.open]
+
+    def standing(self, seq_id: int) -> Standing:
+        """Where an open entry stands."""
+        if self.running and seq_id == self.next_seq:
+            return Standing(False, "it is being performed")
+        if self.parked and seq_id == self.next_seq:
+            return Standing(True, "its run waits for a place in the engine's memory, which others have now")
+        if self.head() is None and not self.running:
+            return Standing(False, f"operation {self.next_seq} of its run has not arrived")
+        before = seq_id - self.next_seq
+        return Standing(
+            False, f"{before} operations of its run come before it" if before else "it is next in its run"
+        )
 
     def _skip_settled(self) -> None:
         while (future := self.waiting.get(self.next_seq)) is not None and not future.open:
@@ -234,6 +248,11 @@ class TrainingQueue:
         """Whether anything of a run waits or runs."""
         queue = self.runs.get(run_id)
         return queue is not None and (queue.running or bool(queue.waiting))
+
+    def forget(self, run_id: str) -> None:
+        """Keep the order of a run no longer, unless something of it waits or runs."""
+        if not self.waits(run_id):
+            self.runs.pop(run_id, None)
 
     def gaps(self, now: float, timeout_s: float) -> list[RunQueue]:
         """Runs that have waited too long for a missing number."""

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from engines.interface import UserError
 from gateway.dispatch.blame import Blame
+from gateway.dispatch.claiming import Interrupted, claimed_inputs, sent
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed
 from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.run_queue import Turns
 from gateway.dispatch.standing import Standing
-from gateway.dispatch.training import Interrupted, sent
 from gateway.engine_process import Drawn, EngineProcess
 from gateway.errors import EngineFailed, EngineLost, TooManyRequests
 from gateway.settings import Settings
@@ -163,7 +163,8 @@ class SamplingLane:
             return []
         await quarantine.enter(alone=self._blame.suspected(batch[0]), count=len(batch))
         epoch = engine.config.epoch
-        inputs = await self._claimed_inputs(Claim(tuple(future.request_id for future in batch), epoch))
+        claim = Claim(tuple(future.request_id for future in batch), epoch)
+        inputs = await claimed_inputs(self._store.futures, self._inputs, claim, self._written)
         quarantine.leave(count=len(batch) - len(inputs))
         claimed = [sent(future, epoch) for future in batch]
         return [(future, inputs[future.request_id]) for future in claimed if future.request_id in inputs]
@@ -189,14 +190,6 @@ class SamplingLane:
             return self._turns.take()
         newcomer = next((owner for owner in self._turns.owners() if owner not in served), None)
         return self._turns.take(newcomer) if newcomer is not None else None
-
-    async def _claimed_inputs(self, claim: Claim) -> dict[str, bytes]:
-        """As in the lane of the runs: when the inputs are at hand, the claim is written while the engine works."""
-        inputs = self._inputs.take(claim.request_ids)
-        if inputs is None:
-            return await self._store.futures.claim(claim)
-        self._store.futures.claim_behind(claim).add_done_callback(self._written)
-        return inputs
 
     async def _sample(self, engine: EngineProcess, future: Future, body: bytes) -> None:
         self.in_engine.add(future.request_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from engines import messages
 from engines.messages import RunAddress
 from engines.operations import OperationKind
 from gateway.dispatch.blame import Blame
+from gateway.dispatch.claiming import Interrupted, claimed_inputs, sent
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, outcomes_of
 from gateway.dispatch.quarantine import Quarantine
@@ -42,10 +42,6 @@ _RESTORE_AGAIN_S = 0.25
 """Seconds before a restoration that failed is tried again; doubles with each try."""
 _LONGEST_PAUSE_S = 10.0
 """Seconds between two looks at a storage of snapshots that is out of reach, at most."""
-
-
-class Interrupted(Exception):
-    """What is in memory and what is in the database have come apart; start over from the database."""
 
 
 class TrainingLane:
@@ -132,20 +128,11 @@ class TrainingLane:
     def standing(self, future: Future) -> Standing:
         """Where an open operation stands."""
         queue = self._queue.runs.get(future.run_id or "")
-        if queue is not None and queue.run_id in self._outages and future.seq_id == queue.next_seq:
+        if queue is None:
+            return Standing(False, "its run is being restored")
+        if queue.run_id in self._outages and future.seq_id == queue.next_seq:
             return Standing(True, "its run waits for its snapshots, whose storage is out of reach")
-        if queue is None or (queue.running and future.seq_id == queue.next_seq):
-            return Standing(
-                False, "it is being performed" if queue is not None else "its run is being restored"
-            )
-        if queue.parked and future.seq_id == queue.next_seq:
-            return Standing(True, "its run waits for a place in the engine's memory, which others have now")
-        if queue.head() is None and not queue.running:
-            return Standing(False, f"operation {queue.next_seq} of its run has not arrived")
-        before = future.seq_id - queue.next_seq
-        return Standing(
-            False, f"{before} operations of its run come before it" if before else "it is next in its run"
-        )
+        return queue.standing(future.seq_id)
 
     def require_room(self, future: Future) -> None:
         """Raises TooManyRequests when the queue of the run or of its owner is full.
@@ -231,14 +218,18 @@ class TrainingLane:
     async def _open_runs(self) -> None:
         """Read the ends of logs that have got an operation and are not known here yet."""
         while self._unopened:
-            run_id = next(iter(self._unopened))
-            run = await self._store.runs.get(run_id)
-            entries = await self._store.futures.of_run_from(run_id, run.next_seq) if run is not None else []
-            arrived = self._unopened.pop(run_id)  # also what came while the log was being read
-            if run is not None and run_id not in self._queue.runs:
-                self._queue.open_run(run_id, run.owner, run.next_seq, ())
-            for future in [*entries, *arrived]:
-                self.accept(future)
+            # A run that was known before may have outcomes that are on their way.
+            await self._require_settled()
+            for run_id in list(self._unopened):
+                run = await self._store.runs.get(run_id)
+                entries = (
+                    await self._store.futures.of_run_from(run_id, run.next_seq) if run is not None else []
+                )
+                arrived = self._unopened.pop(run_id)  # also what came while the log was being read
+                if run is not None and run_id not in self._queue.runs:
+                    self._queue.open_run(run_id, run.owner, run.next_seq, ())
+                for future in [*entries, *arrived]:
+                    self.accept(future)
 
     async def _drop_runs(self, engine: EngineProcess) -> None:
         for run_id in [run_id for run_id in self._to_drop if not self._queue.waits(run_id)]:
@@ -246,8 +237,8 @@ class TrainingLane:
                 return
             self._to_drop.discard(run_id)
             if self.residency.leave(run_id):
-                await self.snapshots.leave(run_id)
-                await engine.drop_run(run_id)
+                await self._free(engine, run_id)
+            self._forget_idle(run_id)
 
     async def _change_places(self, engine: EngineProcess) -> None:
         """Let runs that wait for the engine's memory have the places of others, as far as those may leave now."""
@@ -256,28 +247,29 @@ class TrainingLane:
             if change is None:
                 return
             for run_id in change.leaving:
-                await self.snapshots.leave(run_id)
-                await engine.drop_run(run_id)
+                await self._free(engine, run_id)
+                self._forget_idle(run_id)
             if not self._queue.unpark(change.run_id):
                 self.residency.leave(change.run_id)
+
+    async def _free(self, engine: EngineProcess, run_id: str) -> None:
+        await self.snapshots.leave(run_id)
+        await engine.drop_run(run_id)
+
+    def _forget_idle(self, run_id: str) -> None:
+        """What is known of a run takes memory too; when it gets something to do, the end of its log is read again."""
+        if not self.residency.holds(run_id):
+            self._queue.forget(run_id)
 
     async def _claim(self, engine: EngineProcess, batch: list[Future]) -> list[tuple[Future, bytes]]:
         """The next operation of each of several runs, all of one kind, with their inputs."""
         epoch = engine.config.epoch
-        inputs = await self._claimed_inputs(Claim(tuple(future.request_id for future in batch), epoch))
+        claim = Claim(tuple(future.request_id for future in batch), epoch)
+        inputs = await claimed_inputs(self._store.futures, self._inputs, claim, self._written)
         if len(inputs) < len(batch):
             raise Interrupted("an operation that was to be claimed has its outcome already, or a newer owner")
         claimed = [sent(future, epoch) for future in batch]
         return [(future, inputs[future.request_id]) for future in claimed]
-
-    async def _claimed_inputs(self, claim: Claim) -> dict[str, bytes]:
-        """Inputs of what is claimed. When they are at hand, the claim is written while the engine works already: it
-        counts attempts and shows what runs, whereas settling decides whose outcome is stored."""
-        inputs = self._inputs.take(claim.request_ids)
-        if inputs is None:
-            return await self._store.futures.claim(claim)
-        self._store.futures.claim_behind(claim).add_done_callback(self._written)
-        return inputs
 
     async def _perform(self, engine: EngineProcess, batch: list[tuple[Future, bytes]]) -> None:
         futures = [future for future, _ in batch]
@@ -405,6 +397,7 @@ class TrainingLane:
         if not self.residency.holds(outcome.future.run_id or ""):
             self.residency.leave(outcome.future.run_id or "")  # its place was reserved, and is not needed now
         self._write(outcome)
+        self._forget_idle(outcome.future.run_id or "")
         self._wake.set()
 
     def _fail_gaps(self) -> None:
@@ -442,9 +435,3 @@ class TrainingLane:
         if not write.cancelled() and isinstance(error := write.exception(), Exception):
             self._broken = error
             self._wake.set()
-
-
-def sent(future: Future, epoch: int) -> Future:
-    """The future as a claim leaves it: an attempt is a start of the engine that it was sent to."""
-    attempts = future.attempts + (future.epoch != epoch)
-    return replace(future, epoch=epoch, attempts=attempts, started_at=time.time())

@@ -291,3 +291,18 @@ def test_somebody_looks_again_only_while_somebody_waits() -> None:
     assert engine.residency.look_again_s == float("inf")
     engine.arrive("b-1")
     assert engine.residency.look_again_s < 0.1
+
+
+def test_a_run_whose_size_is_forgotten_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.dispatch.residency._SIZES", 2)
+    engine = Engine(places=2)
+    residency = engine.residency
+    for number in range(5):
+        assert residency.claim(f"a-{number}", "a")
+        residency.fill(f"a-{number}", SIZE)
+        residency.leave(f"a-{number}")
+    assert list(residency._sizes) == ["a-3", "a-4"]
+    assert engine.arrive("b-1", "b-2") == [True, True]
+    assert residency.claim("a-0", "a")
+    assert residency.refused("a-0", SIZE)  # the engine knows better, and says how large it is
+    assert not residency.claim("a-0", "a")

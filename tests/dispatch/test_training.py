@@ -28,6 +28,13 @@ Call = tuple[str, tuple[RunAddress, ...], bool]
 """Kind, runs with their numbers, whether it is a replay."""
 
 
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
 class ScriptedEngine:
     """Performs everything at once, unless `script` has another answer to a call."""
 
@@ -264,6 +271,50 @@ async def test_a_dropped_run_is_freed_when_nothing_of_it_waits(place: Place) -> 
     assert place.engine.dropped == [run.run_id]
     assert place.engine.applied(run) == [0, 1, 2, 3, 4]
     assert not place.lane.residency.holds(run.run_id)
+
+
+async def test_runs_that_have_left_leave_nothing_behind(place: Place) -> None:
+    for _ in range(3):
+        run = await place.begin("alice")
+        await place.outcome(await place.submit(run, 1))
+        place.lane.drop(run.run_id)
+        await asyncio.wait_for(place.engine.somebody_dropped.wait(), 10)
+        place.engine.somebody_dropped.clear()
+    await eventually(lambda: not place.lane._queue.runs)
+    failed = await place.store.sessions.create(a_session(owner="bob"))
+    place.engine.script = lambda call: broken(1, [a.run_id for a in call[1]])
+    run = a_run(failed)
+    assert (await place.outcome(await place.submit(run, 0, "create_run", run))).status is FutureStatus.FAILED
+    await eventually(lambda: not place.lane._queue.runs)
+
+
+async def test_a_run_that_was_forgotten_goes_on_behind_outcomes_that_are_on_their_way(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, run = await place.begin("bob"), await place.begin("alice")
+    place.lane.drop(other.run_id)  # the first that leaves reads a secret, which takes a commit
+    await asyncio.wait_for(place.engine.somebody_dropped.wait(), 10)
+    place.engine.somebody_dropped.clear()
+    commit = Database._commit_group
+
+    async def slow(database: Database, group: Any) -> None:
+        await asyncio.sleep(0.3)
+        await commit(database, group)
+
+    monkeypatch.setattr(Database, "_commit_group", slow)
+    place.engine.pause_s = 0.1
+    first = await place.submit(run, 1)
+    second = asyncio.create_task(place.submit(run, 2))  # is handed over before the outcome of the first
+    place.lane.drop(run.run_id)
+    await asyncio.wait_for(place.engine.somebody_dropped.wait(), 10)
+    assert first.request_id not in place.settled
+    assert not second.done()
+    for future in (first, await second):
+        assert (await place.outcome(future)).status is FutureStatus.DONE
+    calls = [
+        (runs[0].seq_id, replay) for _, runs, replay in place.engine.calls if runs[0].run_id == run.run_id
+    ]
+    assert calls == [(0, False), (1, False), (0, True), (1, True), (2, False)]
 
 
 async def test_a_death_in_a_restoration_is_put_down_to_that_run_and_to_no_operation(place: Place) -> None:
