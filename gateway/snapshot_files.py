@@ -14,6 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 _FETCHES = 2
 """Snapshots that are brought at a time, for runs that wait to be restored."""
+_THREADS = 8
+"""Apart from those that requests are worked on in: when a storage is silent, these all wait for it."""
 _FOLDER = "snapshots"
 _DATABASE_DIGITS = 16
 
@@ -45,6 +48,7 @@ class SnapshotFiles:
         self._local = settings.storage_dir
         self._url = settings.snapshot_url.rstrip("/")
         self.fetches = asyncio.Semaphore(_FETCHES)
+        self._threads = ThreadPoolExecutor(_THREADS, "snapshots")
 
     @property
     def distant(self) -> bool:
@@ -144,7 +148,7 @@ class SnapshotFiles:
 
     async def _try(self, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.to_thread(work)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except (
             Exception
         ) as error:  # boundary: each file system of fsspec has errors of its own; callers get ours

@@ -7,7 +7,9 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from engines.interface import UserError
 from engines.operations import SaveWeightsResult, encode
@@ -18,6 +20,9 @@ from gateway.store.records import Outcome
 
 log = logging.getLogger(__name__)
 
+_THREADS = 2
+"""Apart from those that requests are worked on in, which would wait while some large adapters are encrypted."""
+
 
 class Sealing:
     """What one lane has to encrypt. A process that dies over it repeats the save and this."""
@@ -25,7 +30,8 @@ class Sealing:
     def __init__(self, settings: Settings) -> None:
         self._storage_dir = settings.storage_dir
         self._tasks: set[asyncio.Task[None]] = set()
-        self._threads: dict[str, asyncio.Task[int]] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, "sealing")
+        self._under_way: dict[str, asyncio.Future[int]] = {}
 
     def takes(self, outcome: Outcome) -> bool:
         """Whether an outcome is of a save whose files are to be encrypted."""
@@ -75,12 +81,12 @@ class Sealing:
 
     async def _seal(self, folder: str, recipients: list[str]) -> int:
         """Encrypt in a thread, after one that has been forgotten over the same folder has ended."""
-        while (earlier := self._threads.get(folder)) is not None:
+        while (earlier := self._under_way.get(folder)) is not None:
             await asyncio.wait({earlier})
-        thread = asyncio.create_task(asyncio.to_thread(seal_folder, self._storage_dir, folder, recipients))
-        self._threads[folder] = thread
-        thread.add_done_callback(lambda _: self._threads.pop(folder))
-        await asyncio.wait(
-            {thread}
-        )  # a thread cannot be cancelled: when this is, it stays known until it has ended
+        work = partial(seal_folder, self._storage_dir, folder, recipients)
+        thread = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        self._under_way[folder] = thread
+        thread.add_done_callback(lambda _: self._under_way.pop(folder))
+        # A thread cannot be cancelled: when this is, it stays known until it has ended.
+        await asyncio.wait({thread})
         return thread.result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pyrage
@@ -107,3 +108,26 @@ async def test_after_a_reset_the_folder_is_sealed_when_the_first_thread_has_ende
     result = decode_result(final.result)
     assert isinstance(result, SaveWeightsResult)
     assert result.size_bytes == sealed.stat().st_size
+
+
+async def test_requests_do_not_wait_for_what_is_being_encrypted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bodies are decompressed in asyncio's own threads, which are few."""
+    ends = threading.Event()
+    monkeypatch.setattr("gateway.dispatch.sealing.seal_folder", lambda *_: ends.wait(30) and 1)
+    settings = Settings(data_dir=tmp_path)
+    sealing, outcome = Sealing(settings), a_save(settings)
+    assert outcome.checkpoint is not None
+    finished: list[Outcome] = []
+    for number in range(50):
+        checkpoint = replace(outcome.checkpoint, folder=f"{FOLDER}{number}")
+        sealing.start(replace(outcome, checkpoint=checkpoint), finished.append)
+    try:
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "a body"), 10) == "a body"
+        assert not finished
+    finally:
+        ends.set()
+        await sealing.finish()
+    assert len(finished) == 50

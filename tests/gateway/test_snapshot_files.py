@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -236,3 +237,20 @@ def test_a_gateway_recovers_from_snapshots_in_s3(s3: str, tmp_path: Path) -> Non
         trainer.close()
         gateway.stop()
         gateway.close()
+
+
+async def test_requests_do_not_wait_for_a_storage_that_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bodies are decompressed in asyncio's own threads, which are few."""
+    speaks = threading.Event()
+    monkeypatch.setattr(SnapshotFiles, "_download", lambda self, key: speaks.wait(30))
+    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url="memory://silent"))
+    waiting = [asyncio.create_task(files.bring(f"{KEY}{number}")) for number in range(50)]
+    try:
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "a body"), 10) == "a body"
+        assert not any(task.done() for task in waiting)
+    finally:
+        speaks.set()
+        await asyncio.gather(*waiting)
