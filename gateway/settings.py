@@ -158,8 +158,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     future_retention_s: float = 30 * 86400.0
     """Seconds for which calls are remembered that no log needs; at least `result_retention_s`."""
     unnamed_retention_s: float = 86400.0
-    """Seconds for which weights that were saved without a name are kept after the end of their session, and inflight
-    ones after newer ones; at least 300."""
+    """Seconds for which weights that were saved without a name, and a sampler's of a deleted checkpoint, are kept after
+    the end of the session, and inflight ones after newer ones; at least 300."""
     duty_s: float = 60.0
     """Seconds from one round of a background duty to the next: deleting what has expired, freeing what nobody needs."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

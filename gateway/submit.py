@@ -254,9 +254,14 @@ async def weights_of(gateway: Gateway, sampler: Sampler) -> str | None:
     if sampler.inflight_seq is not None and sampler.run_id is not None:
         sampled = await gateway.store.samplers.newest_inflight(sampler.run_id) or sampler
     if sampled.released_at is not None:
+        why = (
+            f"{sampled.path} has been deleted"
+            if sampled.path is not None
+            else "they were saved without a name"
+        )
         raise Gone(
-            f"the weights of {sampler.sampler_id} were saved without a name, and are not kept any more since their "
-            "session has ended; save them under a name to keep them",
+            f"the weights of {sampler.sampler_id} are not kept any more: {why}, and their session has ended; save "
+            "weights under a name to keep them",
             param="sampling_session_id",
         )
     return sampled.folder

@@ -125,6 +125,8 @@ def insert_checkpoint(
         return False, None
     connection.execute(delete(C).where(C.c.path == checkpoint.path))
     connection.execute(insert_or_ignore(connection, C), asdict(checkpoint))
+    if row is not None and row.folder != checkpoint.folder:
+        _tell_samplers(connection, checkpoint.path, row.folder)
     if row is None or row.folder != checkpoint.folder:
         event = "checkpoint_created" if row is None or expired else "checkpoint_overwritten"
         end_storing(connection, [checkpoint.path])
@@ -208,9 +210,17 @@ def delete_checkpoints(connection: Connection, paths: list[str]) -> list[str | N
             continue
         expired = row.expires_at is not None and row.expires_at <= now()
         end_storing(connection, [path])
+        _tell_samplers(connection, path, row.folder)
         _record(connection, row.owner, "checkpoint_expired" if expired else "checkpoint_deleted", path)
         folders.append(None if folder_in_use(connection, row.folder) else row.folder)
     return folders
+
+
+def _tell_samplers(connection: Connection, path: str, folder: str) -> None:
+    """Those that were made from a checkpoint outlive it, until some time after the end of their sessions."""
+    samplers = schema.samplers
+    made_from_it = (samplers.c.folder == folder) & (samplers.c.path == path)
+    connection.execute(update(samplers).where(made_from_it).values(checkpoint_gone=True))
 
 
 def _set_expiries(connection: Connection, changes: list[tuple[str, float | None]]) -> list[None]:

@@ -188,8 +188,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """`inflight_seq` is set when it follows its run: it samples the newest weights that were saved so. `released_at` is
-    when unnamed weights were given up."""
+    """`inflight_seq` is set when it follows its run: it samples the newest weights that were saved so.
+    `checkpoint_gone` says that what it was made from is no checkpoint any more, `released_at` when its weights were
+    given up."""
 
     sampler_id: str
     owner: str
@@ -202,6 +203,7 @@ class Sampler:
     created_at: float
     inflight_seq: int | None = None
     released_at: float | None = None
+    checkpoint_gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

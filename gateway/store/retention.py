@@ -73,8 +73,8 @@ class RetentionStore:
         return await self._database.write(_delete_dead_logs, batch, recomputable=True)
 
     async def release_samplers(self, batch: Batch) -> Released:
-        """Give up unnamed weights of sessions that ended before, and those that newer inflight ones of their run have
-        followed before. Their rows say so from then on."""
+        """Give up weights that are no checkpoint, of samplers of sessions that ended before, and those that newer
+        inflight ones of their run have followed before. Their rows say so from then on."""
         return await self._database.write(_release_samplers, batch)
 
     async def named(self, folders: Collection[str]) -> tuple[set[str], set[str]]:
@@ -160,7 +160,7 @@ def _delete_with_bodies(connection: Connection, request_ids: list[str]) -> None:
 def _release_samplers(connection: Connection, batches: list[Batch]) -> list[Released]:
     released = []
     for batch in batches:
-        query = select(A.c.sampler_id).where(schema.UNNAMED, or_(_orphaned(batch), _superseded(batch)))
+        query = select(A.c.sampler_id).where(schema.SOLE, or_(_orphaned(batch), _superseded(batch)))
         ids = list(connection.execute(query.where(_unawaited()).limit(batch.limit)).scalars())
         change = update(A).where(A.c.sampler_id.in_(ids)).values(released_at=now()).returning(A.c.folder)
         folders = dict.fromkeys(connection.execute(change).scalars())

@@ -18,7 +18,7 @@ C = schema.sampler_clients
 
 
 class SamplerStore:
-    """The samplers of all owners. Rows never change, but for being released."""
+    """The samplers of all owners. Rows never change, but for what becomes of their weights."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

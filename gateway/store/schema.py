@@ -21,6 +21,7 @@ from sqlalchemy import (
     Table,
     TextClause,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -35,8 +36,8 @@ metadata = MetaData(
 
 ALIVE = text("finished_at is null")
 """Sessions that have not ended."""
-UNNAMED = text("path is null and folder is not null and released_at is null")
-"""Samplers of weights that were saved without a name and are still kept."""
+SOLE = text("(path is null or checkpoint_gone) and folder is not null and released_at is null")
+"""Samplers of weights that are no checkpoint, or not any more, and are still kept."""
 ENDED = text("status in ('unloaded', 'failed')")
 """Runs that take no operation any more."""
 OPEN = text("status in ('queued', 'running')")
@@ -262,10 +263,17 @@ samplers = Table(
         comment="seq_id of the save of an inflight sampler: all of a run sample the highest one's folder",
     ),
     Column("released_at", Double, comment="when unnamed weights were given up"),
+    Column(
+        "checkpoint_gone",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="whether what stood under its path was deleted or replaced",
+    ),
     Index(None, "session_id"),
     Index(None, "folder"),
     Index(None, "run_id", "inflight_seq"),
-    _partial("ix_samplers_unnamed", UNNAMED, "session_id"),
+    _partial("ix_samplers_sole", SOLE, "session_id"),
 )
 
 sampler_clients = Table(

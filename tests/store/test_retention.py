@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Table, select, update
+from alembic import command
+from sqlalchemy import Connection, Table, create_engine, select, update
 
+from gateway.migrate import alembic_config
 from gateway.store import Store, schema
 from gateway.store.futures import Claim, Submission
 from gateway.store.records import Future, Outcome, Run, Sampler, Session, StoredLoss
@@ -17,6 +20,7 @@ from gateway.store.retention import Batch
 from gateway.store.samplers import insert_sampler
 from gateway.store.sessions import Finish
 from tests.store.conftest import a_run, a_session, an_operation
+from tests.store.test_references import a_checkpoint, saved
 
 _NUMBERS = itertools.count()
 STATE = ("create_run", "forward_backward", "optim_step", "load_weights")
@@ -237,6 +241,72 @@ async def test_unnamed_weights_go_some_time_after_their_session(store: Store) ->
     for sampler in (unnamed, shared, base):
         stored = await store.samplers.get(sampler.sampler_id)
         assert stored is not None and (stored.released_at is None) == (sampler is base)
+
+
+async def test_weights_of_a_deleted_checkpoint_go_some_time_after_the_sessions_of_their_samplers(
+    store: Store,
+) -> None:
+    session = await store.sessions.create(a_session())
+    kept, deleted, replaced = [await a_checkpoint(store) for _ in range(3)]
+    samplers = {
+        checkpoint.path: await a_sampler(store, session, path=checkpoint.path, folder=checkpoint.folder)
+        for checkpoint in (kept, deleted, replaced)
+    }
+    later = await a_sampler(
+        store, await store.sessions.create(a_session()), path=deleted.path, folder=deleted.folder
+    )
+    assert await store.checkpoints.delete(deleted.path) is None  # samplers have its files
+    run = await store.runs.get(replaced.run_id)
+    assert run is not None
+    await saved(store, run, 2, replace(replaced, folder="checkpoints/newer"))
+    assert (await store.retention.release_samplers(now_())).sampler_ids == []
+    await store.sessions.finish(Finish(session.session_id, "success", None))
+    assert (await store.retention.release_samplers(since(60))).sampler_ids == []
+    released = await store.retention.release_samplers(now_())
+    assert set(released.sampler_ids) == {samplers[each.path].sampler_id for each in (deleted, replaced)}
+    assert released.folders == [replaced.folder]  # the other one's is sampled in a session that goes on
+    await store.sessions.finish(Finish(later.session_id, "success", None))
+    assert (await store.retention.release_samplers(now_())).folders == [deleted.folder]
+    stored = await store.samplers.get(samplers[kept.path].sampler_id)
+    assert stored is not None and stored.released_at is None
+
+
+def test_samplers_whose_checkpoint_was_deleted_by_an_earlier_version_are_known(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'old.db'}")
+    with engine.begin() as connection:
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0012")
+        for line in (
+            "INSERT INTO sessions (session_id, owner, user_metadata, tags, sdk_version, created_at, heartbeat_at) "
+            "VALUES ('s', 'alice', '{}', '[]', '', 0, 0)",
+            "INSERT INTO runs (run_id, owner, session_id, model_seq_id, engine, base_model, lora, optimizer, "
+            "user_metadata, status, next_seq, step, pending_loss, pending_tokens, pending_seconds, created_at, "
+            "last_request_at) VALUES ('r', 'alice', 's', 0, 'e', 'm', '{}', 'adamw', '{}', 'active', 1, 0, 0, 0, 0, "
+            "0, 0)",
+            "INSERT INTO checkpoints (path, owner, run_id, kind, name, folder, base_model, lora, has_optimizer, "
+            "size_bytes, public, user_metadata, created_at) VALUES ('kept', 'alice', 'r', 'weights', 'n', 'f1', 'm', "
+            "'{}', 0, 1, 0, '{}', 0)",
+        ):
+            connection.exec_driver_sql(line)
+        for name, path, folder in (
+            ("kept", "kept", "f1"),
+            ("replaced", "kept", "f0"),
+            ("deleted", "gone", "f2"),
+            ("unnamed", None, "f3"),
+            ("base", None, None),
+        ):
+            connection.exec_driver_sql(
+                "INSERT INTO samplers (sampler_id, owner, session_id, engine, base_model, path, folder, created_at) "
+                "VALUES (?, 'alice', 's', 'e', 'm', ?, ?, 0)",
+                (name, path, folder),
+            )
+        command.upgrade(config, "head")
+        gone = connection.exec_driver_sql(
+            "SELECT sampler_id FROM samplers WHERE checkpoint_gone ORDER BY sampler_id"
+        )
+        assert gone.scalars().all() == ["deleted", "replaced"]
+        command.downgrade(config, "0012")
 
 
 async def test_inflight_weights_go_some_time_after_newer_ones(store: Store) -> None:
