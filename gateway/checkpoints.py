@@ -89,6 +89,21 @@ async def owned_checkpoint(store: Store, owner: str, path: str, *, param: str = 
     return checkpoint
 
 
+async def require_space(
+    store: Store, settings: Settings, owner: str, *, replacing: str | None = None
+) -> None:
+    """Raises BadRequest when an owner's checkpoints, that under the path `replacing` left out, have used up the bytes
+    that they may have. What is being saved at the same time is not counted yet."""
+    used, most = await store.checkpoints.bytes_of(owner), settings.max_checkpoint_bytes
+    if used >= most and replacing is not None and (old := await store.checkpoints.get(replacing)) is not None:
+        used -= old.size_bytes
+    if used >= most:
+        raise BadRequest(
+            f"your checkpoints have {used} bytes, and an owner's may have {most} (setting max_checkpoint_bytes): "
+            "delete some, or save with ttl_seconds"
+        )
+
+
 async def delete_checkpoint(store: Store, settings: Settings, path: str) -> None:
     """Delete a checkpoint; its files go when no log and no sampler needs them any more."""
     folder = await store.checkpoints.delete(path)

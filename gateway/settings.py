@@ -110,6 +110,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of the bodies of all requests that are in memory at a time, as sent, and as many decompressed."""
     max_import_bytes: int = 1024 * MiB
     """Largest adapter that can be imported, as a tar."""
+    max_checkpoint_bytes: int = 1024 * 1024 * MiB
+    """Bytes that all checkpoints of one owner may have; beyond, nothing more is saved, copied or imported."""
     max_queued_per_run: int = 20_000
     """Operations of one run that may wait."""
     max_queued_per_owner: int = 50_000
@@ -288,15 +290,14 @@ def _check_database(settings: Settings) -> None:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for field in msgspec.structs.fields(Settings):
-        if field.type is float and math.isnan(
-            getattr(settings, field.name)
-        ):  # which no comparison below refuses
+    for field in msgspec.structs.fields(Settings):  # no comparison below refuses what is no number
+        if field.type is float and math.isnan(getattr(settings, field.name)):
             raise ConfigurationError(f"{field.name} is nan; it must be a number")
     for name in (
         "max_body_bytes",
         "max_decompressed_bytes",
         "max_import_bytes",
+        "max_checkpoint_bytes",
         "max_queued_per_run",
         "max_queued_per_owner",
         "max_queued_samples",

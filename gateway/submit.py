@@ -25,7 +25,7 @@ from engines.operations import (
     SaveWeights,
     encode,
 )
-from gateway.checkpoints import checkpoint_path
+from gateway.checkpoints import checkpoint_path, require_space
 from gateway.errors import BadRequest, Gone
 from gateway.sealing import plain_folder
 from gateway.state import Gateway
@@ -191,7 +191,10 @@ async def submit_load(
 
 
 async def submit_save(gateway: Gateway, run: Run, turn: Turn, save: SaveRequest) -> Future:
-    """Append a save. The folder that it will write to is decided here, so that a repetition writes to the same."""
+    """Append a save. The folder that it will write to is decided here, so that a repetition writes to the same.
+
+    Raises BadRequest when its owner's checkpoints have used up their bytes.
+    """
     folder = f"checkpoints/{secrets.token_hex(16)}"
     with_optimizer = save.kind is CheckpointKind.TRAINING
     context: dict[str, Any] = {}
@@ -221,6 +224,9 @@ async def submit_save(gateway: Gateway, run: Run, turn: Turn, save: SaveRequest)
     written_to = plain_folder(folder) if save.recipients else folder
     operation = SaveWeights(written_to, optimizer_state=with_optimizer)
     future = _future(run, turn, "save_weights", context, folder)
+    if save.name is not None and not gateway.futures.knows(future.request_id):
+        replacing = checkpoint_path(run.run_id, save.kind, save.name) if save.overwrite else None
+        await require_space(gateway.store, gateway.settings, run.owner, replacing=replacing)
     return await _append(gateway, run, future, encode(operation))
 
 

@@ -15,7 +15,7 @@ from gateway.admin.cursors import decode_cursor, next_cursor
 from gateway.admin.imports import Wanted, import_adapter
 from gateway.admin.scope import Cursor, Filter, Limit, OwnerFilter, scope, visible
 from gateway.auth import Caller, Who
-from gateway.checkpoints import checkpoint_path, delete_checkpoint, remove_folder, require_name
+from gateway.checkpoints import checkpoint_path, delete_checkpoint, remove_folder, require_name, require_space
 from gateway.errors import BadRequest, NotFound, UnsupportedMediaType
 from gateway.state import Gateway, Running
 from gateway.store.checkpoints import Selection
@@ -199,6 +199,7 @@ async def promote_sampler(
     _require_name(wanted.name)
     sampler = await _sampler(gateway, caller, sampler_id)
     run = await _run_of(gateway, sampler)
+    await require_space(gateway.store, gateway.settings, sampler.owner)
     folder = await weights_of(gateway, sampler) or ""
     size = await asyncio.to_thread(_size, gateway, folder)
     now = time.time()

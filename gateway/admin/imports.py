@@ -16,7 +16,7 @@ from engines.interface import EngineInfo
 from engines.storage import FolderStorage
 from gateway.adapter_files import Imported, rewrite_adapter
 from gateway.bodies import patience
-from gateway.checkpoints import checkpoint_path, remove_folder
+from gateway.checkpoints import checkpoint_path, remove_folder, require_space
 from gateway.errors import BadRequest, EngineUnavailable, PayloadTooLarge
 from gateway.settings import Settings
 from gateway.state import Gateway
@@ -43,10 +43,11 @@ class Wanted:
 async def import_adapter(
     gateway: Gateway, owner: str, body: AsyncIterator[bytes], wanted: Wanted
 ) -> tuple[Checkpoint, Imported]:
-    """The checkpoint, with weights alone, and what was found. Raises UserError, PayloadTooLarge, NotFound,
-    ModelNotLoadable, NoRoom, and EngineUnavailable until the engine has told its layers."""
+    """The checkpoint, with weights alone, and what was found. Raises UserError, BadRequest, PayloadTooLarge,
+    NotFound, ModelNotLoadable, NoRoom, and EngineUnavailable until the engine has told its layers."""
     engine = gateway.fleet.for_base_model(wanted.base_model, "train").supervisor
     info = _info(engine, wanted.base_model)
+    await require_space(gateway.store, gateway.settings, owner)
     folder = f"checkpoints/{secrets.token_hex(16)}"
     async with gateway.importing, _removed_unless_kept(gateway.settings, folder) as kept:
         with scratch_folder(gateway.settings) as scratch:

@@ -79,6 +79,11 @@ class CheckpointStore:
         query = select(func.count()).select_from(C).where(C.c.owner == owner, _alive(), C.c.kind.in_(kinds))
         return int((await self._database.rows(query))[0][0])
 
+    async def bytes_of(self, owner: str) -> int:
+        """What all checkpoints of an owner have, one that shares its files as much as the others."""
+        query = select(func.coalesce(func.sum(C.c.size_bytes), 0)).where(C.c.owner == owner, _alive())
+        return int((await self._database.rows(query))[0][0])
+
     async def latest_of_runs(self, run_ids: list[str]) -> dict[tuple[str, str], Checkpoint]:
         """The newest checkpoint of each (run, kind)."""
         query = select(C).where(C.c.run_id.in_(run_ids), _alive()).order_by(C.c.created_at)

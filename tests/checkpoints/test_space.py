@@ -1,0 +1,54 @@
+"""Stored bytes have a limit for each owner: what would go beyond it is refused, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.admin.conftest import finish, keys_command, save
+from tests.checkpoints.conftest import Place, route_of, trained_run
+from tests.checkpoints.test_imports import send, tar_of, tensors
+from tests.gateway.conftest import outcome
+from tests.served import ServedGateway
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A gateway where one checkpoint uses up all that an owner may have."""
+    data = tmp_path_factory.mktemp("small")
+    keys = {
+        owner: keys_command({"data_dir": str(data)}, "add", owner).split()[0] for owner in ("alice", "bob")
+    }
+    gateway = ServedGateway(data, None, max_checkpoint_bytes="1")
+    gateway.start()
+    yield Place(gateway, keys)
+    gateway.close()
+
+
+def saved_again(http: httpx.Client, run_id: str, seq_id: int, name: str, **more: Any) -> dict[str, Any]:
+    body = {"model_id": run_id, "path": name, "seq_id": seq_id, **more}
+    answer = http.post("/api/v1/save_weights", json=body)
+    assert answer.status_code == 200, answer.text
+    return outcome(http, answer.json()["request_id"])
+
+
+def test_an_owner_whose_bytes_are_used_up_saves_copies_and_imports_nothing_more(small: Place) -> None:
+    with small.client("alice") as alice, small.client("bob") as bob:
+        run_id, other = trained_run(alice), trained_run(bob)
+        path = save(alice, run_id, 3, "first")
+        refused = saved_again(alice, run_id, 4, "second")
+        assert refused["category"] == "user"
+        assert "and an owner's may have 1 (setting max_checkpoint_bytes)" in refused["error"]
+        copy = {"source_path": path, "destination_project_id": "p"}
+        for answer in (alice.post("/api/v1/copy_weights", json=copy), send(alice, tar_of(tensors()))):
+            assert (answer.status_code, "max_checkpoint_bytes" in answer.text) == (400, True)
+        unnamed = {"model_id": run_id, "sampling_session_seq_id": 1, "seq_id": 5}
+        finish(alice, alice.post("/api/v1/save_weights_for_sampler", json=unnamed))
+        assert saved_again(alice, run_id, 6, "first", overwrite=True)["path"] == path  # which takes no more
+        assert "error" in saved_again(alice, run_id, 7, "third", overwrite=True)
+        save(bob, other, 3, "first")  # has a limit of his own
+        assert alice.delete(route_of(path)).status_code == 200
+        assert "path" in saved_again(alice, run_id, 8, "second")
