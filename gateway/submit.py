@@ -266,8 +266,8 @@ async def weights_of(gateway: Gateway, sampler: Sampler) -> str | None:
             else "they were saved without a name"
         )
         raise Gone(
-            f"the weights of {sampler.sampler_id} are not kept any more: {why}, and their session has ended; save "
-            "weights under a name to keep them",
+            f"the weights of {sampler.sampler_id} are not kept any more: {why}, and their session has ended; save them "
+            "under a name to keep them",
             param="sampling_session_id",
         )
     return sampled.folder
