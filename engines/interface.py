@@ -65,7 +65,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     `model` is a local folder or a hub name; `base_model` the name it is served under; `storage` the folder that
     storage keys are relative to; `options` belong to the plugin, which refuses unknown ones with LoadError.
     `run_memory_bytes` and `adapter_memory_bytes` are limits that somebody has set; `engines.memory.limits` has others.
-    `sampling_share` is the part of the time, between 0 and 1, in which an engine samples while it has training to do too.
+    `sampling_share` is the part of the time, between 0 and 1, in which an engine samples while it has training to do
+    too.
     """
 
     name: str
