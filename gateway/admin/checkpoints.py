@@ -199,12 +199,13 @@ async def promote_sampler(
     _require_name(wanted.name)
     sampler = await _sampler(gateway, caller, sampler_id)
     run = await _run_of(gateway, sampler)
-    await require_space(gateway.store, gateway.settings, sampler.owner)
+    path = checkpoint_path(run.run_id, CheckpointKind.SAMPLER, wanted.name)
+    await require_space(gateway.store, gateway.settings, sampler.owner, replacing=path)
     folder = await weights_of(gateway, sampler) or ""
     size = await asyncio.to_thread(_size, gateway, folder)
     now = time.time()
     checkpoint = Checkpoint(
-        path=checkpoint_path(run.run_id, CheckpointKind.SAMPLER, wanted.name),
+        path=path,
         owner=sampler.owner,
         run_id=run.run_id,
         kind=CheckpointKind.SAMPLER,

@@ -37,7 +37,8 @@ async def copy_weights(request: Request, owner: Owner, gateway: Running) -> Resp
         made_before and body.session_id is None
     ):  # the source may have gone meanwhile, the copy is there all the same
         return json_reply({"tinker_path": made_before[0].path})
-    await require_space(gateway.store, gateway.settings, owner)
+    if not made_before:
+        await require_space(gateway.store, gateway.settings, owner)
     token_owner = await gateway.keys.owner_of(token)
     source = await loadable_checkpoint(
         gateway.store, owner, body.source_path, param="source_path", also_of=token_owner

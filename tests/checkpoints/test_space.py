@@ -52,3 +52,27 @@ def test_an_owner_whose_bytes_are_used_up_saves_copies_and_imports_nothing_more(
         save(bob, other, 3, "first")  # has a limit of his own
         assert alice.delete(route_of(path)).status_code == 200
         assert "path" in saved_again(alice, run_id, 8, "second")
+
+
+def test_what_has_been_answered_is_answered_again(small: Place) -> None:
+    with small.client("alice") as alice, small.client("bob") as bob:
+        run_id = trained_run(bob)
+        for row in bob.get("/api/v1/checkpoints").json()["checkpoints"]:
+            bob.delete(route_of(row["tinker_path"]))
+        path = save(bob, run_id, 3, "shared")
+        assert bob.post(route_of(path, "/publish")).status_code == 200
+        for row in alice.get("/api/v1/checkpoints").json()["checkpoints"]:
+            alice.delete(route_of(row["tinker_path"]))
+        session = alice.post("/api/v1/create_session", json={"tags": [], "sdk_version": "0.38.0"}).json()
+        copy = {"source_path": path, "session_id": session["session_id"], "model_seq_id": 5}
+        first, again = [alice.post("/api/v1/copy_weights", json=copy) for _ in range(2)]
+        assert (first.status_code, again.status_code) == (200, 200), again.text
+        assert first.json() == again.json()
+        bob.delete(route_of(path))
+        body = {"model_id": run_id, "sampling_session_seq_id": 1, "seq_id": 4}
+        sampler = finish(bob, bob.post("/api/v1/save_weights_for_sampler", json=body))["sampling_session_id"]
+        for _ in range(2):  # the second time it uses up all already
+            promoted = bob.post(f"/admin/v1/samplers/{sampler}/promote", json={"name": "best"})
+            assert promoted.status_code == 201, promoted.text
+        other = bob.post(f"/admin/v1/samplers/{sampler}/promote", json={"name": "better"})
+        assert (other.status_code, "max_checkpoint_bytes" in other.text) == (400, True)
