@@ -16,14 +16,13 @@ from torch import Tensor
 
 from engines.hf.checkpoints import AdapterVersions
 from engines.hf.drawing import Drawn, draw
-from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout, Prefix
+from engines.hf.kv_cache import DecodeLayout, KvCache
 from engines.hf.line import Line
 from engines.hf.model import BaseModel, Pack
-from engines.hf.prompt_cache import Key, PromptCache
-from engines.hf.prompts import scores_of
+from engines.hf.prefill import Prefill
+from engines.hf.prompt_cache import PromptCache
 from engines.hf.samples import Row, Sample, segments_of
 from engines.interface import OutOfMemory, SampleEnd, SampleEvent, UserError
-from engines.prompts import first_token_needed
 
 GUEST_SLOTS = 16
 """Slots beyond the limit for parties that have no sequence under way, one for each: somebody's long samples in all
@@ -47,11 +46,11 @@ class Decoder:
     ) -> None:
         self.base = base
         self.adapters = adapters
-        self.prefill_tokens = prefill_tokens
         self.one_by_one = one_by_one
         self.slots = slots
         self.cache = KvCache(slots + GUEST_SLOTS, base.max_context)
-        self.prompts = PromptCache(0 if one_by_one else prompt_cache_bytes)
+        prompts = PromptCache(0 if one_by_one else prompt_cache_bytes)
+        self.prefill = Prefill(base, prefill_tokens, one_by_one, prompts)
         self.queue = Line()
         self.rows: list[Row] = []
         self.step = Step()
@@ -70,6 +69,7 @@ class Decoder:
     def cancel(self, call_id: int) -> None:
         """Forget a sample, whether it waits or runs."""
         self.queue.remove(call_id)
+        self.prefill.forget(call_id)
         self._leave([row for row in self.rows if row.sample.call_id == call_id])
         self._give_back(call_id)
 
@@ -77,7 +77,8 @@ class Decoder:
     def active(self) -> int:
         """Samples under way, waiting ones included."""
         running = {row.sample.call_id for row in self.rows}
-        return len(running.union(sample.call_id for sample in self.queue))
+        long = self.prefill.long
+        return len(running.union(sample.call_id for sample in self.queue)) + (long is not None)
 
     @torch.inference_mode()
     def advance(self) -> list[SampleEvent]:
@@ -110,18 +111,20 @@ class Decoder:
         joining = self.step.joining
         for sample, admitted in joining:
             self.queue.remove(sample.call_id)
-            sample.admitted, sample.cached = admitted, 0
-            sample.prefix = sample.last = None
-            sample.owned = False
+            sample.admitted = admitted
+            sample.begin_again()
         self.queue.put_back([sample for sample, _ in joining])
         newest = max((row.sample for row in self.rows), key=lambda sample: sample.call_id, default=None)
+        long = self.prefill.long
         if len(joining) > 1 or (joining and newest is not None):
             self.most_rows = max(len(self.rows), 1)
             return []
-        lacking = joining[0][0] if joining else newest
+        lacking = long or (joining[0][0] if joining else newest)
         if lacking is None:
             raise RuntimeError("memory ran out in a step that did nothing")
-        alone = all(row.sample is lacking for row in self.rows)
+        alone = all(
+            other is lacking for other in [*(row.sample for row in self.rows), *(one for one, _ in joining)]
+        )
         message = f"{self.base.device} has no memory left for this sample" + (
             "; ask for a shorter prompt, fewer tokens or fewer sequences"
             if alone
@@ -132,7 +135,7 @@ class Decoder:
 
     def forget_prompts(self) -> None:
         """Let go of the numbers of earlier prompts."""
-        self.prompts = PromptCache(self.prompts.capacity)
+        self.prefill.prompts = PromptCache(self.prefill.prompts.capacity)
 
     def _logits(self, rows: list[Row], hidden: list[Tensor]) -> Tensor:
         """Logits float32 [n, V] of all rows."""
@@ -177,7 +180,9 @@ class Decoder:
         """Take waiting samples into free slots: the new rows, and the state [1, H] that each draws from first."""
         chosen = self._choose()
         self.step.joining = [(sample, sample.admitted) for sample, _ in chosen]
-        self._prefill([sample for sample, _ in chosen if sample.prefix is None])
+        self.prefill.run([sample for sample, _ in chosen if sample.prefix is None])
+        if (ready := self.prefill.advance()) is not None:
+            self.queue.put_back([ready])
         joined: list[Row] = []
         hidden: list[Tensor] = []
         for sample, count in chosen:
@@ -205,7 +210,7 @@ class Decoder:
         running = Counter(row.sample.party for row in self.rows)
         chosen: dict[int, tuple[Sample, int]] = {}
         later: list[Sample] = []
-        room = _Room(self.prefill_tokens, self.queue)
+        room = _Room(self.prefill.most, self.queue)
         while running.total() < self.most_rows and (party := self.queue.next_party(running)) is not None:
             if running.total() >= (self.slots if running[party] else self.cache.max_slots):
                 break
@@ -215,6 +220,8 @@ class Decoder:
                 begins = bool(count or sample.prefix) or self._begin(sample, room)
             except UserError as error:
                 self._unreadable.append(SampleEnd(sample.call_id, error))
+                continue
+            if self.prefill.long is sample:
                 continue
             if not begins:
                 later.append(sample)
@@ -229,9 +236,11 @@ class Decoder:
     def _begin(self, sample: Sample, room: _Room) -> bool:
         """Whether a sample begins now; then its adapter stays in memory until it ends.
 
-        While one waits for adapters to leave memory, no other that needs one begins, so that it has its turn.
+        While one waits for adapters to leave memory, no other that needs one begins, so that it has its turn. A long
+        prompt is on its way then, and its sample comes back to the line when the rest can be run at once.
         """
-        if not room.has_place(sample):
+        long = self.prefill.is_long(sample)
+        if not (self._may_be_long() if long else room.has_place(sample)):
             return False
         wanted = sample.request.adapter
         if wanted is not None and sample.call_id not in self._taken:
@@ -243,8 +252,15 @@ class Decoder:
                 self._first = sample.call_id
                 return False
             self._taken[sample.call_id] = wanted.folder
-        room.take(sample)
+        if long:
+            self.prefill.long = sample
+        else:
+            room.take(sample)
         return True
+
+    def _may_be_long(self) -> bool:
+        """Whether another prompt may be run in pieces: one at a time, and none while one that was waits for a slot."""
+        return self.prefill.long is None and all(sample.past is None for sample in self.queue)
 
     def _give_back(self, call_id: int) -> None:
         """The adapter of a sample that is over, or its turn to have one."""
@@ -253,41 +269,6 @@ class Decoder:
         folder = self._taken.pop(call_id, None)
         if folder is not None:
             self.adapters.give_back(folder)
-
-    def _prefill(self, samples: list[Sample]) -> None:
-        """Run each prompt through the model once and keep what its sequences need."""
-        packs = [[sample] for sample in samples] if self.one_by_one else [samples] if samples else []
-        for pack in packs:
-            pasts = [self._recall(sample) for sample in pack]
-            rests = [sample.prompt[sample.cached :] for sample in pack]
-            lengths = [len(rest) for rest in rests]
-            layout = PrefillLayout(lengths, pasts)
-            segments = segments_of([sample.adapter for sample in pack], lengths)
-            tokens = self.base.pack(rests, [sample.cached for sample in pack])
-            hidden = self.base.hidden(tokens, layout, segments)
-            start = 0
-            for sample, length in zip(pack, lengths, strict=True):
-                own = slice(start, start + length)
-                self._take_prompt(sample, layout.prefix(own.start, own.stop), hidden[own])
-                start += length
-
-    def _recall(self, sample: Sample) -> Prefix | None:
-        """The beginning of a prompt that is known already, short of the first token whose state is needed."""
-        if not sample.request.session:
-            return None
-        needed = first_token_needed(sample.request)
-        sample.cached, past = self.prompts.find(_key(sample), sample.prompt, needed)
-        return past
-
-    def _take_prompt(self, sample: Sample, prefix: Prefix, hidden: Tensor) -> None:
-        """Give a sample its prompt's numbers, from the states [n, H] of those of its tokens that were computed."""
-        sample.prefix = prefix
-        sample.last = hidden[-1:]
-        sample.scores = scores_of(
-            sample.request, self.base.unembedding, hidden, sample.adapter, sample.cached
-        )
-        if sample.request.session:
-            self.prompts.keep(_key(sample), sample.prompt, prefix)
 
     # ------------------------------------------------------------------ take
 
@@ -351,11 +332,6 @@ class Step:
     joining: list[tuple[Sample, int]] = field(default_factory=list)
 
 
-def _key(sample: Sample) -> Key:
-    adapter = sample.request.adapter
-    return sample.request.session, "" if adapter is None else adapter.folder
-
-
 def _by_adapter(rows: Sequence[Row]) -> list[int]:
     """Slots sorted by adapter, in the order in which the adapters first appear."""
     first: dict[int, int] = {}
@@ -378,7 +354,7 @@ class _Room:
 
         One sequence alone needs no prompt held: it passes by those that wait until other prompts are let go.
         """
-        tokens = len(sample.prompt)
+        tokens = len(sample.prompt) - sample.computed
         kept = self._kept(sample)
         if self.taken and self.taken + tokens > self.most:
             self.prefilled = True
@@ -388,7 +364,7 @@ class _Room:
 
     def take(self, sample: Sample) -> None:
         """It begins."""
-        self.taken += len(sample.prompt)
+        self.taken += len(sample.prompt) - sample.computed
         self.held += self._kept(sample)
 
     def _kept(self, sample: Sample) -> int:

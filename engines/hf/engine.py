@@ -264,7 +264,7 @@ class HfEngine(Engine):
             "adapter_bytes": self.adapters.memory.used,
             "adapter_memory_bytes": self.adapters.memory.limit,
             "active_samples": self.decoder.active,
-            "remembered_prompt_tokens": self.decoder.prompts.tokens,
+            "remembered_prompt_tokens": self.decoder.prefill.prompts.tokens,
         }
 
 

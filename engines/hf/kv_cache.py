@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from engines.hf.attention import Group, PackedLayout, causal
 
 FIRST_SLOTS = 8
 FIRST_LENGTH = 128
+CALL_TOKENS = 256
+"""Tokens that one sequence could attend to in the time that another call takes."""
 
 Prefix = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of one prompt, [1, heads, N, dim], for each layer."""
@@ -175,7 +178,9 @@ class DecodeLayout:
         count = len(order)
         self.cache = cache
         self.slots = slice(first, first + count)
-        self.reach = max(lengths) + 1
+        self.apart = far_longer(lengths)
+        self.reaches = [lengths[slot] + 1 for slot in self.apart]
+        self.reach = max(length for slot, length in enumerate(lengths) if slot not in self.apart) + 1
         self.order, self.inverse, held = batch
         self.sorted = list(order) == list(range(count))
         self.index = self.order + first
@@ -201,5 +206,23 @@ class DecodeLayout:
             attn_mask=self.mask,
             scale=scale,
         )
+        for slot, reach in zip(self.apart, self.reaches, strict=True):
+            own = slice(self.slots.start + slot, self.slots.start + slot + 1)
+            out[slot] = F.scaled_dot_product_attention(
+                grouped[slot : slot + 1], keys[own, :, :reach], values[own, :, :reach], scale=scale
+            )[0]
         out = out.reshape(rows, 1, heads, -1)
         return out if self.sorted else out[self.order]
+
+
+def far_longer(lengths: Sequence[int]) -> list[int]:
+    """The slots that attend in calls of their own: so much longer than the others that it is cheaper than having all
+    slots attend as far. The longest ones, never all."""
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    best, least, spent = 0, len(lengths) * lengths[longest[0]], 0
+    for count, (slot, following) in enumerate(pairwise(longest), start=1):
+        spent += lengths[slot] + CALL_TOKENS
+        cost = spent + len(lengths) * lengths[following]
+        if cost < least:
+            best, least = count, cost
+    return longest[:best]

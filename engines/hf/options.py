@@ -29,7 +29,8 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sample_slots: int = 48
     """Sequences that are decoded together at most; further ones wait, but for the first one of a party (up to 16)."""
     prefill_tokens: int = 2048
-    """Prompt tokens that are taken into the running batch in one step at most (one prompt always may)."""
+    """Prompt tokens that are taken into the running batch in one step at most; a longer prompt is run in pieces of half
+    as many, a piece a step, one such prompt at a time."""
     prompt_cache_mib: int = 256
     """Memory for what later prompts of the same sampler may begin with; the least recently used prompt goes first."""
     deterministic: bool = False

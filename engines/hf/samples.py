@@ -40,6 +40,12 @@ class Sample:
     admitted: int = 0
     cached: int = 0
     """Tokens of the prompt that an earlier request has run through the model."""
+    computed: int = 0
+    """Tokens of the prompt whose keys and values are known, those included."""
+    past: Prefix | None = None
+    """These keys and values, while more tokens of the prompt follow."""
+    states: list[Tensor] = field(default_factory=list)
+    """Hidden states of the tokens from `cached` to `computed`, if the prompt is to be scored, as long."""
     prefix: Prefix | None = None
     """The prompt's keys and values, until all sequences are admitted."""
     last: Tensor | None = None
@@ -65,6 +71,13 @@ class Sample:
             prompt_cache_hit_tokens=self.cached,
             **self.scores._asdict(),
         )
+
+    def begin_again(self) -> None:
+        """Forget what is known of the prompt, for memory has run out."""
+        self.prefix = self.last = self.past = None
+        self.cached = self.computed = 0
+        self.states.clear()
+        self.owned = False
 
     def keep_prefix(self) -> None:
         """Hold the prompt's own numbers, and no longer the whole pass that they came out of."""

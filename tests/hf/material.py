@@ -16,6 +16,7 @@ from engines.adapters import initial_a
 from engines.hf import HfEngine
 from engines.interface import RunOperation, SampleStep, UserError
 from engines.operations import (
+    AdapterRef,
     CreateRun,
     Datum,
     Forward,
@@ -25,6 +26,7 @@ from engines.operations import (
     OptimStep,
     SampleRequest,
     SampleResult,
+    SaveWeights,
 )
 from engines.tensors import Tensor
 
@@ -75,6 +77,13 @@ def train(engine: HfEngine, data: list[Datum], steps: int, run_id: str = "run", 
     for _ in range(steps):
         forward_backward(engine, data, run_id=run_id)
         step(engine, run_id, learning_rate=rate)
+
+
+def saved(engine: HfEngine, run_id: str, folder: str) -> AdapterRef:
+    """Save a run's weights for sampling."""
+    outcome = engine.save_weights([RunOperation(run_id, SaveWeights(folder))])[0]
+    assert not isinstance(outcome, UserError), outcome
+    return AdapterRef(adapter_id=folder, folder=folder)
 
 
 def numbers(tensor: Tensor) -> Array:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.hf.attention import Group, PackedLayout, group_equal
-from engines.hf.kv_cache import DecodeLayout, KvCache, PrefillLayout
+from engines.hf.kv_cache import CALL_TOKENS, DecodeLayout, KvCache, PrefillLayout, far_longer
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8
 
@@ -138,3 +138,49 @@ def test_slots_are_copied_and_cleared() -> None:
     cache.clear(0)
     assert not keys[0].any() and not values[0].any()
     assert values[1].any()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "apart"),
+    [
+        ([700], []),
+        ([50, 60, 55, 900], [3]),
+        ([3000, 60, 2000, 50, 40, 30], [0, 2]),
+        ([100, 100, 100, 100], []),
+        ([40, CALL_TOKENS + 60], []),
+        ([2000, 2000], []),
+    ],
+)
+def test_only_far_longer_slots_attend_apart(lengths: list[int], apart: list[int]) -> None:
+    assert far_longer(lengths) == apart
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16])
+def test_no_other_choice_of_the_longest_is_cheaper(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(50):
+        lengths = (10 ** (1 + 3 * torch.rand(count, generator=generator))).int().tolist()
+        ordered = sorted(lengths, reverse=True)
+        costs = [
+            sum(ordered[:apart]) + apart * CALL_TOKENS + count * ordered[apart] for apart in range(count)
+        ]
+        assert costs[len(far_longer(lengths))] == min(costs)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_a_slot_far_longer_than_the_others_sees_all_of_its_own(order: list[int]) -> None:
+    lengths = [9, 600, 5, 900]
+    cache, stored = filled(lengths, limit=1024)
+    query, key, value = states(1, seed=20, rows=4)
+    inverse = sorted(range(4), key=order.__getitem__)
+    layout = DecodeLayout(cache, 0, order, lengths, torch.tensor([order, inverse, lengths]))
+    assert layout.apart == [3, 1] and layout.reach == 10
+    found = layout.attend(5, query, key, value, 0.3)
+    for row, slot in enumerate(order):
+        keys, values = (
+            torch.cat([old, new[row : row + 1]], dim=2)
+            for old, new in zip(stored[slot], (key, value), strict=True)
+        )
+        seen = torch.ones(1, keys.shape[2], dtype=torch.bool)
+        expected = masked(query[row : row + 1], keys, values, seen)
+        torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-4, atol=1e-5)

@@ -79,11 +79,12 @@ def test_slots_are_the_limit_and_are_used_again(make_engine: MakeEngine) -> None
 
 
 def test_long_prompts_do_not_all_come_at_once(make_engine: MakeEngine) -> None:
-    """Prompts of 40 tokens, 100 a step: two join at the first step, two at the next. One of 200 joins alone."""
+    """Prompts of 40 tokens, 100 a step: two join at the first step, two at the next. One of 200 is run in pieces
+    of 50 from the first step on, while the others go on, and joins with the last one."""
     engine = make_engine(prefill_tokens=100)
     prompts = [text(i, 40) for i in range(4)] + [text(5, 200)]
     start(engine, [request(prompt, max_tokens=10) for prompt in prompts])
-    assert [len(tokens_of(engine.advance())) for _ in range(4)] == [2, 4, 5, 5]
+    assert [len(tokens_of(engine.advance())) for _ in range(6)] == [2, 4, 4, 5, 5, 5]
 
 
 def test_the_prompt_is_run_once_for_all_its_samples(
@@ -126,13 +127,13 @@ def test_samples_that_take_turns_are_what_they_are_alone(
     wanted = [request(text(i, 20 + i), max_tokens=2 + i, num_samples=4, seed=i) for i in range(4)]
     expected = [sample_all(engine, [one])[0] for one in wanted]
     prefilled: list[int] = []
-    plain = engine.decoder._prefill
+    plain = engine.decoder.prefill.run
 
     def counting(samples: list[Sample]) -> None:
         prefilled.extend(sample.call_id for sample in samples)
         plain(samples)
 
-    monkeypatch.setattr(engine.decoder, "_prefill", counting)
+    monkeypatch.setattr(engine.decoder.prefill, "run", counting)
     for found, known in zip(sample_all(engine, wanted), expected, strict=True):
         assert [one.tokens for one in found.sequences] == [one.tokens for one in known.sequences]
     assert sorted(prefilled) == [0, 1, 2, 3]

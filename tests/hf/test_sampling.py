@@ -10,8 +10,8 @@ import torch
 
 from engines.hf import HfEngine
 from engines.hf.training import VECTORS
-from engines.interface import RunOperation, SampleEnd, SampleStep, UserError
-from engines.operations import AdapterRef, Datum, LoraSpec, SampleRequest, SampleResult, SaveWeights
+from engines.interface import SampleEnd, SampleStep, UserError
+from engines.operations import AdapterRef, Datum, LoraSpec, SampleRequest, SampleResult
 from engines.tensors import Tensor
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import (
@@ -23,17 +23,11 @@ from tests.hf.material import (
     plain_model,
     request,
     sample_all,
+    saved,
     supervised,
     text,
     train,
 )
-
-
-def saved(engine: HfEngine, run_id: str, folder: str) -> AdapterRef:
-    """Save a run's weights for sampling."""
-    outcome = engine.save_weights([RunOperation(run_id, SaveWeights(folder))])[0]
-    assert not isinstance(outcome, UserError), outcome
-    return AdapterRef(adapter_id=folder, folder=folder)
 
 
 def trained(engine: HfEngine, run_id: str, spec: LoraSpec) -> AdapterRef:
