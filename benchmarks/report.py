@@ -162,6 +162,21 @@ def _curve(results: Results, names: Mapping[str, str]) -> list[str]:
     return rows
 
 
+def sharing(results: Results) -> list[str]:
+    """One row a share: what is left of the speed of training and of sampling while both go on."""
+    rows = [
+        "| share | training alone, tokens/s | beside sampling | left | sampling alone | beside training | left |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for share, found in results["shares"].items():
+        parts = []
+        for name in ("training", "sampling"):
+            alone, beside = found[f"{name}_alone"], found[f"{name}_beside"]
+            parts.append(f"{alone:,.0f} | {beside:,.0f} | **{beside / alone:.2f}**")
+        rows.append(f"| {share} | " + " | ".join(parts) + " |")
+    return rows
+
+
 def tenants(results: Results) -> list[str]:
     """One row a model and span of lengths: the three ways, and what common passes bring."""
     rows = [
@@ -320,6 +335,7 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "roundtrip-postgres": roundtrip,
     "training": training,
     "sampling": sampling,
+    "sharing": sharing,
     "tenants": tenants,
     "paging": paging,
     "pressure": pressure,

@@ -80,6 +80,17 @@ def test_a_table_is_put_between_its_marks_and_all_else_stays(folder: Path) -> No
     assert "2026-01-02 03:04 UTC on 2 cores of a processor, Python 3.11.7, 2 threads" in made
 
 
+def test_sharing_tells_what_is_left_of_either() -> None:
+    found = {
+        "training_alone": 1000.0,
+        "training_beside": 700.0,
+        "sampling_alone": 400.0,
+        "sampling_beside": 100.0,
+    }
+    rows = report.sharing({"shares": {"0.25": found}})
+    assert rows[-1] == "| 0.25 | 1,000 | 700 | **0.70** | 400 | 100 | **0.25** |"
+
+
 def test_renewing_twice_changes_nothing(folder: Path) -> None:
     once = report.renewed(page("training", "") + page("sampling"), folder)
     assert report.renewed(once, folder) == once

@@ -139,6 +139,13 @@ def test_sampling(tmp_path: Path) -> None:
         assert len(found["curve"][side]) == 2 and min(found["curve"][side]) > 0
 
 
+def test_sharing(tmp_path: Path) -> None:
+    run_short("sharing", tmp_path, "--threads", "1")
+    found = results_of("sharing", tmp_path)["shares"]["0.5"]
+    assert set(found) == {f"{name}_{how}" for name in ("training", "sampling") for how in ("alone", "beside")}
+    assert min(numbers(found)) > 0
+
+
 def test_tenants(tmp_path: Path) -> None:
     run_short("tenants", tmp_path, "--models", TINY, "--threads", "1")
     found = results_of("tenants", tmp_path)["models"][TINY]["4-9"]
