@@ -37,7 +37,7 @@ async def plans(store: Store) -> list[Plan]:
     """The plans of every hot path on a store that `benchmarks.filling.fill` has filled."""
     found: list[Plan] = []
     for action, work in _actions(store).items():
-        with _listening(store) as sent:
+        with listening(store) as sent:
             await work()
         for statement, parameters in sent:
             if not statement.startswith(("INSERT", "BEGIN", "PRAGMA")):
@@ -104,7 +104,7 @@ def _future(log_id: str, kind: str, seq_id: int, **whose: str) -> Future:
 
 
 @contextmanager
-def _listening(store: Store) -> Iterator[list[tuple[str, Any]]]:
+def listening(store: Store) -> Iterator[list[tuple[str, Any]]]:
     """The statements that are sent meanwhile, each with the parameters of its first execution."""
     sent: list[tuple[str, Any]] = []
 

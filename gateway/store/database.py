@@ -38,6 +38,19 @@ T = TypeVar("T")
 WriteMany = Callable[[Connection, list[A]], list[R]]
 """A write operation: takes the arguments of several callers, answers each in order."""
 
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AtOnce(Generic[A, R]):
+    """A write operation that PostgreSQL does in one statement where `fits` says so: such a statement is a transaction
+    by itself, and need not travel between a BEGIN and a COMMIT."""
+
+    perform: Callable[[Connection, list[A]], list[R]]
+    fits: Callable[[Sequence[A]], bool]
+
+    def __call__(self, connection: Connection, arguments: list[A]) -> list[R]:
+        return self.perform(connection, arguments)
+
+
 _LARGEST_GROUP = 512
 _TRIES = 4
 """Of a transaction that another one has been in the way of."""
@@ -52,8 +65,11 @@ class _Driver(Protocol):
 
     async def read(self, work: Callable[[Connection], T]) -> T: ...
 
-    async def write(self, work: Callable[[Connection], T], *, flushed: bool) -> T:
-        """`flushed`: the commit must survive a power loss, not only the death of a process."""
+    async def write(
+        self, work: Callable[[Connection], T], *, flushed: bool, one_statement: bool = False
+    ) -> T:
+        """`flushed`: the commit must survive a power loss, not only the death of a process. `one_statement`: the work
+        is just that where the database can do it."""
 
     async def alone(self, work: Callable[[Connection], T]) -> T:
         """A flushed transaction that may take as long as it needs."""
@@ -94,13 +110,16 @@ class _PostgresDriver:
         async with self._readers.connect() as connection:
             return await connection.run_sync(work)
 
-    async def write(self, work: Callable[[Connection], T], *, flushed: bool) -> T:
+    async def write(
+        self, work: Callable[[Connection], T], *, flushed: bool, one_statement: bool = False
+    ) -> T:
         # Always flushed: a server that crashes alone must not forget what this process remembers as settled.
         if self._writer is None:
             self._writer = await self._writers.connect()
         elif time.monotonic() - self._written_at > _PING_AFTER_S:
             await self._writer.run_sync(_ping)
-        answer = await self._writer.run_sync(_in_transaction, work)
+        perform = _in_own_transaction if one_statement else _in_transaction
+        answer = await self._writer.run_sync(perform, work)
         self._written_at = time.monotonic()
         return answer
 
@@ -138,7 +157,10 @@ class _SqliteDriver:
 
         return await asyncio.get_running_loop().run_in_executor(self._reading, in_thread)
 
-    async def write(self, work: Callable[[Connection], T], *, flushed: bool) -> T:
+    async def write(
+        self, work: Callable[[Connection], T], *, flushed: bool, one_statement: bool = False
+    ) -> T:
+        # Here it is several statements in any case: they cost little in one process.
         level = self._synchronous if flushed else "NORMAL"
 
         def in_thread() -> T:
@@ -169,6 +191,16 @@ def _in_transaction(connection: Connection, work: Callable[[Connection], T]) -> 
         return work(connection)
 
 
+def _in_own_transaction(connection: Connection, work: Callable[[Connection], T]) -> T:
+    """The same without the BEGIN and COMMIT that the driver sends by itself, for work that is one statement."""
+    driver: Any = connection.connection.dbapi_connection
+    driver.autocommit = True
+    try:
+        return _in_transaction(connection, work)
+    finally:
+        driver.autocommit = False
+
+
 def _ping(connection: Connection) -> None:
     """Find out whether the connection was cut while nobody used it."""
     with contextlib.suppress(DBAPIError):  # if it was not cut, the next statement fails as well and is told
@@ -184,6 +216,11 @@ class _Write(Generic[A, R]):
     then: Callable[[R], None] | None
     recomputable: bool
     notice: Notice | None = None
+    behind: bool = False
+
+    @property
+    def needless(self) -> bool:
+        return self.behind and self.outcome.cancelled()
 
 
 class Database:
@@ -275,10 +312,11 @@ class Database:
         await self.write(_nothing, None, recomputable=True)
 
     def write_behind(self, operation: WriteMany[A, R], argument: A) -> asyncio.Future[R]:
-        """A recomputable write that nobody waits for: it goes along with the next transaction, which comes soon."""
+        """A recomputable write that nobody waits for: it goes along with the next transaction, which comes soon. One
+        that is cancelled before that is not done."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[R] = loop.create_future()
-        self._pending.append(_Write(operation, argument, outcome, None, recomputable=True))
+        self._pending.append(_Write(operation, argument, outcome, None, recomputable=True, behind=True))
         if self._wake_later is None:
             self._wake_later = loop.call_later(_BEHIND_S, self._wake.set)
         return outcome
@@ -292,7 +330,8 @@ class Database:
                 self._wake_later = None
             while self._pending:
                 group, self._pending = self._pending[:_LARGEST_GROUP], self._pending[_LARGEST_GROUP:]
-                await self._commit_group(group)
+                if group := [write for write in group if not write.needless]:
+                    await self._commit_group(group)
 
     async def _commit_group(self, group: list[_Write[Any, Any]]) -> None:
         """One transaction for all; if anything in it fails, each alone, so that only the culprit is told."""
@@ -319,13 +358,16 @@ class Database:
         flushed = not all(write.recomputable for write in group)
         notices = [write.notice for write in group if write.notice is not None]
         payload = self.payload_of(notices) if notices and self.payload_of is not None else None
+        one_statement = payload is None and _fits_one_statement(group)
         tries_left = _TRIES
         while True:
             tries_left -= 1
             try:
                 with translated_errors():
                     return await self._driver.write(
-                        lambda connection: _perform(connection, group, payload), flushed=flushed
+                        lambda connection: _perform(connection, group, payload),
+                        flushed=flushed,
+                        one_statement=one_statement,
                     )
             except StoreConflict:
                 if not tries_left:
@@ -340,6 +382,13 @@ def _notify(connection: Connection, payloads: list[str]) -> list[None]:
     for payload in payloads:
         connection.execute(select(func.pg_notify(CHANNEL, payload)))
     return [None] * len(payloads)
+
+
+def _fits_one_statement(group: list[_Write[Any, Any]]) -> bool:
+    operation = group[0].operation
+    if not isinstance(operation, AtOnce) or any(write.operation is not operation for write in group):
+        return False
+    return operation.fits([write.argument for write in group])
 
 
 def _perform(connection: Connection, group: list[_Write[Any, Any]], payload: str | None) -> list[Any]:

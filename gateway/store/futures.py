@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, bindparam, case, func, select, update
 
-from gateway.store import schema
+from gateway.store import at_once, schema
 from gateway.store.audit import record
 from gateway.store.checkpoints import record_read, require_checkpoints
-from gateway.store.database import Database
+from gateway.store.database import AtOnce, Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore, now
 from gateway.store.leases import newest_epoch
 from gateway.store.notices import Notice
@@ -29,7 +29,7 @@ from gateway.store.records import (
     Settled,
 )
 from gateway.store.runs import insert_runs
-from gateway.store.settling import settle_futures
+from gateway.store.settling import one_statement_settles, settle_futures
 
 F = schema.futures
 OPEN = (FutureStatus.QUEUED, FutureStatus.RUNNING)
@@ -66,12 +66,13 @@ class Queued(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _ClaimBehind:
     """A claim that has not been written yet, less what is settled meanwhile."""
 
     request_ids: set[str]
     epoch: int
+    written: asyncio.Future[None] | None = None
 
 
 # Statements of the busiest paths are built once: building one costs as much as executing it.
@@ -112,7 +113,7 @@ class FutureStore:
         `then` is called with the same answer right after the commit, which tells other gateways the `notice`. Raises
         NotFound, and accepts nothing, when the checkpoint that the call needs has gone since it was looked up.
         """
-        return await self._database.write(insert_submissions, submission, then, notice=notice)
+        return await self._database.write(_SUBMIT, submission, then, notice=notice)
 
     async def claim(self, claim: Claim) -> dict[str, bytes]:
         """Mark futures as running; return the inputs of those that could be, by request_id."""
@@ -125,7 +126,7 @@ class FutureStore:
         """
         behind = _ClaimBehind(set(claim.request_ids), claim.epoch)
         self._behind.update(dict.fromkeys(claim.request_ids, behind))
-        written = self._database.write_behind(mark_futures, behind)
+        behind.written = written = self._database.write_behind(mark_futures, behind)
         written.add_done_callback(lambda _: self._forget(claim.request_ids, behind))
         return written
 
@@ -155,10 +156,10 @@ class FutureStore:
         behind = self._behind.pop(outcome.future.request_id, None)
         if behind is not None:
             behind.request_ids.discard(outcome.future.request_id)
+            if not behind.request_ids and behind.written is not None:
+                behind.written.cancel()
         notice = Notice("settled", outcome.future.request_id)
-        return self._database.write(
-            settle_futures, outcome, then, recomputable=not outcome.failed, notice=notice
-        )
+        return self._database.write(_SETTLE, outcome, then, recomputable=not outcome.failed, notice=notice)
 
     async def give_up(self, request_id: str, message: str) -> None:
         """Fail a sample that is still open, whatever gateway has it in hand: that one's outcome is refused then."""
@@ -316,17 +317,35 @@ def future_of(row: Row[Any]) -> Future:
 
 
 def insert_submissions(connection: Connection, submissions: list[Submission]) -> list[bool]:
-    """Runs, futures and inputs of several submissions; whether each is new."""
+    """Runs, futures and inputs of several submissions; whether each is new. What comes twice is new once."""
     runs = [submission.run for submission in submissions if submission.run is not None]
     if runs:
         insert_runs(connection, runs)
-    rows = [asdict(submission.future) for submission in submissions]
-    statement = insert_new(connection.dialect.name, F, "request_id")
-    new = set(connection.execute(statement, rows).scalars())
-    require_checkpoints(connection, [s.needs for s in submissions if s.future.request_id in new and s.needs])
-    for submission in submissions:
+    first = {submission.future.request_id: submission for submission in reversed(submissions)}
+    insert = _insert_in_two if connection.dialect.name == "sqlite" else _insert_at_once
+    new = insert(connection, list(first.values()))
+    require_checkpoints(
+        connection, [s.needs for s in first.values() if s.future.request_id in new and s.needs]
+    )
+    for submission in first.values():
         if submission.future.request_id in new:
             _record_in_audit(connection, submission)
+    return [
+        first[submission.future.request_id] is submission and submission.future.request_id in new
+        for submission in submissions
+    ]
+
+
+def _insert_at_once(connection: Connection, submissions: Sequence[Submission]) -> set[str]:
+    return at_once.insert_futures(
+        connection, [(each.future, each.body if each.future.open else None) for each in submissions]
+    )
+
+
+def _insert_in_two(connection: Connection, submissions: Sequence[Submission]) -> set[str]:
+    """SQLite has no statement that changes two tables."""
+    rows = [asdict(submission.future) for submission in submissions]
+    new = set(connection.execute(insert_new(connection.dialect.name, F, "request_id"), rows).scalars())
     bodies = [
         {"request_id": submission.future.request_id, "body": submission.body}
         for submission in submissions
@@ -334,7 +353,11 @@ def insert_submissions(connection: Connection, submissions: list[Submission]) ->
     ]
     if bodies:
         connection.execute(insert_or_ignore(connection, schema.inputs), bodies)
-    return [submission.future.request_id in new for submission in submissions]
+    return new
+
+
+def _one_statement_accepts(submissions: Sequence[Submission]) -> bool:
+    return all(submission.run is None and submission.needs is None for submission in submissions)
 
 
 def _record_in_audit(connection: Connection, submission: Submission) -> None:
@@ -395,3 +418,7 @@ def give_up_samples(connection: Connection, given_up: list[tuple[str, str]]) -> 
 def _mark_running(connection: Connection, request_ids: Sequence[str], epoch: int) -> Sequence[str]:
     values = {"keys": request_ids, "by_epoch": epoch, "at": now()}
     return connection.execute(_CLAIM, values).scalars().all()
+
+
+_SUBMIT = AtOnce(insert_submissions, _one_statement_accepts)
+_SETTLE = AtOnce(settle_futures, one_statement_settles)

@@ -7,24 +7,25 @@ stored. That is the whole of the fence on the database's side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, case, delete, insert, literal, select, update
 
 from engines.operations import CHANGES_STATE
-from gateway.store import schema
+from gateway.store import at_once, schema
 from gateway.store.checkpoints import folder_in_use, insert_checkpoint
 from gateway.store.dialect import insert_or_ignore, now
 from gateway.store.leases import newest_epoch
 from gateway.store.records import Checkpoint, Future, FutureStatus, Outcome, RunStatus, Sampler, Settled
 from gateway.store.samplers import described, insert_sampler
-from gateway.store.usage import count_outcomes
+from gateway.store.usage import count_outcomes, counted, hour_of
 
 F = schema.futures
 R = schema.runs
 
-_SAME_EPOCH = F.c.epoch.is_not_distinct_from(bindparam("by_epoch", type_=F.c.epoch.type))
+_SAME_EPOCH = F.c.epoch.is_not_distinct_from(bindparam("to_epoch", type_=F.c.epoch.type))
 """The claim has been written. It need not have been: an outcome that comes first counts its attempt itself."""
 
 _SETTLE_FUTURE = (
@@ -32,13 +33,13 @@ _SETTLE_FUTURE = (
     .where(F.c.request_id == bindparam("key"))
     .values(
         status=bindparam("to_status"),
-        epoch=bindparam("by_epoch"),
+        epoch=bindparam("to_epoch"),
         attempts=F.c.attempts + case((_SAME_EPOCH, 0), else_=1),
-        started_at=case((_SAME_EPOCH, F.c.started_at), else_=bindparam("started")),
+        started_at=case((_SAME_EPOCH, F.c.started_at), else_=bindparam("to_started_at")),
         error=bindparam("to_error"),
-        error_category=bindparam("to_category"),
+        error_category=bindparam("to_error_category"),
         error_id=bindparam("to_error_id"),
-        result_digest=bindparam("to_digest"),
+        result_digest=bindparam("to_result_digest"),
         measure=bindparam("to_measure"),
         finished_at=bindparam("at"),
     )
@@ -105,6 +106,12 @@ _ADVANCE_RUN = (
 def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Settled | None]:
     """Store several outcomes; None for each that is not its sender's to settle any more."""
     at = now()
+    if connection.dialect.name != "sqlite" and one_statement_settles(outcomes):
+        settled = at_once.settle(connection, [_whole(outcome) for outcome in outcomes], at, hour_of(at))
+        return [
+            Settled(_finished(outcome, at), outcome.result) if outcome.future.request_id in settled else None
+            for outcome in outcomes
+        ]
     answers: list[Settled | None] = []
     stored: list[Outcome] = []
     for outcome, settleable in zip(outcomes, _settleable(connection, outcomes), strict=True):
@@ -118,6 +125,13 @@ def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Sett
         _store_outcomes(connection, stored, at)
         _advance_runs(connection, stored, at)
     return answers
+
+
+def one_statement_settles(outcomes: Sequence[Outcome]) -> bool:
+    """Whether PostgreSQL may settle them all in one: none saves anything, and no two are of one run."""
+    saves = any(outcome.checkpoint is not None or outcome.sampler is not None for outcome in outcomes)
+    logs = [outcome.future.run_id or outcome.future.request_id for outcome in outcomes]
+    return not saves and len(set(logs)) == len(logs)
 
 
 def _finished(outcome: Outcome, at: float) -> Future:
@@ -164,11 +178,17 @@ def _in_turn(connection: Connection, future: Future, next_seqs: dict[str, int]) 
 
 
 def _is_senders(outcome: Outcome, row: Any) -> bool:
-    fence = outcome.fence if outcome.fence is not None else outcome.future.epoch
+    fence, newest_claim = _fence(outcome)
     is_open = row.status in (FutureStatus.QUEUED, FutureStatus.RUNNING)
     if fence is not None and (row.newest or 0) > fence:
         return False
-    return is_open and (row.epoch or 0) <= (outcome.future.epoch or fence or 0)
+    return is_open and (row.epoch or 0) <= newest_claim
+
+
+def _fence(outcome: Outcome) -> tuple[int | None, int]:
+    """The newest epoch that the engine's lease may have (None: any), and that the future may have been claimed in."""
+    fence = outcome.fence if outcome.fence is not None else outcome.future.epoch
+    return fence, outcome.future.epoch or fence or 0
 
 
 def _store_saved(connection: Connection, outcome: Outcome) -> tuple[Outcome, str | None]:
@@ -218,22 +238,14 @@ def _refused(outcome: Outcome, message: str) -> Outcome:
 
 
 def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) -> None:
-    rows = [
-        {
-            "key": outcome.future.request_id,
-            "by_epoch": outcome.future.epoch,
-            "started": outcome.future.started_at,
-            "to_status": FutureStatus.FAILED if outcome.failed else FutureStatus.DONE,
-            "to_error": outcome.error,
-            "to_category": outcome.error_category,
-            "to_error_id": outcome.error_id,
-            "to_digest": None if outcome.failed else outcome.digest,
-            "to_measure": outcome.summary.get("loss", outcome.summary.get("grad_norm")),
-            "at": at,
-        }
-        for outcome in outcomes
-    ]
-    connection.execute(_SETTLE_FUTURE, rows)
+    rows = [{f"to_{name}": value for name, value in _future_change(outcome).items()} for outcome in outcomes]
+    connection.execute(
+        _SETTLE_FUTURE,
+        [
+            {**row, "key": outcome.future.request_id, "at": at}
+            for row, outcome in zip(rows, outcomes, strict=True)
+        ],
+    )
     bodies = [
         {"request_id": outcome.future.request_id, "body": outcome.result, "stored_at": at}
         for outcome in outcomes
@@ -241,10 +253,28 @@ def _store_outcomes(connection: Connection, outcomes: list[Outcome], at: float) 
     ]
     if bodies:
         connection.execute(insert_or_ignore(connection, schema.results), bodies)
-    spent = [o.future.request_id for o in outcomes if o.failed or o.future.kind not in CHANGES_STATE]
-    if spent:
+    if spent := [outcome.future.request_id for outcome in outcomes if _is_spent(outcome)]:
         connection.execute(_DELETE_INPUTS, {"keys": spent})
     count_outcomes(connection, (outcome.usage for outcome in outcomes if not outcome.failed))
+
+
+def _future_change(outcome: Outcome) -> dict[str, Any]:
+    """The columns of a future that an outcome sets."""
+    return {
+        "epoch": outcome.future.epoch,
+        "started_at": outcome.future.started_at,
+        "status": FutureStatus.FAILED if outcome.failed else FutureStatus.DONE,
+        "error": outcome.error,
+        "error_category": outcome.error_category,
+        "error_id": outcome.error_id,
+        "result_digest": None if outcome.failed else outcome.digest,
+        "measure": outcome.summary.get("loss", outcome.summary.get("grad_norm")),
+    }
+
+
+def _is_spent(outcome: Outcome) -> bool:
+    """Whether no replay applies it again."""
+    return outcome.failed or outcome.future.kind not in CHANGES_STATE
 
 
 def _advance_runs(connection: Connection, outcomes: list[Outcome], at: float) -> None:
@@ -262,29 +292,58 @@ def _succeeded(outcome: Outcome, kind: str) -> bool:
 
 
 def _step(outcome: Outcome, at: float) -> dict[str, Any]:
-    summary = outcome.summary
     return {
         "key": outcome.future.run_id,
         "seq": outcome.future.seq_id,
-        "seconds": summary.get("seconds", 0.0),
-        "grad_norm": summary.get("grad_norm"),
-        "learning_rate": summary.get("learning_rate"),
+        "seconds": outcome.summary.get("seconds", 0.0),
+        "grad_norm": outcome.summary.get("grad_norm"),
+        "learning_rate": outcome.summary.get("learning_rate"),
         "at": at,
     }
 
 
 def _advance(outcome: Outcome, at: float) -> dict[str, Any]:
-    future = outcome.future
+    return {
+        "key": outcome.future.run_id,
+        "seq": outcome.future.seq_id,
+        "stepped": int(_succeeded(outcome, "optim_step")),
+        "at": at,
+        **_run_change(outcome),
+    }
+
+
+def _run_change(outcome: Outcome) -> dict[str, Any]:
+    """What an outcome makes of a run that was being created, and what it adds to the sums of its next step."""
+    uncreated = outcome.failed and outcome.future.kind == "create_run"
     summary = outcome.summary if _succeeded(outcome, "forward_backward") else {}
     return {
-        "key": future.run_id,
-        "seq": future.seq_id,
-        "created_as": RunStatus.FAILED
-        if outcome.failed and future.kind == "create_run"
-        else RunStatus.ACTIVE,
-        "stepped": int(_succeeded(outcome, "optim_step")),
+        "created_as": RunStatus.FAILED if uncreated else RunStatus.ACTIVE,
         "loss": summary.get("loss", 0.0),
         "tokens": int(summary.get("tokens", 0)),
         "seconds": summary.get("seconds", 0.0),
-        "at": at,
     }
+
+
+def _whole(outcome: Outcome) -> dict[str, Any]:
+    """All that one statement stores of an outcome."""
+    future = outcome.future
+    stepped = _succeeded(outcome, "optim_step")
+    fence, newest_claim = _fence(outcome)
+    row = {
+        "request_id": future.request_id,
+        "run_id": future.run_id,
+        "seq_id": future.seq_id,
+        "fence": fence,
+        "newest_claim": newest_claim,
+        "body": outcome.result,
+        "spent": _is_spent(outcome),
+        "stepped": stepped,
+        **_future_change(outcome),
+        **_run_change(outcome),
+    }
+    if stepped:
+        numbers = ("grad_norm", "learning_rate")
+        row |= {"seconds": outcome.summary.get("seconds", 0.0)} | {n: outcome.summary.get(n) for n in numbers}
+    if outcome.usage is not None and not outcome.failed:
+        row |= counted(outcome.usage)
+    return row

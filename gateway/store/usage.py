@@ -28,7 +28,7 @@ C = schema.checkpoints
 HOUR = 3600
 log = logging.getLogger(__name__)
 _KEYS = ("bucket", "owner", "session_id", "base_model")
-_COUNTERS = ("training_tokens", "prefill_tokens", "cached_tokens", "sampled_tokens", "checkpoints")
+COUNTERS = ("training_tokens", "prefill_tokens", "cached_tokens", "sampled_tokens", "checkpoints")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +115,20 @@ def session_of_id(run_or_sampler_id: str) -> str:
     return run_or_sampler_id.rsplit(":", 2)[0]
 
 
+def hour_of(at: float) -> int:
+    """The first second of the hour of a moment."""
+    return int(at // HOUR) * HOUR
+
+
 def count_usage(connection: Connection, used: list[Usage]) -> list[None]:
     """Raise the counters of this hour, those that are alike in one row."""
-    bucket = int(now() // HOUR) * HOUR
+    bucket = hour_of(now())
     sums: dict[tuple[str, str, str], dict[str, int]] = {}
     for usage in used:
         counters = sums.setdefault(
-            (usage.owner, usage.session_id, usage.base_model), dict.fromkeys(_COUNTERS, 0)
+            (usage.owner, usage.session_id, usage.base_model), dict.fromkeys(COUNTERS, 0)
         )
-        for name in _COUNTERS:
+        for name in COUNTERS:
             counters[name] += getattr(usage, name)
     rows = [
         {"bucket": bucket, "owner": owner, "session_id": session_id, "base_model": base_model, **counters}
@@ -140,7 +145,7 @@ def _raise_counters(dialect: str) -> Any:
     """Built once: building a statement costs as much as executing it."""
     make: Any = sqlite.insert if dialect == "sqlite" else postgresql.insert
     statement = make(U)
-    raised = {name: U.c[name] + statement.excluded[name] for name in _COUNTERS}
+    raised = {name: U.c[name] + statement.excluded[name] for name in COUNTERS}
     return statement.on_conflict_do_update(index_elements=_KEYS, set_=raised)
 
 
@@ -149,6 +154,15 @@ def count_outcomes(connection: Connection, usages: Iterable[Usage | None]) -> No
     used = [usage for usage in usages if usage is not None]
     if used:
         count_usage(connection, used)
+
+
+def counted(usage: Usage) -> dict[str, Any]:
+    """What is counted of one outcome, by column; nothing when all its counters are 0."""
+    counters = {name: getattr(usage, name) for name in COUNTERS}
+    if not any(counters.values()):
+        return {}
+    whose = {"owner": usage.owner, "session_id": usage.session_id, "base_model": usage.base_model}
+    return whose | counters
 
 
 def begin_storing(connection: Connection, checkpoint: Checkpoint) -> None:

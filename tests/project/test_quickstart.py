@@ -57,9 +57,19 @@ def start(tmp_path: Path, port: int) -> Iterator[Start]:
 
     yield begin
     for process in running:
-        with process:
-            if process.poll() is None:
-                process.kill()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask it to end, as a user does, for its gateway is in a session of its own and would outlive it."""
+    with process:
+        if process.poll() is not None:
+            return
+        process.terminate()
+        try:
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> str:

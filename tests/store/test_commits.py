@@ -164,9 +164,9 @@ async def test_an_outcome_is_not_flushed_and_a_failure_is(
     flushes: list[bool] = []
     write = store.database._driver.write
 
-    async def noted(work: Any, *, flushed: bool) -> Any:
+    async def noted(work: Any, *, flushed: bool, one_statement: bool) -> Any:
         flushes.append(flushed)
-        return await write(work, flushed=flushed)
+        return await write(work, flushed=flushed, one_statement=one_statement)
 
     monkeypatch.setattr(store.database._driver, "write", noted)
     assert await store.futures.settle(Outcome(create, result=b"r")) is not None
