@@ -128,9 +128,9 @@ async def _explained(store: Store, action: str, statement: str, parameters: Any)
             lines = [str(row[3]) for row in rows]
             return Plan(action, statement, lines, _scanned_by_sqlite(lines))
         answer = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters).scalar_one()
-        nodes = list(_nodes((json.loads(answer) if isinstance(answer, str) else answer)[0]["Plan"]))
+        nodes = nodes_of(answer)
         lines = [" ".join(str(node[key]) for key in _SHOWN if key in node) for node in nodes]
-        return Plan(action, statement, lines, _scanned_by_postgres(nodes))
+        return Plan(action, statement, lines, scanned_by_postgres(nodes))
 
     return await store.database.read(work)
 
@@ -144,7 +144,13 @@ def _scanned_by_sqlite(lines: list[str]) -> list[str]:
     return [words[1] for words in scans if words[1] in LARGE and "USING" not in words]
 
 
-def _scanned_by_postgres(nodes: list[dict[str, Any]]) -> list[str]:
+def nodes_of(answer: Any) -> list[dict[str, Any]]:
+    """The nodes of a plan that PostgreSQL has explained as JSON."""
+    return list(_nodes((json.loads(answer) if isinstance(answer, str) else answer)[0]["Plan"]))
+
+
+def scanned_by_postgres(nodes: list[dict[str, Any]]) -> list[str]:
+    """The large tables that a plan reads from one end to the other."""
     scans = [node for node in nodes if node["Node Type"] == "Seq Scan"]
     return [node["Relation Name"] for node in scans if node["Relation Name"] in LARGE]
 

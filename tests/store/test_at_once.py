@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import IntegrityError
 
-from benchmarks.plans import listening
+from benchmarks.filling import fill
+from benchmarks.plans import listening, nodes_of, scanned_by_postgres
 from gateway.store import Store, at_once, schema
 from gateway.store.database import Database
 from gateway.store.futures import Claim, Submission
@@ -79,6 +80,25 @@ async def test_what_is_more_than_one_statement_is_a_transaction(postgres: Store)
     sent, spoken = await sent_by(postgres, claim_and_settle_another)
     assert [statement.split()[0] for statement in sent] == ["UPDATE", "WITH"]
     assert [words.strip(";") for words in spoken] == ["BEGIN", "COMMIT"]
+
+
+@pytest.mark.postgres
+async def test_a_plan_for_any_number_of_rows_finds_them_by_an_index(postgres: Store) -> None:
+    """PostgreSQL keeps one plan for a statement that comes often, whatever its arrays hold."""
+    await fill(postgres.database, 10_000)
+    parameters = ", ".join(["NULL"] * (len(at_once._OUTCOME) + 2))
+
+    def explain(connection: Connection) -> list[str]:
+        connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
+        connection.exec_driver_sql(f"PREPARE settle AS {at_once._SETTLE}")
+        answer = connection.exec_driver_sql(
+            f"EXPLAIN (FORMAT JSON) EXECUTE settle({parameters})"
+        ).scalar_one()
+        nodes = nodes_of(answer)
+        assert "futures" in {node.get("Relation Name") for node in nodes}
+        return scanned_by_postgres(nodes)
+
+    assert await postgres.database.read(explain) == []
 
 
 @pytest.mark.postgres
