@@ -20,7 +20,7 @@ from gateway.store.dialect import insert_or_ignore, now
 from gateway.store.leases import newest_epoch
 from gateway.store.records import Checkpoint, Future, FutureStatus, Outcome, RunStatus, Sampler, Settled
 from gateway.store.samplers import described, insert_sampler
-from gateway.store.usage import count_outcomes, counted, hour_of
+from gateway.store.usage import count_outcomes, counted, this_hour
 
 F = schema.futures
 R = schema.runs
@@ -107,7 +107,7 @@ def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Sett
     """Store several outcomes; None for each that is not its sender's to settle any more."""
     at = now()
     if connection.dialect.name != "sqlite" and one_statement_settles(outcomes):
-        settled = at_once.settle(connection, [_whole(outcome) for outcome in outcomes], at, hour_of(at))
+        settled = at_once.settle(connection, [_whole(outcome) for outcome in outcomes], at, this_hour())
         return [
             Settled(_finished(outcome, at), outcome.result) if outcome.future.request_id in settled else None
             for outcome in outcomes

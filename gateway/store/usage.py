@@ -115,14 +115,14 @@ def session_of_id(run_or_sampler_id: str) -> str:
     return run_or_sampler_id.rsplit(":", 2)[0]
 
 
-def hour_of(at: float) -> int:
-    """The first second of the hour of a moment."""
-    return int(at // HOUR) * HOUR
+def this_hour() -> int:
+    """The first second of the hour that is counted in."""
+    return int(now() // HOUR) * HOUR
 
 
 def count_usage(connection: Connection, used: list[Usage]) -> list[None]:
     """Raise the counters of this hour, those that are alike in one row."""
-    bucket = hour_of(now())
+    bucket = this_hour()
     sums: dict[tuple[str, str, str], dict[str, int]] = {}
     for usage in used:
         counters = sums.setdefault(
