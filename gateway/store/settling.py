@@ -7,7 +7,7 @@ stored. That is the whole of the fence on the database's side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,12 +106,46 @@ _ADVANCE_RUN = (
 def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Settled | None]:
     """Store several outcomes; None for each that is not its sender's to settle any more."""
     at = now()
-    if connection.dialect.name != "sqlite" and one_statement_settles(outcomes):
-        settled = at_once.settle(connection, [_whole(outcome) for outcome in outcomes], at, this_hour())
-        return [
-            Settled(_finished(outcome, at), outcome.result) if outcome.future.request_id in settled else None
-            for outcome in outcomes
-        ]
+    answers: list[Settled | None] = []
+    for part in _one_of_each_run(outcomes):
+        if connection.dialect.name != "sqlite" and one_statement_settles(part):
+            answers += _settle_at_once(connection, part, at)
+        else:
+            answers += _settle(connection, part, at)
+    return answers
+
+
+def _one_of_each_run(outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:
+    """The outcomes in their order, in parts that can be stored together: what a step records of its run is what the
+    passes before it have added up."""
+    part: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        if (log := _log_of(outcome)) in part:
+            yield list(part.values())
+            part = {}
+        part[log] = outcome
+    yield list(part.values())
+
+
+def one_statement_settles(outcomes: Sequence[Outcome]) -> bool:
+    """Whether PostgreSQL may settle them all in one: none saves anything, and no two are of one run."""
+    saves = any(outcome.checkpoint is not None or outcome.sampler is not None for outcome in outcomes)
+    return not saves and len({_log_of(outcome) for outcome in outcomes}) == len(outcomes)
+
+
+def _log_of(outcome: Outcome) -> str:
+    return outcome.future.run_id or outcome.future.request_id
+
+
+def _settle_at_once(connection: Connection, outcomes: list[Outcome], at: float) -> list[Settled | None]:
+    settled = at_once.settle(connection, [_whole(outcome) for outcome in outcomes], at, this_hour())
+    return [
+        Settled(_finished(outcome, at), outcome.result) if outcome.future.request_id in settled else None
+        for outcome in outcomes
+    ]
+
+
+def _settle(connection: Connection, outcomes: list[Outcome], at: float) -> list[Settled | None]:
     answers: list[Settled | None] = []
     stored: list[Outcome] = []
     for outcome, settleable in zip(outcomes, _settleable(connection, outcomes), strict=True):
@@ -125,13 +159,6 @@ def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Sett
         _store_outcomes(connection, stored, at)
         _advance_runs(connection, stored, at)
     return answers
-
-
-def one_statement_settles(outcomes: Sequence[Outcome]) -> bool:
-    """Whether PostgreSQL may settle them all in one: none saves anything, and no two are of one run."""
-    saves = any(outcome.checkpoint is not None or outcome.sampler is not None for outcome in outcomes)
-    logs = [outcome.future.run_id or outcome.future.request_id for outcome in outcomes]
-    return not saves and len(set(logs)) == len(logs)
 
 
 def _finished(outcome: Outcome, at: float) -> Future:

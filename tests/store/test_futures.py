@@ -188,6 +188,24 @@ async def test_metrics_of_a_step_are_the_sums_since_the_last(store: Store) -> No
     assert (after.step, after.pending_tokens) == (2, 0)
 
 
+async def test_a_step_settled_together_with_its_passes_has_their_sums(store: Store) -> None:
+    run = await begun_run(store)
+    await claim_and_settle(store, an_operation(run, 0, "create_run"))
+    kinds = ["forward_backward", "forward_backward", "optim_step", "forward_backward"]
+    futures = [an_operation(run, seq, kind) for seq, kind in enumerate(kinds, start=1)]
+    for future in futures:
+        await store.futures.submit(Submission(future, b"x"))
+    together = [
+        store.futures.settle(Outcome(future, b"r", summary={"loss": 1.0 * future.seq_id, "tokens": 10}))
+        for future in futures
+    ]
+    assert None not in await asyncio.gather(*together)
+    steps = await store.runs.steps(run.run_id)
+    assert [(s.step, s.seq_id, s.loss, s.tokens) for s in steps] == [(1, 3, 3.0, 20)]
+    after = await store.runs.get(run.run_id)
+    assert after is not None and (after.pending_loss, after.pending_tokens, after.next_seq) == (4.0, 10, 5)
+
+
 async def test_a_failed_pass_is_not_in_the_metrics(store: Store) -> None:
     run = await begun_run(store)
     await claim_and_settle(store, an_operation(run, 0, "create_run"))
