@@ -9,9 +9,15 @@ from fastapi import APIRouter, Depends, Query, Response
 
 from gateway.auth import owner_of
 from gateway.errors import EngineUnavailable, NotFound
+from gateway.queries import KnownQueryRoute
 from gateway.state import Gateway, Running
 
-router = APIRouter(prefix="/api/v1/tokenizer", tags=["models"], dependencies=[Depends(owner_of)])
+router = APIRouter(
+    prefix="/api/v1/tokenizer",
+    tags=["models"],
+    dependencies=[Depends(owner_of)],
+    route_class=KnownQueryRoute,
+)
 
 ModelName = Annotated[str, Query(description="name of a served base model", max_length=300)]
 

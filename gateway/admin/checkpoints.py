@@ -17,13 +17,14 @@ from gateway.admin.scope import Cursor, Filter, Limit, OwnerFilter, scope, visib
 from gateway.auth import Caller, Who
 from gateway.checkpoints import checkpoint_path, delete_checkpoint, remove_folder, require_name, require_space
 from gateway.errors import BadRequest, NotFound, UnsupportedMediaType
+from gateway.queries import KnownQueryRoute
 from gateway.state import Gateway, Running
 from gateway.store.checkpoints import Selection
 from gateway.store.deposits import Deposit
 from gateway.store.records import Checkpoint, CheckpointKind, Run, Sampler
 from gateway.submit import weights_of
 
-router = APIRouter(prefix="/admin/v1", tags=["admin"])
+router = APIRouter(prefix="/admin/v1", tags=["admin"], route_class=KnownQueryRoute)
 
 _AT_A_TIME = 100
 _TAR = "application/x-tar"

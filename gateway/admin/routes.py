@@ -16,10 +16,11 @@ from gateway.admin.cursors import decode_cursor, next_cursor
 from gateway.admin.scope import Cursor, Filter, Limit, OwnerFilter, scope, visible
 from gateway.auth import Caller, Who
 from gateway.errors import Forbidden, NotFound
+from gateway.queries import KnownQueryRoute
 from gateway.state import Gateway, Running
 from gateway.store.records import FutureStatus, Run, RunStatus
 
-router = APIRouter(prefix="/admin/v1", tags=["admin"])
+router = APIRouter(prefix="/admin/v1", tags=["admin"], route_class=KnownQueryRoute)
 router.routes.extend(checkpoints.routes)
 
 

@@ -68,6 +68,16 @@ def test_by_kind_name_and_time(alice: httpx.Client) -> None:
     assert paths_of(alice, run_id) == paths[2:]
 
 
+@pytest.mark.parametrize("misspelt", ["dryrun", "keeplast", "names_prefix"])
+def test_a_misspelt_filter_deletes_nothing(alice: httpx.Client, misspelt: str) -> None:
+    run_id, paths = several(alice)
+    answer = alice.delete(ROUTE, params={"run_id": run_id, misspelt: "1"})
+    assert answer.status_code == 422
+    assert answer.json()["param"] == misspelt
+    assert "keep_last" in answer.json()["detail"]
+    assert paths_of(alice, run_id) == paths
+
+
 @pytest.mark.parametrize(
     "where", [{}, {"dry_run": True}, {"owner": "alice"}, {"before": "2026-01-31T00:00:00"}]
 )
