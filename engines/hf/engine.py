@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from tokenizers import Tokenizer
 
+from engines.hf.budget import token_budget
 from engines.hf.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.hf.decoding import Decoder
 from engines.hf.lora import Adapter, size
@@ -72,8 +73,9 @@ class HfEngine(Engine):
         self.base = base
         self.files = files
         self.tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
-        self.pass_tokens = options.pass_tokens or (16384 if base.device.type == "cuda" else 4096)
-        memory = limits(config, free_bytes(base.device))
+        free = free_bytes(base.device)
+        self.budget = token_budget(base, free, options.pass_tokens, deterministic=options.deterministic)
+        memory = limits(config, free)
         self._info = _describe(config, options, base, memory.runs)
         self.runs: dict[str, Run] = {}
         self.adapters = AdapterVersions(config.storage, base, memory.adapters)
@@ -150,29 +152,45 @@ class HfEngine(Engine):
         """Operations of all runs together, or in passes of their own when the engine is deterministic."""
         known = [(self.runs[item.run_id], item.operation) for item in items if item.run_id in self.runs]
         together = not self.options.deterministic
-        make = partial(perform, self.base, pass_tokens=self.pass_tokens, together=together)
+        make = partial(perform, self.base, together=together)
         results = iter(self._in_passes_that_fit(make, known) if known else ())
         return [next(results) if item.run_id in self.runs else _unknown(item.run_id) for item in items]
 
     def _in_passes_that_fit(
         self, make: Callable[..., list[ForwardResult | UserError]], known: list[tuple[Run, Any]]
     ) -> list[ForwardResult | UserError]:
-        """When memory runs out, nothing has had an effect: each operation is tried again, with all the memory that can
-        be made free and alone."""
-        try:
-            with translated():
-                return make(known)
-        except MemoryError as error:
-            self._make_room(error)
-        outcomes: list[ForwardResult | UserError] = []
-        for one in known:
+        """When memory runs out, nothing has had an effect: all is tried again in smaller passes, with all the memory
+        that can be made free; in the end each operation alone."""
+        lengths = [datum.tokens.shape[0] for _, operation in known for datum in operation.data]
+        smaller = True
+        while smaller:
             try:
                 with translated():
-                    outcomes += make([one])
+                    outcomes = make(known, self.budget.tokens)
+            except MemoryError as error:
+                self._make_room(error)
+                smaller = self.budget.shrink(sum(lengths), max(lengths))
+            else:
+                self.budget.went_well()
+                return outcomes
+        return [self._alone(make, one) for one in known]
+
+    def _alone(
+        self, make: Callable[..., list[ForwardResult | UserError]], one: tuple[Run, Any]
+    ) -> ForwardResult | UserError:
+        """An operation whose passes lack memory is tried once more with what it keeps computed again."""
+        wanted = self.base.checkpointed
+        for checkpointed in sorted({wanted, True}):
+            self.base.checkpointed = checkpointed
+            try:
+                with translated():
+                    return make([one], self.budget.tokens)[0]
             except MemoryError as error:
                 log.warning("an operation is too large: %s", error)
-                outcomes.append(OutOfMemory(f"{self.base.device} has no memory left for {_TOO_MUCH_DATA}"))
-        return outcomes
+                self._make_room(error)
+            finally:
+                self.base.checkpointed = wanted
+        return OutOfMemory(f"{self.base.device} has no memory left for {_TOO_MUCH_DATA}")
 
     def _make_room(self, error: MemoryError) -> None:
         """Let go of everything that can be computed or read again, and of what the error's frames still hold."""

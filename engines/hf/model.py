@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS, part_of
@@ -49,6 +52,7 @@ class BaseModel:
         self.decoder: nn.Module = module.get_decoder()
         self.routing = Routing()
         self.passes = 0
+        self.checkpointed = False
         self.sites = _attach(module, self.routing)
         head = module.get_output_embeddings()
         self.unembedding = Unembedding(head.weight, head.bias, len(self.sites) - 1)
@@ -63,12 +67,22 @@ class BaseModel:
         """Hidden states after the last norm, [T, H], of a batch of one pack (or [B, H] of B rows of one token)."""
         self.passes += 1
         self.threads.share(self._weights, pack.tokens.numel())
+        self._checkpoint(self.checkpointed and torch.is_grad_enabled())
         with self.routing.along(segments):
             out = self.decoder(
                 input_ids=pack.tokens, position_ids=pack.positions, use_cache=False, layout=layout
             )
         states: Tensor = out.last_hidden_state
         return states.reshape(-1, states.shape[-1])
+
+    def _checkpoint(self, wanted: bool) -> None:
+        """Have the layers of the next pass keep their inputs alone, and compute the rest again on the way back; its
+        segments must be in force there too (`routing.along`)."""
+        for layer in self.decoder.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing != wanted:
+                layer.gradient_checkpointing = wanted
+                layer.training = wanted  # of the layer by itself, whose parts drop nothing out
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Logits float32 [T, V] of few rows of states [T, H]."""
@@ -109,6 +123,7 @@ def load_base_model(config: EngineConfig, options: HfOptions) -> BaseModel:
     module.requires_grad_(False).eval()
     replace_norms(module)
     base = BaseModel(module, device, _max_context(module, options), threads)
+    base.checkpointed = options.checkpointing
     _probe(base, config.model)
     return base
 

@@ -25,7 +25,10 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Longest sequence in tokens; the model's own limit when not given."""
     pass_tokens: int | None = None
     """Tokens that are packed into one forward and backward pass at most; a longer datum makes a pass of its own.
-    4,096 on the CPU and 16,384 on a GPU when not given. Results do not depend on it."""
+    When not given, as many as memory holds, up to what keeps the device busy (`engines.hf.budget`)."""
+    checkpointing: bool = False
+    """Keep the inputs of layers alone during a training pass and compute the rest again on its way back: the same
+    numbers, for less memory and a third more time. A datum that does not fit otherwise is computed so anyway."""
     sample_slots: int = 48
     """Sequences that are decoded together at most; further ones wait, but for the first one of a party (up to 16)."""
     prefill_tokens: int = 2048

@@ -128,7 +128,8 @@ def forward_backward(
         segments = _segments(shares, batch, with_gradient=True)
         logprobs = _logprobs(base, batch, segments)
         slope = _judge(shares, batch, logprobs.detach(), len(passes), with_slope=True)
-        torch.autograd.grad(logprobs, ANCHOR, slope, allow_unused=True)  # adds to the segments' gradients
+        with base.routing.along(segments):  # of layers that are computed again
+            torch.autograd.grad(logprobs, ANCHOR, slope, allow_unused=True)  # adds to the segments' gradients
         passes.append(logprobs.detach())
     outcomes = _split(shares, passes)
     for share, outcome in zip(shares, outcomes, strict=True):

@@ -27,7 +27,7 @@ SPOKEN = {
     ("EngineSettings", "adapter_memory_bytes"): "10 % of what is free",
     ("HfOptions", "threads"): "all cores it may use",
     ("HfOptions", "max_context"): "the model's",
-    ("HfOptions", "pass_tokens"): "4096 CPU, 16384 GPU",
+    ("HfOptions", "pass_tokens"): "what memory holds",
 }
 """Defaults that the page tells in words."""
 
