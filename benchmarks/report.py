@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -178,17 +179,19 @@ def sharing(results: Results) -> list[str]:
 
 
 def tenants(results: Results) -> list[str]:
-    """One row a model and span of lengths: the three ways, and what common passes bring."""
+    """One row a model and span of lengths: the four ways, and what common passes bring."""
     rows = [
-        "| model | tokens a sequence | together, tokens/s | apart | PEFT | together to apart | together to PEFT |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| model | tokens a sequence | together, tokens/s | apart | HTTP | PEFT "
+        "| together to apart | together to PEFT | HTTP to PEFT |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     spans = [
         (model, span, found) for model, spans in results["models"].items() for span, found in spans.items()
     ]
     for model, span, found in spans:
-        rates = " | ".join(_rate(found[side]) for side in ("together", "apart", "peft"))
-        compared = [found["ratios"][f"together_to_{other}"] for other in ("apart", "peft")]
+        rates = " | ".join(_rate(found[side]) for side in ("together", "apart", "http", "peft"))
+        pairs = ("together_to_apart", "together_to_peft", "http_to_peft")
+        compared = [found["ratios"][pair] for pair in pairs]
         ratios = " | ".join(f"**{median(them):.2f}** ({_range(them)})" for them in compared)
         rows.append(f"| {model} | {span} | {rates} | {ratios} |")
     worst = max(found["largest_difference_of_losses"] for _, _, found in spans)
@@ -199,6 +202,35 @@ def tenants(results: Results) -> list[str]:
         f"{spans[0][2]['runs']} runs. Their losses differ from PEFT's by at most {worst:.1g}, relatively. Other "
         f"processes used {median(shares):.0%} of the machine, at most {max(shares):.0%}.",
     ]
+
+
+def loss_memory(results: Results) -> list[str]:
+    """One row a way: memory above what was there before, and time."""
+    rows = ["| | peak extra memory | seconds, there and back |", "|---|---:|---:|"]
+    for name, what in (("full logits", "full"), ("in chunks", "chunked")):
+        found = results[what]
+        rows.append(f"| {name} | {max(found['bytes']) / 2**30:.2f} GiB | {median(found['seconds']):.1f} |")
+    return [
+        *rows,
+        "",
+        f"Ratio of the times **{results['ratio']:.2f}** ({_range(results['ratios'])}); vocabulary "
+        f"{results['vocabulary']:,}, width {results['width']:,}, {results['tokens']:,} tokens. Log-probs differ by at "
+        f"most {results['largest_difference']:.1g}, gradients by {results['difference_of_gradients']:.1g}, relatively.",
+    ]
+
+
+def scaling(results: Results) -> list[str]:
+    """One table a quantity that grows."""
+    rows = []
+    for name, what in (("runs", "runs"), ("tokens a sequence", "length"), ("idle runs", "idle")):
+        points = results[what]
+        rows += [
+            f"| {name} | " + " | ".join(f"{at:,}" for at, _ in points) + " |",
+            "|---|" + "---:|" * len(points),
+            "| tokens/s | " + " | ".join(f"{rate:,.0f}" for _, rate in points) + " |",
+            "",
+        ]
+    return rows[:-1]
 
 
 def paging(results: Results) -> list[str]:
@@ -279,6 +311,16 @@ def sampling_chart(results: Results) -> str:
     return plots.lines("Prompts sampled at once", "prompts", "tokens/s, share of the best", series)
 
 
+def scaling_chart(results: Results) -> str:
+    """Speed against what grows, as a share of the best one, by powers of two."""
+    names = {"runs": "runs of 64 tokens", "length": "tokens a sequence", "idle": "idle runs"}
+    series = {}
+    for what, name in names.items():
+        best = max(rate for _, rate in results[what])
+        series[name] = [(math.log2(max(at, 1)), rate / best) for at, rate in results[what]]
+    return plots.lines("Training as the work grows", "log2", "tokens/s, share of the best", series)
+
+
 def _by_repeat(ratios: list[float]) -> list[tuple[float, float]]:
     return [(float(repeat), ratio) for repeat, ratio in enumerate(ratios, start=1)]
 
@@ -337,13 +379,19 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "sampling": sampling,
     "sharing": sharing,
     "tenants": tenants,
+    "loss_memory": loss_memory,
+    "scaling": scaling,
     "paging": paging,
     "pressure": pressure,
     "full-table": full_table,
     "growth": growth,
     "recovery": recovery,
 }
-CHARTS: Mapping[str, Chart] = {"training": training_chart, "sampling": sampling_chart}
+CHARTS: Mapping[str, Chart] = {
+    "training": training_chart,
+    "sampling": sampling_chart,
+    "scaling": scaling_chart,
+}
 
 
 def main() -> None:

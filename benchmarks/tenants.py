@@ -1,9 +1,10 @@
-"""Many runs on one base model, in common passes, against one after the other: the engine alone, without HTTP.
+"""Many runs on one base model, in common passes, against one after the other.
 
     python -m benchmarks.tenants [--runs 16] [--repeats 9] [--models tandem/tiny …] [--smoke]
 
 Every step trains each run on one sequence of its own: gradient and optimizer step. *Together* hands the engine all runs
-in one call, *apart* one run a call; *PEFT* is one model with as many adapters, `set_adapter` before each run's turn, an
+in one call, *apart* one run a call, both without a gateway; *http* is all runs through the official SDK, HTTP, the
+durable store and an engine process; *PEFT* is one model with as many adapters, `set_adapter` before each run's turn, an
 AdamW for each. All begin at the same numbers, have the same number of threads, and must arrive at the same losses.
 """
 
@@ -14,13 +15,17 @@ import json
 import os
 import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.alternating import Side, alternate, disturbance, ratios, summary
-from benchmarks.measuring import RESULTS, keep, machine, median
+import tinker
+
+from benchmarks.alternating import Side, alternate, disturbance, engine_process, ratios, summary
+from benchmarks.measuring import KEY, RESULTS, gateway, keep, machine, median
 from benchmarks.plain import ADAM, PlainProcess
+from benchmarks.training import sdk_datum
 from benchmarks.workload import LARGER, MODELS, TINY, Batch, model_folder, tenant_batches, vocabulary
 
 RANK = 16
@@ -39,7 +44,7 @@ class Plan:
     repeats: int = 9
     patience_s: float = 60.0
     spans: dict[str, tuple[int, int]] = field(default_factory=lambda: dict(SPANS))
-    steps: dict[str, int] = field(default_factory=lambda: {TINY: 8, LARGER: 1})
+    steps: dict[str, int] = field(default_factory=lambda: {TINY: 8, LARGER: 2})
 
 
 SMOKE = Plan(runs=2, repeats=1, patience_s=0.0, spans={"4-9": (4, 9)}, steps=dict.fromkeys(MODELS, 1))
@@ -82,6 +87,44 @@ class Together:
         return time.perf_counter() - started
 
 
+class Clients:
+    """The runs as their users have them: one training client each, the next step on its way before the last one's
+    results are read."""
+
+    def __init__(self, service: tinker.ServiceClient, model: str, steps: list[list[Batch]]) -> None:
+        self.clients = [
+            service.create_lora_training_client(model, rank=RANK, seed=SEED + number).result()
+            for number in range(len(steps[0]))
+        ]
+        self.passes = [[[sdk_datum(batch.inputs[0], batch.targets[0])] for batch in step] for step in steps]
+        self.adam = tinker.AdamParams(**ADAM)
+        self.done = 0
+        self.losses: list[float] = []
+
+    def train(self, steps: int) -> float:
+        """Seconds of so many steps of all runs."""
+        under_way: deque[list[tuple[Any, Any]]] = deque()
+        started = time.perf_counter()
+        for _ in range(steps):
+            data = self.passes[self.done % len(self.passes)]
+            self.done += 1
+            under_way.append(
+                [
+                    (client.forward_backward(own, "cross_entropy"), client.optim_step(self.adam))
+                    for client, own in zip(self.clients, data, strict=True)
+                ]
+            )
+            if len(under_way) > 1:
+                self._finish(under_way.popleft())
+        self._finish(under_way.popleft())
+        return time.perf_counter() - started
+
+    def _finish(self, futures: list[tuple[Any, Any]]) -> None:
+        for gradient, step in futures:
+            self.losses.append(gradient.result().metrics["loss:sum"])
+            step.result()
+
+
 def _datum(inputs: Any, targets: Any) -> Any:
     import numpy as np
 
@@ -96,7 +139,7 @@ def _datum(inputs: Any, targets: Any) -> Any:
 
 
 def measure(model: str, span: tuple[int, int], plan: Plan, threads: int, root: Path) -> dict[str, Any]:
-    """All three ways of one model and one span of lengths."""
+    """All four ways of one model and one span of lengths."""
     from engines.hf import HfEngine
     from engines.interface import EngineConfig
 
@@ -111,32 +154,41 @@ def measure(model: str, span: tuple[int, int], plan: Plan, threads: int, root: P
     settings |= {"runs": plan.runs, "shortest": span[0], "longest": span[1]}
     count = plan.steps[model]
     losses: list[float] = []
-    together = Together(engine, "together", steps, apart=False)
-    apart = Together(engine, "apart", steps, apart=True)
-    with PlainProcess("tenants", folder, settings) as plain:
+    served = {"name": "engine", "base_model": model, "model": str(folder), "options": options}
+    with (
+        PlainProcess("tenants", folder, settings) as plain,
+        tempfile.TemporaryDirectory(dir=root) as data,
+        gateway(Path(data), served) as measured,
+        tinker.ServiceClient(base_url=measured.url, api_key=KEY) as service,
+    ):
+        ours: dict[str, Together | Clients] = {
+            "together": Together(engine, "together", steps, apart=False),
+            "apart": Together(engine, "apart", steps, apart=True),
+            "http": Clients(service, model, steps),
+        }
 
         def train_with_peft() -> float:
             answer = plain.order(steps=count)
             losses.extend(answer["losses"])
             return count * tokens / float(answer["seconds"])
 
+        processes = {"this": os.getpid(), "gateway": measured.pid, "engine": engine_process(measured.pid)}
         sides = {
-            "together": Side(lambda: count * tokens / together.train(count), {"engine": os.getpid()}),
-            "apart": Side(lambda: count * tokens / apart.train(count), {"engine": os.getpid()}),
-            "peft": Side(train_with_peft, {"loop": plain.pid}),
+            name: Side(lambda way=way: count * tokens / way.train(count), processes)  # type: ignore[misc]
+            for name, way in ours.items()
         }
+        sides["peft"] = Side(train_with_peft, {"loop": plain.pid})
         rounds = alternate(sides, plan.repeats, plan.patience_s)
     engine.close()
-    compared = {f"together_to_{other}": ratios(rounds, "together", other) for other in ("peft", "apart")}
+    pairs = [("together", "peft"), ("together", "apart"), ("http", "peft")]
+    compared = {f"{one}_to_{other}": ratios(rounds, one, other) for one, other in pairs}
     return {
         "runs": plan.runs,
         **{name: summary((done[name] for done in rounds), count) for name in sides},
         "ratios": compared,
         "ratio": round(median(compared["together_to_peft"]), 4),
         "others": disturbance(rounds),
-        "largest_difference_of_losses": max(
-            _difference(together.losses, losses), _difference(apart.losses, losses)
-        ),
+        "largest_difference_of_losses": max(_difference(way.losses, losses) for way in ours.values()),
     }
 
 

@@ -57,7 +57,7 @@ class SdkLoop:
 
     def __init__(self, service: tinker.ServiceClient, model: str, batches: list[Batch]) -> None:
         self.client = service.create_lora_training_client(model, rank=RANK, seed=SEED).result()
-        self.batches = [[_datum(*row) for row in zip(*batch, strict=True)] for batch in batches]
+        self.batches = [[sdk_datum(*row) for row in zip(*batch, strict=True)] for batch in batches]
         self.adam = tinker.AdamParams(**ADAM)
         self.done = 0
         self.losses: list[float] = []
@@ -82,7 +82,8 @@ class SdkLoop:
         optim_step.result()
 
 
-def _datum(inputs: Any, targets: Any) -> tinker.Datum:
+def sdk_datum(inputs: Any, targets: Any) -> tinker.Datum:
+    """Each token of `targets` is predicted, with weight 1."""
     return tinker.Datum(
         model_input=tinker.ModelInput.from_ints(inputs.tolist()),
         loss_fn_inputs={

@@ -146,11 +146,31 @@ def test_sharing(tmp_path: Path) -> None:
     assert min(numbers(found)) > 0
 
 
+def test_loss_memory(tmp_path: Path) -> None:
+    run_short("loss_memory", tmp_path, "--threads", "1")
+    results = results_of("loss_memory", tmp_path)
+    assert (results["vocabulary"], results["tokens"]) == (2000, 64)
+    for way in ("full", "chunked"):
+        assert len(results[way]["seconds"]) == len(results[way]["bytes"]) == 3
+        assert min(results[way]["seconds"]) > 0
+    assert results["largest_difference"] < 1e-4
+    assert results["difference_of_gradients"] < 1e-5
+
+
+def test_scaling(tmp_path: Path) -> None:
+    run_short("scaling", tmp_path, "--threads", "1")
+    results = results_of("scaling", tmp_path)
+    for what, points in {"runs": [1, 2], "length": [4, 8], "idle": [0, 2]}.items():
+        assert [at for at, _ in results[what]] == points
+        assert min(rate for _, rate in results[what]) > 0
+    assert "idle runs" in report.scaling_chart(results)
+
+
 def test_tenants(tmp_path: Path) -> None:
     run_short("tenants", tmp_path, "--models", TINY, "--threads", "1")
     found = results_of("tenants", tmp_path)["models"][TINY]["4-9"]
     assert found["runs"] == 2
-    for side in ("together", "apart", "peft"):
+    for side in ("together", "apart", "http", "peft"):
         assert min(found[side]["tokens_per_second"]) > 0
     assert found["largest_difference_of_losses"] < 1e-4
 
