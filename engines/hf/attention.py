@@ -7,11 +7,13 @@ function, which lets the layout compute. No attention mask is ever built: a layo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "tandem_layout"
@@ -56,17 +58,57 @@ def group_equal(lengths: Sequence[int]) -> list[Group]:
 
 
 class PackedLayout:
-    """Causal attention within each of several sequences that lie one after the other in a batch of one."""
+    """Causal attention within each of several sequences that lie one after the other in a batch of one.
+
+    Where torch has a kernel for sequences of different lengths it is one call; elsewhere one for each group of equal
+    lengths.
+    """
 
     def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
         self.groups = group_equal(lengths)
+        self._bounds: Tensor | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        if len(self.groups) > 1 and fits_varlen(query):
+            return self._attend_at_once(query, key, value, scale)
         # Split, not sliced: the gradient of a split is put together once, those of slices are summed at full length.
         sizes = [group.stop - group.start for group in self.groups]
         own = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
         parts = [_within(group, q, k, v, scale) for group, q, k, v in zip(self.groups, *own, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _attend_at_once(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        if self._bounds is None:  # once a pass, without waiting for the device
+            ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+            self._bounds = ends.to(query.device, non_blocking=True)
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        longest = max(self.lengths)
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            self._bounds,
+            self._bounds,
+            longest,
+            longest,
+            scale=scale,
+            window_size=(-1, 0),  # causal
+            enable_gqa=query.shape[1] != key.shape[1],
+            num_splits=1,  # a sequence's numbers do not depend on its neighbours
+        )
+        assert isinstance(out, Tensor)
+        return out[None]
+
+
+def fits_varlen(query: Tensor) -> bool:
+    """Whether torch's flash attention for sequences of different lengths takes it: 16 bits, on Ampere or newer."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if query.shape[-1] > 256 or query.shape[-1] % 8:
+        return False
+    major, _ = torch.cuda.get_device_capability(query.device)
+    return major >= 8
 
 
 def causal(group: Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -64,7 +64,7 @@ def token_budget(
     if deterministic or free_bytes is None:
         return TokenBudget(most, fixed=deterministic)
     fit = int(free_bytes * PASS_SHARE / bytes_per_token(base))
-    return TokenBudget(max(LEAST, min(most, fit)), fixed=False)
+    return TokenBudget(min(most, max(LEAST, fit)), fixed=False)
 
 
 def bytes_per_token(base: BaseModel) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +61,40 @@ def test_a_pack_attends_within_its_sequences(lengths: list[int]) -> None:
         strict=True,
     ):
         torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[4, 7], [1, 6, 6, 2, 2, 9]])
+def test_one_call_for_all_lengths_gives_the_same(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
+    """The kernel needs a GPU; here a loop stands in for it that knows sequences by the bounds that it is given."""
+    calls = 0
+
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, others: Tensor, *longest: int, **more: Any
+    ) -> Tensor:
+        nonlocal calls
+        calls += 1
+        assert torch.equal(bounds, others) and bounds.dtype == torch.int32
+        assert longest == (max(lengths), max(lengths))
+        assert (more["window_size"], more["enable_gqa"], more["num_splits"]) == ((-1, 0), True, 1)
+        parts = []
+        for start, stop in pairwise(bounds.tolist()):
+            q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
+            seen = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+            assert more["scale"] == 0.3
+            parts.append(masked(q, k, v, seen)[0])
+        return torch.cat(parts)
+
+    query, key, value = states(sum(lengths), seed=2)
+    expected = PackedLayout(lengths).attend(0, query, key, value, 0.3)
+    monkeypatch.setattr("engines.hf.attention.varlen_attn", kernel)
+    layout = PackedLayout(lengths)
+    layout.attend(0, query, key, value, 0.3)
+    assert calls == 0  # it takes 16 bits on a GPU
+    monkeypatch.setattr("engines.hf.attention.fits_varlen", lambda _: True)
+    for _ in range(2):
+        found = layout.attend(0, query, key, value, 0.3)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert calls == 2
 
 
 def filled(lengths: list[int], limit: int = 64) -> tuple[KvCache, list[tuple[Tensor, Tensor]]]:

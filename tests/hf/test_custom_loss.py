@@ -171,5 +171,35 @@ def test_a_loss_that_fails_leaves_the_run_as_it_was(caller: Caller, function: Fu
     assert np.array_equal(caller.logprobs([good])[0], before[0])
 
 
+def test_a_datum_that_fails_leaves_the_others_of_its_pass_as_they_were(make_engine: MakeEngine) -> None:
+    """One pass, three runs: a traced loss fails over its second datum, a weight of another's is infinite, the third
+    gets the numbers that it has alone."""
+    shared, alone = Caller(make_engine()), Caller(make_engine())
+    passes: list[int] = []
+    shared.engine.base.decoder.register_forward_hook(lambda *_: passes.append(1))  # type: ignore[attr-defined]
+    for name in ("traced", "infinite", "fine"):
+        shared.create(name)
+    alone.create("fine")
+    tokens = [5, 9, 17, 33]
+    good = supervised(tokens, tokens, [0, 1, 2, 3])
+    bad = supervised([*tokens, 34, 35], [*tokens, 34, 35], [0, 1, 77, 3, 4, 5])
+    endless = supervised(tokens, tokens, [1, float("inf"), 1, 1])
+    loss = neutral(traced(failing, logprobs=1, weights=1))
+    items = [
+        RunOperation("traced", ForwardBackward([good, bad], "custom", {}, loss)),
+        RunOperation("infinite", ForwardBackward([good, endless], "cross_entropy")),
+        RunOperation("fine", ForwardBackward([good, good], "cross_entropy")),
+    ]
+    refused, overflown, fine = shared.engine.forward_backward(items)
+    assert len(passes) == 1
+    assert isinstance(refused, UserError) and "data[1]: getitem" in str(refused)
+    assert isinstance(overflown, UserError) and "no effect" in str(overflown)
+    expected = only(alone.engine.forward_backward(items[2:]))
+    assert fine.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-6)  # type: ignore[union-attr]
+    norms = [caller.step("fine") for caller in (shared, alone)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
+    assert shared.step("traced") == shared.step("infinite") == 0.0
+
+
 def test_the_engine_says_that_it_computes_them(engine: HfEngine) -> None:
     assert "custom" in engine.info().losses
