@@ -179,18 +179,19 @@ def sharing(results: Results) -> list[str]:
 
 
 def tenants(results: Results) -> list[str]:
-    """One row a model and span of lengths: the four ways, and what common passes bring."""
-    rows = [
-        "| model | tokens a sequence | together, tokens/s | apart | HTTP | PEFT "
-        "| together to apart | together to PEFT | HTTP to PEFT |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    """One row a model and span of lengths: the ways that were measured, and what common passes bring."""
     spans = [
         (model, span, found) for model, spans in results["models"].items() for span, found in spans.items()
     ]
+    sides = [side for side in ("together", "apart", "http", "peft") if side in spans[0][2]]
+    pairs = sorted(spans[0][2]["ratios"])
+    heads = [f"{side}, tokens/s" for side in sides] + [pair.replace("_", " ") for pair in pairs]
+    rows = [
+        "| model | tokens a sequence | " + " | ".join(heads) + " |",
+        "|---|---|" + "---:|" * len(heads),
+    ]
     for model, span, found in spans:
-        rates = " | ".join(_rate(found[side]) for side in ("together", "apart", "http", "peft"))
-        pairs = ("together_to_apart", "together_to_peft", "http_to_peft")
+        rates = " | ".join(_rate(found[side]) for side in sides)
         compared = [found["ratios"][pair] for pair in pairs]
         ratios = " | ".join(f"**{median(them):.2f}** ({_range(them)})" for them in compared)
         rows.append(f"| {model} | {span} | {rates} | {ratios} |")
