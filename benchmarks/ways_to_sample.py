@@ -76,7 +76,7 @@ class EngineAlone:
 
     def continued(self, which: Sequence[int]) -> Continued:
         """The new tokens of some of the prompts, decoded together."""
-        from engines.interface import SampleEnd, UserError
+        from engines.interface import SampleEnd
 
         found: Continued = {}
         for number in which:
@@ -84,7 +84,7 @@ class EngineAlone:
         while self.engine.sampling:
             for event in self.engine.advance():
                 if isinstance(event, SampleEnd):
-                    if isinstance(event.result, UserError):
+                    if isinstance(event.result, Exception):
                         raise event.result
                     found[event.call_id] = event.result.sequences[0].tokens.array().tolist()
         return found

@@ -59,6 +59,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--base-model", default="tandem/tiny")
     parser.add_argument("--rank", type=at_least_one, default=32, help="of the LoRA adapter")
+    parser.add_argument(
+        "--train-unembed",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="an adapter on the unembedding too; without it, an engine on vLLM can sample",
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--questions", type=at_least_one, default=8, help="sums a step")
     parser.add_argument("--group-size", type=at_least_one, default=16, help="replies to each")
@@ -169,7 +175,9 @@ def main(argv: list[str] | None = None) -> Report:
     args = arguments(argv)
     started = time.perf_counter()
     service = connect(args.base_url, args.api_key)
-    client = service.create_lora_training_client(args.base_model, rank=args.rank, seed=args.seed).result()
+    client = service.create_lora_training_client(
+        args.base_model, rank=args.rank, seed=args.seed, train_unembed=args.train_unembed
+    ).result()
     tokenizer = client.get_tokenizer()
     console.print(
         f"\nTeaching [bold]{args.base_model}[/] to answer sums with the bare number, by reward alone."

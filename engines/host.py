@@ -81,6 +81,9 @@ class Host:
         self._training = TrainingCalls(engine, info, config)
         self._snapshots = SnapshotWriter(config.storage)
         self._samples = SamplingCalls(engine, info, self._send)
+        self._news = engine.news
+        self._told = False
+        """Whether an engine that draws by itself has something to tell."""
         self._waiting: deque[tuple[Call, list[bytes]]] = deque()
         self._share = config.sampling_share
         self._lead_s = 0.0
@@ -107,14 +110,30 @@ class Host:
 
         Signs of life that arrived during a long call are all here before the owner's silence is measured.
         """
-        busy = bool(self._waiting) or self._engine.sampling
+        busy = bool(self._waiting) or (self._engine.sampling and self._news is None)
         idle_ms = _WRITING_MS if self._snapshots.busy else int(self._owner_timeout_s * 1000) + 1
         timeout_ms = 0 if busy else idle_ms
-        while not self._stopped and self._socket.poll(timeout_ms):
+        while not self._stopped and self._hears(timeout_ms):
             message, payloads = unpack_to_engine(self._socket.recv_multipart())
             self._heard_at = time.monotonic()
             self._accept(message, payloads)
             timeout_ms = 0
+
+    def _hears(self, timeout_ms: int) -> bool:
+        """Whether the owner has said something. What an engine that draws by itself has to tell ends the waiting too;
+        while it draws, this loop counts as drawing."""
+        if self._news is None:
+            return bool(self._socket.poll(timeout_ms))
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._news, zmq.POLLIN)
+        if self._engine.sampling:
+            with self._vitals.meanwhile(Doing.SAMPLING):
+                events = dict(poller.poll(timeout_ms))
+        else:
+            events = dict(poller.poll(timeout_ms))
+        self._told = self._news in events
+        return self._socket in events
 
     def _accept(self, message: ToEngine, payloads: list[bytes]) -> None:
         """Answer what is quick; keep what changes runs, in order."""
@@ -140,7 +159,8 @@ class Host:
         An owner may wait for a call's answer before it sends the next. What sampling is owed for a call therefore
         stays until sampling has had it or has nothing to do; training that is not there saves nothing up.
         """
-        sampling, begun = self._engine.sampling, time.monotonic()
+        sampling = self._engine.sampling if self._news is None else self._told
+        begun = time.monotonic()
         if not sampling:
             self._lead_s = 0.0
         if self._waiting and self._lead_s <= 0:

@@ -106,6 +106,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     layers: dict[str, tuple[int, int]] = {}
     """The linear layers that adapters attach to, by their Hugging Face names: in_features and out_features. Adapters
     from outside are checked against them; an engine that leaves them out takes none."""
+    any_prompt_token: bool = True
+    """Whether it tells log-probs of any token where the prompt's own stand, and draws others there
+    (`SampleRequest.target_prompt_tokens`, `prompt_alternatives`); else such requests are refused."""
     run_memory_bytes: int = 0
     """What all runs in memory may take together, as `Engine.run_bytes` counts them; 0: no limit."""
 
@@ -138,10 +141,11 @@ class SampleStep(NamedTuple):
 
 
 class SampleEnd(NamedTuple):
-    """All sequences of a sample are complete, or it could not be carried on."""
+    """All sequences of a sample are complete, or it could not be carried on: by its sender's fault (UserError), or by
+    the engine's, which goes on with the others."""
 
     call_id: int
-    result: SampleResult | UserError
+    result: SampleResult | Exception
 
 
 SampleEvent = SampleStep | SampleEnd
@@ -256,6 +260,12 @@ class Engine(ABC):
     @abstractmethod
     def sampling(self) -> bool:
         """Whether `advance` has work."""
+
+    @property
+    def news(self) -> int | None:
+        """Of an engine that draws by itself while nobody calls it: a descriptor that is readable when `advance` has
+        something to tell. None: samples get on in `advance` alone, which is then called as long as there are any."""
+        return None
 
     @property
     @abstractmethod

@@ -51,6 +51,7 @@ def check_sample(request: SampleRequest, info: EngineInfo) -> None:
     _check_shaping(request, info)
     _check_stops(request, info)
     _check_alternatives(request, length, info)
+    _check_prompt_rows(request, info)
     _check_last_n(request, length)
     if request.target_prompt_tokens is not None:
         _check_targets(request.target_prompt_tokens, length, info)
@@ -132,6 +133,22 @@ def _check_alternatives(request: SampleRequest, length: int, info: EngineInfo) -
                 f"{name} is {count} and the prompt has {length} tokens, {length * count} numbers in all; at most "
                 f"{MAX_PROMPT_CELLS} are told of one prompt"
             )
+
+
+def _check_prompt_rows(request: SampleRequest, info: EngineInfo) -> None:
+    wanted = [
+        name
+        for name, asked in (
+            ("target_prompt_logprobs", request.target_prompt_tokens is not None),
+            ("prompt_alt_tokens_k", request.prompt_alternatives > 0),
+        )
+        if asked
+    ]
+    if wanted and not info.any_prompt_token:
+        raise UserError(
+            f"{wanted[0]} is not told by the engine that samples {info.base_model}: of a prompt it tells "
+            "prompt_logprobs and topk_prompt_logprobs"
+        )
 
 
 def _check_last_n(request: SampleRequest, length: int) -> None:

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.operations import SampleRequest
+from engines.operations import SampleRequest, TopLogprobs
+from engines.tensors import Tensor
+
+Best = tuple[tuple[int, float], ...]
+"""Best alternatives of one position as (token, logprob), best first."""
 
 Decode = Callable[[list[int]], str]
 """The text of some tokens, special ones included."""
@@ -81,3 +85,10 @@ class StopTracker:
             self._context, self._new = self._new, []
             self._tail = seen[max(0, len(seen) - self._overlap) :]
         return False
+
+
+def top_logprobs(best: Sequence[Best], count: int) -> TopLogprobs:
+    """[N, count] tensors; a position without alternatives holds token 0 with logprob NaN."""
+    nothing = ((0, float("nan")),) * count
+    rows = np.array([pairs or nothing for pairs in best], dtype=np.float64).reshape(-1, count, 2)
+    return TopLogprobs(Tensor.of(rows[:, :, 0].astype(np.int32)), Tensor.of(rows[:, :, 1].astype(np.float32)))

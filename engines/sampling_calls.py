@@ -82,6 +82,10 @@ class SamplingCalls:
         if isinstance(event.result, UserError):
             self._fail(event.call_id, refused(event.result, f"sample {event.call_id}"))
             return
+        if isinstance(event.result, Exception):
+            where = f"sample {event.call_id}"
+            self._fail(event.call_id, failure_of_engine(event.result, "this sample", where))
+            return
         answer = Sampled(
             event.call_id,
             prompt_tokens=prompt_tokens,

@@ -78,6 +78,14 @@ class Vitals:
         yield
         self._put(_DOING, Doing.NOTHING)
 
+    @contextmanager
+    def meanwhile(self, doing: Doing) -> Iterator[None]:
+        """Say what goes on while the loop waits. It is no new piece of work: only passes are progress in it."""
+        self._put(_SEQ, 0)
+        self._put(_DOING, doing)
+        yield
+        self._put(_DOING, Doing.NOTHING)
+
     def beat(self, passes: int) -> None:
         """One beat, and how many passes the plugin has made."""
         self._put(_PASSES, passes)

@@ -6,18 +6,49 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
+from engines.interface import EngineInfo
+from engines.operations import SampleRequest
 from gateway.dispatch import Dispatcher
 from gateway.errors import NotFound
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.records import Future, Run, Settled
-from gateway.supervisor import Supervisor
+from gateway.supervisor import EngineState, Supervisor
 
 _ECHO = 300
 """Characters of a sender's own words that an error repeats."""
+
+
+class Needs(NamedTuple):
+    """What an engine must be able to do to answer a sample."""
+
+    rank: int = 0
+    """Of its adapter; 0: it has none."""
+    unembedding: bool = False
+    """Whether the adapter changes the unembedding."""
+    any_prompt_token: bool = False
+    """Whether it asks for log-probs of tokens that stand neither in the prompt nor among the best ones."""
+
+    @classmethod
+    def of(cls, lora: Mapping[str, Any] | None, request: SampleRequest | None = None) -> Needs:
+        """`lora` is the adapter's configuration as records keep it; None: the base model is sampled."""
+        asked = request is not None and (
+            request.target_prompt_tokens is not None or request.prompt_alternatives > 0
+        )
+        if lora is None:
+            return cls(any_prompt_token=asked)
+        return cls(int(lora["rank"]), bool(lora["train_unembed"]), asked)
+
+    def met_by(self, info: EngineInfo) -> bool:
+        """Whether an engine that is described by `info` can do it."""
+        return (
+            self.rank <= info.max_rank
+            and (info.train_unembed or not self.unembedding)
+            and (info.any_prompt_token or not self.any_prompt_token)
+        )
 
 
 class Fleet:
@@ -98,10 +129,9 @@ class Fleet:
         self, base_model: str, role: Literal["train", "sample"], *, param: str = "base_model"
     ) -> Dispatcher:
         """The engine that trains or samples a base model. Raises NotFound naming what is served."""
-        for dispatcher in self.dispatchers.values():
-            engine: EngineSettings = dispatcher.supervisor.engine
-            if engine.base_model == base_model and role in engine.roles:
-                return dispatcher
+        serving = self._serving(base_model, role)
+        if serving:
+            return serving[0]
         engines = [dispatcher.supervisor.engine for dispatcher in self.dispatchers.values()]
         served = ", ".join(engine.base_model for engine in engines if role in engine.roles) or "none"
         verb = "trained" if role == "train" else "sampled"
@@ -109,6 +139,35 @@ class Fleet:
             f"base model {base_model[:_ECHO]!r} is not {verb} here; available: {served}",
             param=param,
         )
+
+    def to_sample(self, base_model: str, needs: Needs, *, param: str = "base_model") -> Dispatcher:
+        """The engine that answers a sample: one that does not train where that is possible, so that training goes on.
+
+        If none can, the first one, which refuses by name. Raises NotFound naming what is served.
+        """
+        serving = self._serving(base_model, "sample")
+        able = [dispatcher for dispatcher in serving if _able(dispatcher.supervisor, needs)]
+        able.sort(key=lambda dispatcher: "train" in dispatcher.supervisor.engine.roles)
+        return able[0] if able else self.for_base_model(base_model, "sample", param=param)
+
+    def _serving(self, base_model: str, role: Literal["train", "sample"]) -> list[Dispatcher]:
+        """In the order of the settings."""
+        return [
+            dispatcher
+            for dispatcher in self.dispatchers.values()
+            if dispatcher.supervisor.engine.base_model == base_model
+            and role in dispatcher.supervisor.engine.roles
+        ]
+
+
+def _able(supervisor: Supervisor, needs: Needs) -> bool:
+    """Whether an engine can answer. One that has not been ready yet is taken to sample every adapter of its own model
+    if it trains, else all but what samplers commonly cannot; one that cannot load its model answers nothing."""
+    if supervisor.wherever in (EngineState.FAILED, EngineState.FAILING):
+        return False
+    if supervisor.info is not None:
+        return needs.met_by(supervisor.info)
+    return "train" in supervisor.engine.roles or not (needs.unembedding or needs.any_prompt_token)
 
 
 def _holder(settings: Settings) -> str:

@@ -14,6 +14,7 @@ from gateway.checkpoints import SCHEME, loadable_checkpoint
 from gateway.dispatch import Dispatcher
 from gateway.engine_process import Drawn
 from gateway.errors import EngineElsewhere, EngineUnavailable
+from gateway.fleet import Needs
 from gateway.openai import Passage, ServedModel, Target
 from gateway.state import Gateway
 from gateway.store.records import Usage
@@ -47,11 +48,12 @@ class FleetBackend:
 
     async def resolve(self, owner: str, model: str) -> Target:
         """A base model, or a checkpoint of the owner's (or a public one) on its base model."""
-        base_model, adapter = model, None
+        base_model, adapter, lora = model, None, None
         if model.startswith(SCHEME):
             checkpoint = await loadable_checkpoint(self._gateway.store, owner, model, param="model")
             base_model, adapter = checkpoint.base_model, AdapterRef(checkpoint.folder, checkpoint.folder)
-        dispatcher = self._gateway.fleet.for_base_model(base_model, "sample", param="model")
+            lora = checkpoint.lora
+        dispatcher = self._gateway.fleet.to_sample(base_model, Needs.of(lora), param="model")
         supervisor = dispatcher.supervisor
         at = _place(supervisor)
         if supervisor.text is None or supervisor.info is None:

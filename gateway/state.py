@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 from fastapi import Depends, Request
 
@@ -156,6 +156,11 @@ class Gateway:
                 param="model_id",
             )
         return dispatcher
+
+    async def lora_of(self, run_id: str | None) -> dict[str, Any] | None:
+        """The adapter's configuration of whatever was saved from a run; None: there is no adapter."""
+        run = await self.known_runs.get(run_id) if run_id is not None else None
+        return run.lora if run is not None else None
 
     async def sampler(self, owner: str, sampler_id: str) -> Sampler:
         """An owner's sampler. Raises NotFound."""

@@ -27,6 +27,7 @@ from engines.operations import (
 )
 from gateway.checkpoints import checkpoint_path, require_space
 from gateway.errors import BadRequest, Gone
+from gateway.fleet import Needs
 from gateway.sealing import plain_folder
 from gateway.state import Gateway
 from gateway.store.futures import Submission
@@ -213,11 +214,10 @@ async def submit_save(gateway: Gateway, run: Run, turn: Turn, save: SaveRequest)
         if save.recipients:
             context["checkpoint"]["recipients"] = save.recipients
     if save.sampler_id is not None:
-        engine = gateway.fleet.for_base_model(run.base_model, "sample").supervisor.engine
         context["sampler"] = {
             "sampler_id": save.sampler_id,
             "session_id": save.session_id,
-            "engine": engine.name,
+            "engine": gateway.fleet.to_sample(run.base_model, Needs.of(run.lora)).name,
             "base_model": run.base_model,
             "inflight": save.inflight,
         }
@@ -241,7 +241,8 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
 
     Raises TooManyRequests when too many of its owner's wait already, and ModelNotLoadable.
     """
-    dispatcher = gateway.fleet.for_base_model(sampler.base_model, "sample")
+    needs = Needs.of(await gateway.lora_of(sampler.run_id), request)
+    dispatcher = gateway.fleet.to_sample(sampler.base_model, needs)
     future = _sample_future(sampler, dispatcher.name, turn)
     if not gateway.futures.knows(future.request_id):
         dispatcher.supervisor.require_loadable()

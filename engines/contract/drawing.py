@@ -19,7 +19,7 @@ from engines.contract.material import (
     supervised,
     text,
 )
-from engines.interface import Engine, SampleEnd, UserError
+from engines.interface import Engine, SampleEnd
 from engines.operations import SampleRequest, SampleResult
 
 
@@ -82,7 +82,7 @@ class DrawingContract:
         events += caller.drain()
         ends = {event.call_id: event.result for event in events if isinstance(event, SampleEnd)}
         results = [ends[call_id] for call_id in range(len(asked))]
-        return [result for result in results if not isinstance(result, UserError)]
+        return [result for result in results if not isinstance(result, Exception)]
 
     # ------------------------------------------------------------------ distributions
 

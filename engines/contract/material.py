@@ -122,7 +122,7 @@ class Caller:
         results = []
         for call_id in range(len(requests)):
             result = ends[call_id]
-            if isinstance(result, UserError):
+            if isinstance(result, Exception):
                 raise result
             results.append(result)
         return results

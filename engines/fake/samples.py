@@ -11,14 +11,13 @@ from engines.fake.drawing import draw
 from engines.fake.model import Adapter, Weights, log_softmax, logits_of, run_layers, states_of
 from engines.fake.tokenizer import decode
 from engines.interface import EngineInfo, SampleEnd, SampleEvent, SampleStep, Token
-from engines.operations import SampledSequence, SampleRequest, SampleResult, TopLogprobs
+from engines.operations import SampledSequence, SampleRequest, SampleResult
 from engines.prompts import PromptScores, rows_wanted, score_prompt
-from engines.sampling import StopTracker, uniforms
+from engines.sampling import StopTracker, top_logprobs, uniforms
 from engines.shaping import Shaping
 from engines.tensors import Tensor
 
 Array = NDArray[Any]
-Best = tuple[tuple[int, float], ...]
 
 
 class Sequence:
@@ -141,10 +140,3 @@ class ArrayChunk:
         wanted = np.minimum(uniforms * total, np.nextafter(total, 0.0))
         pairs = zip(cumulative, wanted, strict=True)
         return np.stack([np.searchsorted(row, places, side="right") for row, places in pairs])
-
-
-def top_logprobs(alternatives: list[Best], count: int) -> TopLogprobs:
-    """[N, count] tensors; a position without alternatives holds token 0 with logprob NaN."""
-    nothing = ((0, float("nan")),) * count
-    rows = np.array([pairs or nothing for pairs in alternatives], dtype=np.float64).reshape(-1, count, 2)
-    return TopLogprobs(Tensor.of(rows[:, :, 0].astype(np.int32)), Tensor.of(rows[:, :, 1].astype(np.float32)))

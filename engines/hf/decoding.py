@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engines.drawing import Drawn, draw
 from engines.hf.checkpoints import AdapterVersions
-from engines.hf.drawing import Drawn, draw
 from engines.hf.kv_cache import DecodeLayout, KvCache
-from engines.hf.line import Line
 from engines.hf.model import BaseModel, Pack
 from engines.hf.prefill import Prefill
 from engines.hf.prompt_cache import PromptCache
 from engines.hf.samples import Row, Sample, segments_of
 from engines.interface import OutOfMemory, SampleEnd, SampleEvent, UserError
+from engines.line import Line
 
 GUEST_SLOTS = 16
 """Slots beyond the limit for parties that have no sequence under way, one for each: somebody's long samples in all
@@ -51,7 +51,7 @@ class Decoder:
         self.cache = KvCache(slots + GUEST_SLOTS, base.max_context)
         prompts = PromptCache(0 if one_by_one else prompt_cache_bytes)
         self.prefill = Prefill(base, prefill_tokens, one_by_one, prompts)
-        self.queue = Line()
+        self.queue: Line[Sample] = Line()
         self.rows: list[Row] = []
         self.step = Step()
         self.most_rows = self.cache.max_slots

@@ -16,7 +16,7 @@ from engines.hf.budget import token_budget
 from engines.hf.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.hf.decoding import Decoder
 from engines.hf.lora import Adapter, size
-from engines.hf.model import BaseModel, free_bytes, load_base_model, read_tokenizer_files, versions
+from engines.hf.model import BaseModel, free_bytes, load_base_model, versions
 from engines.hf.optimizer import AdamW
 from engines.hf.options import HfOptions, read_options
 from engines.hf.samples import new_sample
@@ -49,6 +49,7 @@ from engines.operations import (
     SaveWeights,
     SaveWeightsResult,
 )
+from engines.tokenizer_files import read_tokenizer_files
 
 log = logging.getLogger("engines.hf")
 

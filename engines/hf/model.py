@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file
 
 from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS, part_of
 from engines.hf.attention import ATTENTION, Layout, ProbeLayout, Unsupported
@@ -145,27 +143,6 @@ def versions(options: HfOptions) -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(cpu_threads(options)),
     }
-
-
-def read_tokenizer_files(model: str) -> dict[str, bytes]:
-    """The tokenizer's files of a folder or hub model; raises LoadError when it lacks one, or is not there."""
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
-        raise LoadError(f"the model {model!r} cannot be found: there is no such folder")
-    files = {}
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        try:
-            path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-        except OSError as error:
-            raise LoadError(f"the model {model!r} cannot be found: {error}") from error
-        if path is not None:
-            files[name] = Path(path).read_bytes()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if name not in files:
-            raise LoadError(
-                f"{model} has no {name}; save its tokenizer with "
-                "transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder) and serve that folder"
-            )
-    return files
 
 
 def _device(name: str) -> torch.device:

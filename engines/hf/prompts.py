@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.hf.drawing import invert
+from engines.drawing import invert
 from engines.hf.logprobs import Unembedding
 from engines.hf.lora import Adapter, Segment
 from engines.operations import SampleRequest

@@ -9,18 +9,15 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from engines.hf.drawing import Draw
+from engines.drawing import Draw
 from engines.hf.kv_cache import Prefix
 from engines.hf.lora import Adapter, Segment
 from engines.interface import EngineInfo, SampleStep, Token, UserError
-from engines.operations import SampledSequence, SampleRequest, SampleResult, TopLogprobs
+from engines.operations import SampledSequence, SampleRequest, SampleResult
 from engines.prompts import PromptScores
-from engines.sampling import Decode, StopTracker, uniforms
+from engines.sampling import Best, Decode, StopTracker, top_logprobs, uniforms
 from engines.shaping import Shaping
 from engines.tensors import Tensor as Bytes
-
-Best = tuple[tuple[int, float], ...]
-"""Best alternatives of one position as (token, logprob), best first."""
 
 
 @dataclass
@@ -141,17 +138,6 @@ class Row:
             stop_reason=reason,
             top_logprobs=top_logprobs(self.tops, count) if count else None,
         )
-
-
-def top_logprobs(best: Sequence[Best], count: int) -> TopLogprobs:
-    """[N, count] tensors; a position without alternatives holds token 0 with logprob NaN."""
-    tokens = np.zeros((len(best), count), dtype=np.int32)
-    values = np.full((len(best), count), np.nan, dtype=np.float32)
-    for position, pairs in enumerate(best):
-        for place, (token, value) in enumerate(pairs):
-            tokens[position, place] = token
-            values[position, place] = value
-    return TopLogprobs(tokens=Bytes.of(tokens), logprobs=Bytes.of(values))
 
 
 def segments_of(adapters: Sequence[Adapter | None], lengths: Sequence[int]) -> list[Segment]:

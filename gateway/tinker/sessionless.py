@@ -11,6 +11,7 @@ from fastapi import Request
 
 from gateway.checkpoints import loadable_checkpoint
 from gateway.errors import BadRequest
+from gateway.fleet import Needs
 from gateway.state import Gateway
 from gateway.store.records import Reference, Sampler, Session
 from gateway.tinker.edge import idempotency_key
@@ -73,7 +74,8 @@ async def weights_to_sample(
 async def store_sampler(gateway: Gateway, session: Session, sampler_id: str, weights: Weights) -> None:
     """Make a sampler; it never changes. Raises NotFound when its model is not served or its checkpoint has gone,
     and ModelNotLoadable."""
-    supervisor = gateway.fleet.for_base_model(weights.base_model, "sample").supervisor
+    needs = Needs.of(await gateway.lora_of(weights.run_id))
+    supervisor = gateway.fleet.to_sample(weights.base_model, needs).supervisor
     supervisor.require_loadable()
     engine = supervisor.engine
     sampler = Sampler(

@@ -62,7 +62,7 @@ async def get_server_capabilities(owner: Owner, gateway: Running) -> dict[str, A
         row["trainable"] |= "train" in engine.roles
         row["sampleable"] |= "sample" in engine.roles
         if info is not None:
-            row["max_context_length"] = info.max_context
+            row["max_context_length"] = min(info.max_context, row.get("max_context_length", info.max_context))
     return {"supported_models": list(models.values())}
 
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from engines.hf.options import HfOptions
+from engines.vllm.options import VllmOptions
 from gateway.errors import ConfigurationError
 from gateway.settings import EngineSettings, Settings, load_settings
 from tests.docs.pages import ROOT, blocks, page, rows, section
@@ -19,6 +20,7 @@ TABLES: list[tuple[type[msgspec.Struct], str]] = [
     (Settings, "## Of the gateway"),
     (EngineSettings, "## Of an engine"),
     (HfOptions, "### Options of the plugin `hf`"),
+    (VllmOptions, "### Options of the plugin `vllm`"),
 ]
 SPOKEN = {
     ("Settings", "engines"): "tandem/tiny",
@@ -28,6 +30,7 @@ SPOKEN = {
     ("HfOptions", "threads"): "all cores it may use",
     ("HfOptions", "max_context"): "the model's",
     ("HfOptions", "pass_tokens"): "what memory holds",
+    ("VllmOptions", "max_context"): "the model's",
 }
 """Defaults that the page tells in words."""
 

@@ -39,7 +39,14 @@ Message = TypeVar("Message", bound=FromEngine)
 class Owner:
     """Starts an engine process and owns it; what the process logs is in `log()` when it has ended."""
 
-    def __init__(self, storage: Path, *, arguments: Sequence[str] = (), **settings: Any) -> None:
+    def __init__(
+        self,
+        storage: Path,
+        *,
+        arguments: Sequence[str] = (),
+        python: str = sys.executable,
+        **settings: Any,
+    ) -> None:
         defaults: dict[str, Any] = {
             "name": "tested",
             "plugin": "fake",
@@ -63,7 +70,7 @@ class Owner:
         with self._log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [
-                    sys.executable,
+                    python,
                     "-m",
                     "engines.host",
                     "--connect",
@@ -109,14 +116,21 @@ class Owner:
         message, self.payloads = unpack_from_engine(self._socket.recv_multipart())
         return message
 
+    def all_there(self) -> list[tuple[FromEngine, list[bytes]]]:
+        """Everything that has come, without waiting."""
+        found = []
+        while self._socket.poll(0):
+            found.append((self.next(0), self.payloads))
+        return found
+
     def silent_for(self, seconds: float) -> bool:
         return not self._socket.poll(int(seconds * 1000))
 
-    def load(self) -> Ready:
+    def load(self, timeout_s: float = PATIENCE_S) -> Ready:
         """Say hello and have the model loaded."""
-        self.receive(Hello)
+        self.receive(Hello, timeout_s)
         self.send(Load(self.config))
-        return self.receive(Ready)
+        return self.receive(Ready, timeout_s)
 
     def ask(self, call_id: int, items: Sequence[tuple[str, int, Operation]], **more: Any) -> None:
         """Send operations of several runs, all of one kind, without waiting."""

@@ -166,7 +166,7 @@ def library(engine: FakeEngine, count: int) -> list[SampleRequest]:
     return wanted
 
 
-def drain(engine: FakeEngine, most_bytes: int = 0) -> dict[int, SampleResult | UserError]:
+def drain(engine: FakeEngine, most_bytes: int = 0) -> dict[int, SampleResult | Exception]:
     ends = {}
     while engine.sampling:
         for event in engine.advance():

@@ -110,7 +110,7 @@ def sample_all(engine: HfEngine, requests: Sequence[SampleRequest]) -> list[Samp
         for event in engine.advance():
             if isinstance(event, SampleStep):
                 drawn.setdefault((event.call_id, event.sequence), []).append(event.token.token)
-            elif isinstance(event.result, UserError):
+            elif isinstance(event.result, Exception):
                 raise event.result
             else:
                 ends[event.call_id] = event.result

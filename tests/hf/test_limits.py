@@ -149,7 +149,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_sample_alone(
     (tmp_path / "storage" / first.folder / "adapter_model.safetensors").write_bytes(b"damaged")
     engine.start_sample(0, request(text(0, 5), adapter=first))
     engine.start_sample(1, request(text(0, 5), adapter=second))
-    ends: dict[int, SampleResult | UserError] = {}
+    ends: dict[int, SampleResult | Exception] = {}
     while engine.sampling:
         ends |= {event.call_id: event.result for event in engine.advance() if isinstance(event, SampleEnd)}
     assert isinstance(ends[0], UserError) and "adapter_model.safetensors" in str(ends[0])

@@ -275,7 +275,7 @@ def test_a_diverged_adapter_fails_alone_and_leaves_no_trace(make_engine: MakeEng
     bad = request(text(9, 40), max_tokens=6, adapter=adapter)
     for call_id, one in enumerate([good[0], bad, good[1], good[2]]):
         engine.start_sample(call_id, one)
-    ends: dict[int, SampleResult | UserError] = {}
+    ends: dict[int, SampleResult | Exception] = {}
     while engine.sampling:
         ends |= {event.call_id: event.result for event in engine.advance() if isinstance(event, SampleEnd)}
     assert isinstance(ends[1], UserError) and "diverged" in str(ends[1])
@@ -298,7 +298,7 @@ def test_a_diverged_adapter_leaves_no_trace_when_its_row_would_move(make_engine:
     engine.advance()
     for call_id, one in enumerate(later):
         engine.start_sample(call_id, one)
-    ends: dict[int, SampleResult | UserError] = {}
+    ends: dict[int, SampleResult | Exception] = {}
     while engine.sampling:
         ends |= {event.call_id: event.result for event in engine.advance() if isinstance(event, SampleEnd)}
     for call_id, known in enumerate(expected):
@@ -320,7 +320,7 @@ def test_diverged_adapters_that_break_in_one_step_leave_no_trace(make_engine: Ma
     engine.advance()
     for call_id, one in enumerate(later):
         engine.start_sample(call_id, one)
-    ends: dict[int, SampleResult | UserError] = {}
+    ends: dict[int, SampleResult | Exception] = {}
     while engine.sampling:
         ends |= {event.call_id: event.result for event in engine.advance() if isinstance(event, SampleEnd)}
     for call_id, known in enumerate(expected):

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engines.hf.drawing import Draw, Drawn, draw
+from engines.drawing import Draw, Drawn, draw
 from engines.operations import SampleRequest
 from engines.shaping import Changes, Shaping
 from engines.tensors import Tensor

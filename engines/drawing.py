@@ -1,4 +1,4 @@
-"""Draw one token for each row of logits, by inversion of the cumulative distribution."""
+"""Draw one token for each row of logits, by inversion of the cumulative distribution. In torch, for engines on it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,11 @@ class Drawn(NamedTuple):
     tops: list[tuple[tuple[int, float], ...]]
 
 
-def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
-    """`logits` float32 [n, V], overwritten. A row's outcome depends on its own logits and `Draw` alone."""
+def choose(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    """The tokens, int64 [n], and the log-probs [n, V] of all tokens as `Drawn` has them, on the device.
+
+    `logits` float32 [n, V] are overwritten. A row's outcome depends on its own logits and `Draw` alone.
+    """
     temperatures = [draw.temperature or 1.0 for draw in draws]
     changing = [i for i, draw in enumerate(draws) if draw.changes is not None]
     changed = _changed(logits, draws, changing) if changing else None
@@ -53,7 +56,12 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
     if changed is not None:
         index = torch.tensor(changing).to(logits.device, non_blocking=True)
         shaped = logprobs.index_copy(0, index, _logprobs(changed, [temperatures[i] for i in changing]))
-    tokens = _tokens(shaped, draws)
+    return _tokens(shaped, draws), logprobs
+
+
+def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
+    """As `choose`, with what is told of each row."""
+    tokens, logprobs = choose(logits, draws)
     parts = [tokens[:, None].to(torch.float64), logprobs.gather(1, tokens[:, None]).to(torch.float64)]
     width = max(draw.top for draw in draws)
     if width:

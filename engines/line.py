@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
-from engines.hf.samples import Sample
+
+class Waiting(Protocol):
+    """What the line knows of a sample."""
+
+    call_id: int
+    party: str
 
 
-class Line:
+Sample = TypeVar("Sample", bound=Waiting)
+
+
+class Line(Generic[Sample]):
     """The waiting samples, each party's in order. Ties go round, so that parties with equal shares take turns."""
 
     def __init__(self) -> None:
