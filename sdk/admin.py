@@ -23,6 +23,7 @@ from sdk.admin_records import (
     Page,
     Run,
     Sampler,
+    SamplerComparison,
     Session,
     Snapshot,
     Step,
@@ -228,6 +229,13 @@ class AdminClient:
         """Make a checkpoint of unnamed weights, such as save_weights_and_get_sampling_client samples from."""
         body = {"name": name, "ttl_seconds": ttl_seconds}
         return self._ask("POST", f"samplers/{_segment(sampler_id)}/promote", Checkpoint, body=body)
+
+    def compare_sampler(
+        self, sampler_id: str, *, samples: int = 8, max_tokens: int = 32, prompt: list[int] | None = None
+    ) -> SamplerComparison:
+        """Have a sampler draw, and the training engine score what it has drawn."""
+        body = {"samples": samples, "max_tokens": max_tokens, "prompt": prompt}
+        return self._ask("POST", f"samplers/{_segment(sampler_id)}/compare", SamplerComparison, body=body)
 
     def sessions(self, *, owner: str | None = None, page: int = _PAGE) -> Iterator[Session]:
         """Sessions."""

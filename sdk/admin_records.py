@@ -33,11 +33,22 @@ class Lora:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """Absolute differences between a sampler's log-probs and the trainer's, over all tokens that were drawn."""
+
+    tokens: int
+    mean_difference: float
+    max_difference: float
+    compared_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One fine-tuning in progress, or ended. `step` counts optimizer steps.
 
     `replay_difference` tells where a replay gave other numbers than before, `snapshot_problem` why the last snapshot
-    could not be taken; None where nothing of that kind is known.
+    could not be taken, `sampler_difference` how far a sampler's log-probs were from the trainer's; None where nothing
+    of that kind is known.
     """
 
     run_id: str
@@ -57,6 +68,7 @@ class Run:
     last_request_at: datetime
     replay_difference: str | None = None
     snapshot_problem: str | None = None
+    sampler_difference: Comparison | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +196,20 @@ class Future:
     finished_at: datetime | None
     waited_s: float | None
     ran_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerComparison:
+    """A comparison, and the engines: `sampled_by` drew the tokens, `trained_by` scored them in a forward pass."""
+
+    sampler_id: str
+    run_id: str | None
+    sampled_by: str
+    trained_by: str
+    tokens: int
+    mean_difference: float
+    max_difference: float
+    compared_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

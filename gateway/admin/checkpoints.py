@@ -186,7 +186,7 @@ async def list_samplers(
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(sampler_id: str, caller: Who, gateway: Running) -> views.SamplerView:
     """One sampler."""
-    return views.sampler_view(await _sampler(gateway, caller, sampler_id))
+    return views.sampler_view(await sampler_of_caller(gateway, caller, sampler_id))
 
 
 @router.post("/samplers/{sampler_id}/promote", status_code=201)
@@ -198,7 +198,7 @@ async def promote_sampler(
     Repeating it with the same name sets the expiry anew.
     """
     _require_name(wanted.name)
-    sampler = await _sampler(gateway, caller, sampler_id)
+    sampler = await sampler_of_caller(gateway, caller, sampler_id)
     run = await _run_of(gateway, sampler)
     path = checkpoint_path(run.run_id, CheckpointKind.SAMPLER, wanted.name)
     await require_space(gateway.store, gateway.settings, sampler.owner, replacing=path)
@@ -257,7 +257,8 @@ async def _checkpoint(
     return checkpoint
 
 
-async def _sampler(gateway: Gateway, caller: Caller, sampler_id: str) -> Sampler:
+async def sampler_of_caller(gateway: Gateway, caller: Caller, sampler_id: str) -> Sampler:
+    """A sampler that a caller may see. Raises NotFound."""
     sampler = await gateway.store.samplers.get(sampler_id)
     if sampler is None or not visible(caller, sampler.owner):
         raise NotFound(f"there is no sampler {sampler_id!r}")

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query
 
 from gateway.admin import views
 from gateway.admin.checkpoints import router as checkpoints
+from gateway.admin.comparison import router as comparison
 from gateway.admin.cursors import decode_cursor, next_cursor
 from gateway.admin.scope import Cursor, Filter, Limit, OwnerFilter, scope, visible
 from gateway.auth import Caller, Who
@@ -22,6 +23,7 @@ from gateway.store.records import FutureStatus, Run, RunStatus
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"], route_class=KnownQueryRoute)
 router.routes.extend(checkpoints.routes)
+router.include_router(comparison)
 
 
 @router.get("/runs")
@@ -43,7 +45,7 @@ async def list_runs(
         "session_id": session_id,
     }
     runs = await gateway.store.runs.page(limit=limit, before=decode_cursor(cursor), where=filters)
-    items = [views.run_view(run, gateway.fleet.dispatchers.get(run.engine)) for run in runs]
+    items = [_run_view(gateway, run) for run in runs]
     return views.Page(
         items=items, next_cursor=next_cursor(runs, limit, lambda run: (run.created_at, run.run_id))
     )
@@ -53,7 +55,7 @@ async def list_runs(
 async def get_run(run_id: str, caller: Who, gateway: Running) -> views.RunView:
     """One run."""
     run = await _run(gateway, caller, run_id)
-    return views.run_view(run, gateway.fleet.dispatchers.get(run.engine))
+    return _run_view(gateway, run)
 
 
 @router.get("/runs/{run_id}/metrics")
@@ -187,6 +189,11 @@ async def get_metrics(caller: Who, gateway: Running) -> views.MetricsView:
         open_futures=open_futures,
         engines=engines,
     )
+
+
+def _run_view(gateway: Gateway, run: Run) -> views.RunView:
+    engine = gateway.fleet.dispatchers.get(run.engine)
+    return views.run_view(run, engine, gateway.compared.get(run.run_id))
 
 
 async def _run(gateway: Gateway, caller: Caller, run_id: str) -> Run:

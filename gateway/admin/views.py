@@ -9,6 +9,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.dispatch import Dispatcher
+from gateway.state import Comparison
 from gateway.store.records import (
     Checkpoint,
     DutyRecord,
@@ -30,6 +31,15 @@ class Page(BaseModel, Generic[T]):
     next_cursor: Annotated[
         str | None, Field(description="pass as `cursor` for the next page; null: this is the last")
     ]
+
+
+class ComparisonView(BaseModel):
+    """Absolute differences between a sampler's log-probs and the trainer's, over all tokens that were drawn."""
+
+    tokens: int
+    mean_difference: float
+    max_difference: float
+    compared_at: datetime
 
 
 class RunView(BaseModel):
@@ -55,6 +65,9 @@ class RunView(BaseModel):
     ]
     snapshot_problem: Annotated[
         str | None, Field(description="why its last snapshot could not be taken; null: nothing is known")
+    ]
+    sampler_difference: Annotated[
+        ComparisonView | None, Field(description="its newest comparison, of those that this gateway has made")
     ]
     created_at: datetime
     last_request_at: datetime
@@ -242,7 +255,16 @@ class MetricsView(BaseModel):
     engines: dict[str, dict[str, float]]
 
 
-def run_view(run: Run, dispatcher: Dispatcher | None) -> RunView:
+def comparison_view(comparison: Comparison) -> ComparisonView:
+    return ComparisonView(
+        tokens=comparison.tokens,
+        mean_difference=comparison.mean,
+        max_difference=comparison.largest,
+        compared_at=moment(comparison.compared_at),
+    )
+
+
+def run_view(run: Run, dispatcher: Dispatcher | None, compared: Comparison | None = None) -> RunView:
     """`dispatcher` feeds its engine, if that is one of this gateway's."""
     training = None if dispatcher is None else dispatcher.training
     return RunView(
@@ -261,6 +283,7 @@ def run_view(run: Run, dispatcher: Dispatcher | None) -> RunView:
         resident=training is not None and training.residency.holds(run.run_id),
         replay_difference=run.replay_difference,
         snapshot_problem=None if training is None else training.snapshots.problems.get(run.run_id),
+        sampler_difference=None if compared is None else comparison_view(compared),
         created_at=moment(run.created_at),
         last_request_at=moment(run.last_request_at),
     )

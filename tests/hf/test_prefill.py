@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engines.hf import HfEngine
-from engines.interface import OutOfMemory, SampleEnd, SampleStep, UserError
+from engines.interface import OutOfMemory, SampleEnd, SampleStep
 from engines.operations import LoraSpec, SampleRequest, SampleResult
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import (
@@ -134,10 +134,10 @@ def test_a_cancelled_long_prompt_is_forgotten(make_engine: MakeEngine) -> None:
     assert ended == [1]
 
 
-def outcomes(engine: HfEngine, wanted: list[SampleRequest]) -> dict[int, SampleResult | UserError]:
+def outcomes(engine: HfEngine, wanted: list[SampleRequest]) -> dict[int, SampleResult | Exception]:
     for call_id, one in enumerate(wanted):
         engine.start_sample(call_id, one)
-    ends: dict[int, SampleResult | UserError] = {}
+    ends: dict[int, SampleResult | Exception] = {}
     for _ in range(200):
         ends |= {event.call_id: event.result for event in engine.advance() if isinstance(event, SampleEnd)}
     assert not engine.sampling
