@@ -24,14 +24,16 @@ CHECKS = {
     "format": ["-m", "ruff", "format", "--check", "."],
     "types": ["-m", "mypy"],
     "layers": ["-c", "from importlinter.cli import lint_imports_command as run; run(['--no-logo'])"],
-    "tests": ["-m", "pytest", "--durations=10", "-m", "not slow"],
+    # In two processes, for most tests wait for others: a gateway that starts, a lease that runs out.
+    "tests": ["-m", "pytest", "--numprocesses=2", "--dist=loadfile", "--durations=10", "-m", "not slow"],
     "matrix": ["-m", "pytest", "--durations=10", "-m", "slow"],
 }
 """Name of each check, and what the interpreter of `.venv` is called with to do it."""
 AGAIN = {
-    name: [*CHECKS[name], "--last-failed", "--last-failed-no-failures=none"] for name in ("tests", "matrix")
+    name: [*CHECKS[name], "--numprocesses=0", "--last-failed", "--last-failed-no-failures=none"]
+    for name in ("tests", "matrix")
 }
-"""What a failed check is given a second chance by: the same, of what has failed only."""
+"""What a failed check is given a second chance by: the same, of what has failed only, one test after the other."""
 
 
 @dataclass(frozen=True)
