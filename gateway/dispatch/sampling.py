@@ -57,6 +57,8 @@ class SamplingLane:
         self._inputs = RecentInputs(settings.input_cache_bytes)
         self._active: dict[str, _Active] = {}
         self._given_up: set[str] = set()
+        self._claiming: set[str] = set()
+        self._withdrawn: set[str] = set()
         self._broken: BaseException | None = None
         self._closed = False
         self.epoch: int | None = None
@@ -81,6 +83,7 @@ class SamplingLane:
         self._waiting.clear()
         self._turns = Turns()
         self._inputs.clear()
+        self._claiming.clear()
         self._broken = None
         self.in_engine.clear()
 
@@ -117,6 +120,8 @@ class SamplingLane:
                 self._inputs.discard(request_id)
             elif (active := self._active.get(request_id)) is not None:
                 active.task.cancel()
+            elif request_id in self._claiming:  # the news has overtaken the claim's answer
+                self._withdrawn.add(request_id)
 
     def standing(self, future: Future) -> Standing:
         """Where an open sample stands."""
@@ -147,6 +152,9 @@ class SamplingLane:
             if self._broken is not None:
                 raise Interrupted(f"a sample's outcome could not be stored: {self._broken}")
             for future, body in await self._claim(engine, quarantine):
+                if future.request_id in self._withdrawn:
+                    quarantine.leave()
+                    continue
                 if future.request_id in self._given_up:
                     quarantine.leave()
                     self._settle_given_up(future)
@@ -164,6 +172,7 @@ class SamplingLane:
         await quarantine.enter(alone=self._blame.suspected(batch[0]), count=len(batch))
         epoch = engine.config.epoch
         claim = Claim(tuple(future.request_id for future in batch), epoch)
+        self._claiming, self._withdrawn = set(claim.request_ids), set()
         inputs = await claimed_inputs(self._store.futures, self._inputs, claim, self._written)
         quarantine.leave(count=len(batch) - len(inputs))
         claimed = [sent(future, epoch) for future in batch]

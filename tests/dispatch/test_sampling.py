@@ -21,7 +21,7 @@ from gateway.migrate import upgrade
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.database import Database
-from gateway.store.futures import Submission
+from gateway.store.futures import Claim, Submission
 from gateway.store.leases import LeaseRequest
 from gateway.store.records import Future, FutureStatus
 
@@ -152,3 +152,25 @@ async def test_what_another_gateway_has_settled_is_neither_waited_for_nor_drawn(
     await asyncio.sleep(0.05)  # a3 would be taken now
     assert set(place.engine.inside) == {"a2"}
     assert place.lane.in_engine == {"alice:a2"}  # only that could be blamed for the engine's death
+
+
+async def test_what_another_gateway_settles_while_it_is_being_claimed_is_not_drawn(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """News come on a connection of their own, and may be here before the answer to the claim."""
+    claim = place.store.futures.claim
+
+    async def overtaken(claimed: Claim) -> dict[str, bytes]:
+        inputs = await claim(claimed)
+        place.lane.withdraw(["alice:a1"])
+        return inputs
+
+    monkeypatch.setattr(place.lane._inputs, "take", lambda _: None)  # they came to the other gateway
+    monkeypatch.setattr(place.store.futures, "claim", overtaken)
+    for name in ("a1", "a2"):
+        await place.submit("alice", name)
+    await place.engine.comes_to_hold("a2")
+    await asyncio.sleep(0.05)
+    assert set(place.engine.inside) == {"a2"}
+    await place.submit("alice", "a3")
+    await place.engine.comes_to_hold("a2", "a3")
