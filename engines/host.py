@@ -101,7 +101,7 @@ class Host:
                 self._snapshots.close()
                 return EXIT_STOPPED
             if time.monotonic() - self._heard_at > self._owner_timeout_s:
-                log.error("the owner has been silent for %.1f s", self._owner_timeout_s)
+                log.error("its gateway has been silent for %.1f s", self._owner_timeout_s)
                 return EXIT_OWNER_GONE
             self._work()
 
@@ -266,10 +266,10 @@ def exit_with_owner(timeout_s: float | None = None) -> None:
         while True:
             # A second look, for this thread may have been kept waiting for longer than the owner.
             if not (_speaks(timeout_s if heard else None) or _speaks(0)):
-                log.error("the owner has been silent for %.1f s", timeout_s)
+                log.error("its gateway has been silent for %.1f s", timeout_s)
                 os._exit(EXIT_OWNER_GONE)
             if not os.read(0, 4096):
-                log.error("the owner has gone")
+                log.error("its gateway has gone")
                 os._exit(EXIT_OWNER_GONE)
             heard = True
 

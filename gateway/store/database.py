@@ -79,6 +79,9 @@ class _Driver(Protocol):
     def engines(self) -> list[Engine]: ...
 
 
+DISCREET: dict[str, Any] = {"hide_parameters": True}
+"""Of every engine: the error of a statement goes to the log, and what it was to write is somebody's data."""
+
 _POSTGRES = {
     "timeout": 15,
     "command_timeout": 120,
@@ -99,9 +102,11 @@ than the transaction."""
 class _PostgresDriver:
     def __init__(self, url: str, readers: int) -> None:
         self._readers = create_async_engine(
-            url, pool_size=readers, pool_pre_ping=True, connect_args=_POSTGRES
+            url, pool_size=readers, pool_pre_ping=True, connect_args=_POSTGRES, **DISCREET
         )
-        self._writers = create_async_engine(url, pool_size=1, max_overflow=0, connect_args=_POSTGRES)
+        self._writers = create_async_engine(
+            url, pool_size=1, max_overflow=0, connect_args=_POSTGRES, **DISCREET
+        )
         self._url = url
         self._writer: AsyncConnection | None = None
         self._written_at = float("-inf")
@@ -124,7 +129,7 @@ class _PostgresDriver:
         return answer
 
     async def alone(self, work: Callable[[Connection], T]) -> T:
-        engine = create_async_engine(self._url, connect_args=_UNHURRIED)
+        engine = create_async_engine(self._url, connect_args=_UNHURRIED, **DISCREET)
         try:
             async with engine.begin() as connection:
                 return await connection.run_sync(work)
@@ -143,7 +148,9 @@ class _PostgresDriver:
 
 class _SqliteDriver:
     def __init__(self, url: str, synchronous: str, readers: int) -> None:
-        self._engine = create_engine(make_url(url).set(drivername="sqlite+pysqlite"), pool_size=readers + 1)
+        self._engine = create_engine(
+            make_url(url).set(drivername="sqlite+pysqlite"), pool_size=readers + 1, **DISCREET
+        )
         _configure_sqlite(self._engine, synchronous)
         self._synchronous = synchronous
         self._reading = ThreadPoolExecutor(readers, "sqlite-read")

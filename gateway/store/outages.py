@@ -75,10 +75,16 @@ def translated_errors() -> Iterator[None]:
         if is_conflict(error):
             raise StoreConflict("two transactions were in each other's way; try again in a moment") from error
         # What the driver says names hosts, roles and paths: it goes to the log, not to clients.
-        log.error("the database does not answer: %s", error)
+        log.error("the database cannot do what it was asked: %s", _first_line(error))
         raise StoreUnavailable(
             "the database cannot serve this now; the gateway's log says why. Try again in a moment"
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """What happened, without the statement, and without the row that a server may show below."""
+    told = error.orig if isinstance(error, StatementError) and error.orig is not None else error
+    return str(told).partition("\n")[0] or type(told).__name__
 
 
 async def once_it_answers(work: Callable[[], Awaitable[T]], within_s: float) -> T:

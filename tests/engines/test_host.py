@@ -355,7 +355,7 @@ def test_a_process_whose_owner_died_ends_at_once_even_in_a_call(tmp_path: Path) 
         assert owner.process.stdin is not None
         owner.process.stdin.close()
         assert owner.exit_status(10) == EXIT_OWNER_GONE
-        assert "the owner has gone" in owner.log()
+        assert "its gateway has gone" in owner.log()
 
 
 def test_a_process_whose_owner_died_before_loading_ends_too(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from gateway.errors import StoreUnavailable
+from gateway.store import Store
 from gateway.store.database import Database
-from gateway.store.outages import is_outage
+from gateway.store.outages import is_outage, translated_errors
 
 WORDS = "worte, die niemand kennt"
 """What a server says in another language."""
@@ -164,3 +165,23 @@ async def test_a_server_that_has_become_read_only_passes(empty_pg_url: str) -> N
         await database.write(insert, b"refused")
     assert await database.rows(text("SELECT body FROM things")) == []
     await database.close()
+
+
+async def test_no_error_tells_what_was_to_be_written(store: Store) -> None:
+    """Somebody's tokens would be in the log; `insert` is broken here, for there is no such table."""
+    with pytest.raises(DBAPIError) as broken:
+        await store.database.write(insert, b"the data of alice")
+    assert "INSERT INTO things" in str(broken.value)
+    assert "alice" not in str(broken.value)
+
+
+def test_an_outage_is_one_line_in_the_log_without_statement_and_data(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    why = sqlite3.OperationalError("no room is left\nDETAIL: the row was (alice, 1, 2)")
+    why.sqlite_errorcode = sqlite3.SQLITE_FULL
+    with pytest.raises(StoreUnavailable), translated_errors():
+        raise OperationalError("INSERT INTO things VALUES (?)", {"body": b"alice"}, why)
+    assert [record.message for record in caplog.records] == [
+        "the database cannot do what it was asked: no room is left"
+    ]
