@@ -44,7 +44,7 @@ from gateway.state import Comparison, Running
 from gateway.store.records import Sampler
 from gateway.submit import weights_of
 
-router = APIRouter(route_class=KnownQueryRoute)
+router = APIRouter(prefix="/admin/v1", tags=["admin"], route_class=KnownQueryRoute)
 
 _PROMPT_TOKENS = 16
 _BASE = LoraSpec(rank=1, seed=0, train_unembed=False)

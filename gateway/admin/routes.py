@@ -23,7 +23,7 @@ from gateway.store.records import FutureStatus, Run, RunStatus
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"], route_class=KnownQueryRoute)
 router.routes.extend(checkpoints.routes)
-router.include_router(comparison)
+router.routes.extend(comparison.routes)
 
 
 @router.get("/runs")

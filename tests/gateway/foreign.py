@@ -87,6 +87,7 @@ def foreign_requests(things: dict[str, str], own_session: str) -> list[tuple[str
         ("GET", f"/admin/v1/futures/{things['future']}", None),
         ("GET", f"/admin/v1/samplers/{things['sampler']}", None),
         ("POST", f"/admin/v1/samplers/{things['sampler']}/promote", {"name": "stolen"}),
+        ("POST", f"/admin/v1/samplers/{things['sampler']}/compare", {}),
         ("GET", f"/admin/v1/checkpoints/{checkpoint}", None),
         ("DELETE", f"/admin/v1/checkpoints/{checkpoint}", None),
         *(("GET", f"{prefix}/models/{path}", None) for prefix in ("/v1", "/oai/api/v1")),
