@@ -55,6 +55,17 @@ class OutOfMemory(UserError):
         self.passing = passing
 
 
+class DamagedWeights(UserError):
+    """Stored weights are missing, cannot be read, or are not what was written: the server's fault, not the sender's.
+
+    The message is for clients and names the file; `path` is where it should be, for the log.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class LoadError(Exception):
     """The base model or the plugin cannot be loaded; the message says what to change."""
 

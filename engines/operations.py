@@ -211,7 +211,7 @@ class OptimStepResult(msgspec.Struct, frozen=True, tag="optim_step"):
 
 
 class SaveWeightsResult(msgspec.Struct, frozen=True, tag="save_weights"):
-    """`size_bytes` counts the files that were written and synced."""
+    """`size_bytes` counts the files that were written and synced, their checksums apart."""
 
     size_bytes: int
 

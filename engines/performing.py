@@ -18,6 +18,7 @@ import msgspec
 
 from engines.checks import check_operation
 from engines.interface import (
+    DamagedWeights,
     Engine,
     EngineConfig,
     EngineInfo,
@@ -352,7 +353,12 @@ def _failure(error: Exception, kind: OperationKind, places: str) -> Failure:
 
 def refused(error: UserError, what: str, *, replay: bool = False) -> Failure:
     """The failure of what the engine did not apply. A lack of memory that may pass is the server's, and so is every one
-    in a replay, for there was enough the first time; another one is the sender's, who would repeat it in vain."""
+    in a replay, for there was enough the first time; another one is the sender's, who would repeat it in vain. What is
+    wrong with stored weights is the server's."""
+    if isinstance(error, DamagedWeights):
+        error_id = secrets.token_hex(6)
+        log.error("error %s: %s: %s: %s", error_id, what, error.path, error)
+        return Failure("server", f"{error}; the engine's log says where under {error_id}", error_id)
     if not isinstance(error, OutOfMemory):
         return Failure("user", str(error))
     error_id = secrets.token_hex(6)

@@ -38,7 +38,7 @@ class SamplingCalls:
         except msgspec.DecodeError as error:
             self._fail(call.call_id, Failure("user", f"the input is no sample request: {error}"))
         except UserError as error:
-            self._fail(call.call_id, Failure("user", str(error)))
+            self._fail(call.call_id, refused(error, f"sample {call.call_id}"))
         except (
             Exception
         ) as error:  # the process boundary: a plugin may raise anything, and other samples go on

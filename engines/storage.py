@@ -16,7 +16,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from engines.interface import UserError
+
+CHECKSUMS = "checksums.json"
+"""Beside saved weights: the SHA-256, hex, of each file by its name."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _RANDOM = "[0-9a-f]" * 32
@@ -79,15 +84,17 @@ class FolderStorage:
 
     @staticmethod
     def size(folder: Path) -> int:
-        """Bytes of all files in a folder."""
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        """Bytes of all files in a folder, its checksums apart."""
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in files if path.name != CHECKSUMS)
 
 
 def write_folder(root: str | Path, key: str, files: Mapping[str, bytes]) -> int:
-    """Store files by name under a key, complete and synced; gives the bytes written."""
+    """Store files by name under a key, sealed, complete and synced; gives the bytes written, its checksums apart."""
     with FolderStorage(root).write(key) as folder:
         for name, data in files.items():
             (folder / name).write_bytes(data)
+        seal(folder)
     return sum(len(data) for data in files.values())
 
 
@@ -98,7 +105,13 @@ def open_folder(root: str | Path, key: str, *names: str) -> Path:
 
 def checksums(folder: Path) -> dict[str, str]:
     """The SHA-256, hex, of each file of a folder by its name."""
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+
+
+def seal(folder: Path) -> None:
+    """Write beside the files of a folder what their SHA-256 are: the last thing that is done to saved weights before
+    they appear under their key. `engines.saved_weights` compares."""
+    (folder / CHECKSUMS).write_bytes(msgspec.json.encode(checksums(folder)))
 
 
 def verify(root: str | Path, key: str, expected: Mapping[str, str]) -> None:
@@ -106,7 +119,7 @@ def verify(root: str | Path, key: str, expected: Mapping[str, str]) -> None:
     folder = open_folder(root, key, *expected)
     for name, wanted in expected.items():
         try:
-            found = _sha256(folder / name)
+            found = sha256_of(folder / name)
         except OSError as error:
             raise UserError(f"{name} in {key} cannot be read: {error.strerror}") from error
         if found != wanted:
@@ -115,7 +128,8 @@ def verify(root: str | Path, key: str, expected: Mapping[str, str]) -> None:
             )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's contents, hex. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

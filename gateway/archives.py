@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engines.adapters import OPTIMIZER
 from engines.interface import UserError
-from engines.storage import FolderStorage
+from engines.storage import CHECKSUMS, FolderStorage
 from gateway.errors import NotFound
 from gateway.settings import Settings
 from gateway.store.records import Checkpoint
@@ -31,7 +31,8 @@ class StoredFile:
 
 
 async def files_of(settings: Settings, checkpoint: Checkpoint) -> list[StoredFile]:
-    """What users get of a checkpoint, by name: the adapter in PEFT's layout, not the optimizer's state.
+    """What users get of a checkpoint, by name: the adapter in PEFT's layout, not the optimizer's state and not the
+    server's checksums.
 
     Raises NotFound when its folder is gone.
     """
@@ -43,7 +44,8 @@ def _list(storage_dir: Path, checkpoint: Checkpoint) -> list[StoredFile]:
         folder = FolderStorage(storage_dir).open(checkpoint.folder)
     except UserError as error:
         raise NotFound(f"the files of {checkpoint.path} are gone") from error
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != OPTIMIZER)
+    kept_back = (OPTIMIZER, CHECKSUMS)
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in kept_back)
     return [StoredFile(path.name, path, path.stat().st_size) for path in paths]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyrage
 
 from engines.interface import UserError
-from engines.storage import FolderStorage
+from engines.storage import CHECKSUMS, FolderStorage
 
 SUFFIX = ".age"
 """What an encrypted file's name ends with."""
@@ -63,7 +63,7 @@ def seal_folder(storage_dir: Path, folder: str, recipients: Sequence[str]) -> in
         return storage.size(storage.open(folder))
     plain = storage.open(plain_folder(folder))
     with storage.write(folder) as sealed:
-        for path in sorted(plain.iterdir()):
+        for path in sorted(path for path in plain.iterdir() if path.name != CHECKSUMS):
             # file to file, for the library holds Python's lock while it encrypts a whole one by itself
             with path.open("rb") as source, (sealed / f"{path.name}{SUFFIX}").open("wb") as target:
                 pyrage.encrypt_io(source, target, parsed)

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, peft_key
 from engines.contract.material import Caller, EngineFactory, batch, same, weights
-from engines.interface import Engine, RunOperation, UserError
-from engines.operations import CreateRun, LoraSpec
+from engines.interface import DamagedWeights, Engine, RunOperation, SampleEnd, UserError
+from engines.operations import AdapterRef, CreateRun, LoraSpec, SampleRequest
+from engines.storage import CHECKSUMS
+from engines.tensors import Tensor
+
+
+def damages(path: Path) -> Iterator[None]:
+    """A file with one bit flipped in its middle and at its end, cut short, and gone; at last it is whole again."""
+    whole = path.read_bytes()
+    for place in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        yield
+    path.write_bytes(whole[:-5])
+    yield
+    path.unlink()
+    yield
+    path.write_bytes(whole)
+
+
+def failure_of_sample(engine: Engine, folder: str) -> Exception | None:
+    """Why an adapter is not sampled, told at the start or at the end; None: it is."""
+    prompt = Tensor.of(np.array([1, 2, 3], dtype=np.int32))
+    request = SampleRequest(prompt, 1, seed=1, max_tokens=2, adapter=AdapterRef(folder, folder))
+    try:
+        engine.start_sample(1, request)
+    except UserError as error:
+        return error
+    for _ in range(100):
+        for event in engine.advance():
+            if isinstance(event, SampleEnd):
+                return event.result if isinstance(event.result, Exception) else None
+    raise AssertionError("the sample does not end")
 
 
 class CheckpointContract:
@@ -22,8 +55,8 @@ class CheckpointContract:
         result = caller.save("checkpoints/plain")
         folder = storage / "checkpoints/plain"
         names = {path.name: path.stat().st_size for path in folder.iterdir()}
-        assert names.keys() == {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
-        assert result.size_bytes == sum(names.values())
+        assert names.keys() == {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS}
+        assert result.size_bytes == sum(names.values()) - names[CHECKSUMS]
         config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
         assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 6)
         factors = weights(storage, "checkpoints/plain")
@@ -51,9 +84,11 @@ class CheckpointContract:
         caller = Caller(engine)
         caller.create()
         result = caller.save("checkpoints/full", optimizer_state=True)
-        files = list((storage / "checkpoints/full").iterdir())
-        assert {path.name for path in files} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER}
-        assert result.size_bytes == sum(path.stat().st_size for path in files)
+        files = {path.name: path.read_bytes() for path in (storage / "checkpoints/full").iterdir()}
+        sums = json.loads(files.pop(CHECKSUMS))
+        assert files.keys() == {ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER}
+        assert result.size_bytes == sum(len(content) for content in files.values())
+        assert sums == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
     @pytest.mark.parametrize("trained_before", [0, 3])
     @pytest.mark.parametrize("way", ["load", "create", "create in another engine"])
@@ -165,7 +200,7 @@ class CheckpointContract:
         caller.forward_backward(data)
         before = caller.logprobs(data)
         for optimizer_state in (False, True):
-            with pytest.raises(UserError, match="checkpoints/never-saved"):
+            with pytest.raises(DamagedWeights, match="the stored weights are not there"):
                 caller.load("checkpoints/never-saved", optimizer_state=optimizer_state)
         assert same(caller.logprobs(data), before)
         assert caller.step() > 0
@@ -218,18 +253,76 @@ class CheckpointContract:
         with pytest.raises(UserError, match="train_mlp"):
             caller.load("checkpoints/attention", "all")
 
-    @pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, OPTIMIZER])
+    @pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER])
     def test_a_damaged_file_is_refused_and_named(self, engine: Engine, storage: Path, name: str) -> None:
+        """No flipped bit gets into a run, nor into one that is to begin there, and it changes nothing."""
+        caller = Caller(engine)
+        data = batch(caller.info)
+        caller.create()
+        caller.train(data, 1)
+        caller.save("checkpoints/damaged", optimizer_state=True)
+        caller.train(data, 1)
+        before = caller.logprobs(data)
+        path = storage / "checkpoints/damaged" / name
+        for _ in damages(path):
+            with pytest.raises(DamagedWeights, match=name) as refused:
+                caller.load("checkpoints/damaged", optimizer_state=True)
+            assert "checkpoints/damaged" not in str(refused.value)
+            assert refused.value.path == path
+            with pytest.raises(DamagedWeights, match=name):
+                caller.create("new", folder="checkpoints/damaged", optimizer_state=True)
+        assert same(caller.logprobs(data), before)
+
+    def test_damaged_checksums_are_refused_and_named(self, engine: Engine, storage: Path) -> None:
         caller = Caller(engine)
         caller.create()
-        caller.save("checkpoints/damaged", optimizer_state=True)
-        path = storage / "checkpoints/damaged" / name
+        caller.save("checkpoints/unsealed")
+        path = storage / "checkpoints/unsealed" / CHECKSUMS
+        for content in (b"", b"[]", b"\xff"):
+            path.write_bytes(content)
+            with pytest.raises(DamagedWeights, match=CHECKSUMS):
+                caller.load("checkpoints/unsealed")
+
+    @pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    def test_a_damaged_file_is_not_sampled(
+        self, engine_factory: EngineFactory, storage: Path, name: str
+    ) -> None:
+        caller = Caller(engine_factory())
+        caller.create()
+        caller.save("checkpoints/sampled")
+        other = engine_factory()  # which has not kept the adapter since it was saved
+        for _ in damages(storage / "checkpoints/sampled" / name):
+            error = failure_of_sample(other, "checkpoints/sampled")
+            assert isinstance(error, DamagedWeights) and name in str(error)
+            assert "checkpoints/sampled" not in str(error)
+            assert not other.sampling
+
+    def test_a_folder_without_checksums_loads(self, engine_factory: EngineFactory, storage: Path) -> None:
+        """It is older than they are. What is missing there, or is no such file, is damage all the same."""
+        caller = Caller(engine_factory())
+        data = batch(caller.info)
+        caller.create()
+        caller.train(data, 1)
+        caller.save("checkpoints/old", optimizer_state=True)
+        saved = caller.logprobs(data)
+        folder = storage / "checkpoints/old"
+        (folder / CHECKSUMS).unlink()
+        caller.train(data, 1)
+        caller.load("checkpoints/old", optimizer_state=True)
+        assert same(caller.logprobs(data), saved)
+        other = engine_factory()
+        assert failure_of_sample(other, "checkpoints/old") is None
+        path = folder / ADAPTER_WEIGHTS
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(UserError, match=name):
-            caller.load("checkpoints/damaged", optimizer_state=True)
+        with pytest.raises(DamagedWeights, match=ADAPTER_WEIGHTS):
+            caller.load("checkpoints/old")
         path.unlink()
-        with pytest.raises(UserError):
-            caller.load("checkpoints/damaged", optimizer_state=True)
+        with pytest.raises(DamagedWeights, match=ADAPTER_WEIGHTS):
+            caller.load("checkpoints/old")
+        (folder / OPTIMIZER).unlink()
+        path.write_bytes(b"")
+        with pytest.raises(DamagedWeights, match=ADAPTER_WEIGHTS):
+            caller.load("checkpoints/old")
 
     def test_one_load_that_fails_fails_alone(self, engine: Engine) -> None:
         caller = Caller(engine)

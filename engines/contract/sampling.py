@@ -177,7 +177,7 @@ class SamplingContract:
     def test_a_missing_adapter_is_refused(self, engine: Engine) -> None:
         caller = Caller(engine)
         adapter = AdapterRef("none", "checkpoints/never-saved")
-        with pytest.raises(UserError, match="checkpoints/never-saved"):
+        with pytest.raises(UserError, match="stored weights are not there"):
             engine.start_sample(1, request(text(caller.info, 3), adapter=adapter))
         assert not engine.sampling
         assert len(drawn(caller.sample(request(text(caller.info, 3)))[0])) == 1

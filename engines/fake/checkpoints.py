@@ -19,7 +19,8 @@ from engines.fake.training import Run
 from engines.interface import PendingSnapshot, UserError
 from engines.memory import AdapterMemory
 from engines.operations import AdapterRef, LoraSpec
-from engines.storage import FolderStorage
+from engines.saved_weights import open_weights, unreadable
+from engines.storage import FolderStorage, seal
 
 Array = NDArray[Any]
 
@@ -58,13 +59,14 @@ class AdapterVersions:
         return self.memory.take(ref.folder, adapter.values.nbytes, lambda: adapter)
 
     def _read(self, ref: AdapterRef) -> Adapter:
-        return _read_version(self._storage.open(ref.folder, ADAPTER_CONFIG))
+        return _read_version(open_weights(self._storage.root, ref.folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 
 
 def write_run(storage: FolderStorage, key: str, base_model: str, run: Run, optimizer_state: bool) -> int:
     """Write a run's weights, and what training needs to go on, to a storage key; gives the bytes written."""
     with storage.write(key) as folder:
         _write_files(folder, base_model, run, optimizer_state)
+        seal(folder)
         return storage.size(folder)
 
 
@@ -97,33 +99,32 @@ class RunSnapshot(PendingSnapshot):
 def read_run(storage: FolderStorage, key: str, spec: LoraSpec, optimizer_state: bool) -> Run:
     """A run that begins at stored weights; its moments and step count too when asked, else zero.
 
-    Raises UserError when the folder is not there, or holds an adapter of another shape or no optimizer state.
+    Raises DamagedWeights, and UserError when the folder holds an adapter of another shape or no optimizer state.
     """
-    if optimizer_state and not (storage.open(key, ADAPTER_WEIGHTS) / OPTIMIZER).is_file():
-        raise UserError(f"{key} holds no optimizer state; load its weights alone")
-    folder = storage.open(key, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([OPTIMIZER] if optimizer_state else [])]
+    folder = open_weights(storage.root, key, *names)
     alpha = _read_config(folder).lora_alpha
     if alpha != spec.alpha:
-        raise UserError(f"{key}: the checkpoint's adapter has alpha {alpha}, the run {spec.alpha}")
-    adapter = _assemble(_decode(folder / ADAPTER_WEIGHTS), spec, key)
-    return Run(adapter, _read_optimizer(folder / OPTIMIZER, spec, key) if optimizer_state else AdamW())
+        raise UserError(f"the checkpoint's adapter has alpha {alpha}, the run {spec.alpha}")
+    adapter = _assemble(_decode(folder / ADAPTER_WEIGHTS), spec)
+    return Run(adapter, _read_optimizer(folder / OPTIMIZER, spec) if optimizer_state else AdamW())
 
 
 def _read_config(folder: Path) -> _PeftConfig:
     try:
         return msgspec.json.decode((folder / ADAPTER_CONFIG).read_bytes(), type=_PeftConfig)
-    except (OSError, msgspec.DecodeError) as error:
-        raise UserError(f"{ADAPTER_CONFIG} of the adapter cannot be read: {error}") from error
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise unreadable(folder / ADAPTER_CONFIG, error) from error
 
 
 def _read_version(folder: Path) -> Adapter:
     config = _read_config(folder)
     parts = {part_of(module) for module in config.target_modules}
     spec = LoraSpec(config.r, 0, config.lora_alpha, "attn" in parts, "mlp" in parts, "unembed" in parts)
-    return _assemble(_decode(folder / ADAPTER_WEIGHTS), spec, folder.name)
+    return _assemble(_decode(folder / ADAPTER_WEIGHTS), spec)
 
 
-def _read_optimizer(path: Path, spec: LoraSpec, key: str) -> AdamW:
+def _read_optimizer(path: Path, spec: LoraSpec) -> AdamW:
     tensors = _decode(path)
     moments = []
     for moment in _MOMENTS:
@@ -131,7 +132,7 @@ def _read_optimizer(path: Path, spec: LoraSpec, key: str) -> AdamW:
         own = {
             name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)
         }
-        moments.append(_assemble(own, spec, key).values)
+        moments.append(_assemble(own, spec).values)
     return AdamW(int(tensors["step"]), *moments)
 
 
@@ -151,20 +152,20 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Array]]:
         yield peft_key(site.name, "B"), factors.b
 
 
-def _assemble(tensors: Mapping[str, Array], spec: LoraSpec, key: str) -> Adapter:
+def _assemble(tensors: Mapping[str, Array], spec: LoraSpec) -> Adapter:
     """An adapter of tensors under PEFT's names; UserError unless they are exactly those that `spec` asks for."""
     adapter = Adapter(spec, np.zeros(size(spec), dtype=np.float32))
     places = dict(_named(adapter))
     if places.keys() != tensors.keys():
         odd = min(places.keys() ^ tensors.keys())
         raise UserError(
-            f"{key}: the checkpoint's layers are not those of the run (train_attn {spec.train_attn}, train_mlp "
+            f"the checkpoint's layers are not those of the run (train_attn {spec.train_attn}, train_mlp "
             f"{spec.train_mlp}, train_unembed {spec.train_unembed}): {odd} is in one only"
         )
     for name, place in places.items():
         if place.shape != tensors[name].shape:
             raise UserError(
-                f"{key}: {name} has shape {list(tensors[name].shape)} in the checkpoint; the run, of rank {spec.rank}, "
+                f"{name} has shape {list(tensors[name].shape)} in the checkpoint; the run, of rank {spec.rank}, "
                 f"needs {list(place.shape)}"
             )
         place[:] = tensors[name]
@@ -179,4 +180,4 @@ def _decode(path: Path) -> dict[str, Array]:
     try:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path.name} of the checkpoint cannot be read: {error}") from error
+        raise unreadable(path, error) from error

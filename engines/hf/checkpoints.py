@@ -27,7 +27,8 @@ from engines.hf.training import Run
 from engines.interface import EngineConfig, PendingSnapshot, UserError
 from engines.memory import AdapterMemory
 from engines.operations import LoraSpec
-from engines.storage import open_folder, write_folder
+from engines.saved_weights import open_weights, unreadable
+from engines.storage import write_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -102,10 +103,10 @@ def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
 def read_run(storage: str, folder: str, base: BaseModel, spec: LoraSpec, optimizer_state: bool) -> Run:
     """A run that begins at stored weights; its moments and step count too when asked, else zero.
 
-    Raises UserError when the folder is not there, or holds an adapter of another shape or no optimizer state.
+    Raises DamagedWeights, and UserError when the folder holds an adapter of another shape or no optimizer state.
     """
     wanted = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([OPTIMIZER] if optimizer_state else [])]
-    path = open_folder(storage, folder, *wanted)
+    path = open_weights(storage, folder, *wanted)
     stored = _read_spec(path)
     if _shape(stored) != _shape(spec):
         raise UserError(f"the checkpoint's adapter has {_shape(stored)}, the run's {_shape(spec)}")
@@ -124,8 +125,8 @@ def _read_spec(path: Path) -> LoraSpec:
     """Rank, alpha and parts of a stored adapter. Its seed is not stored, and no longer means anything."""
     try:
         config = msgspec.json.decode((path / ADAPTER_CONFIG).read_bytes(), type=_PeftConfig)
-    except msgspec.DecodeError as error:
-        raise UserError(f"{ADAPTER_CONFIG} of the checkpoint cannot be read: {error}") from error
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise unreadable(path / ADAPTER_CONFIG, error) from error
     parts = {part_of(name) for name in config.target_modules}
     return LoraSpec(config.r, 0, config.lora_alpha, "attn" in parts, "mlp" in parts, "unembed" in parts)
 
@@ -177,7 +178,7 @@ def _decode(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path.name} of the checkpoint cannot be read: {error}") from error
+        raise unreadable(path, error) from error
 
 
 class AdapterVersions:
@@ -218,12 +219,10 @@ class AdapterVersions:
     def _size(self, spec: LoraSpec) -> int:
         return size(self.base.sites, spec) * torch.float32.itemsize
 
-    def _path(self, folder: str) -> Path:
-        return open_folder(self.storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-
     def _spec(self, folder: str) -> LoraSpec:
-        return _read_spec(self._path(folder))
+        return _read_spec(open_weights(self.storage, folder, ADAPTER_CONFIG))
 
     def _read(self, folder: str) -> Adapter:
-        spec = self._spec(folder)
-        return Adapter(self.base.sites, spec, _read_values(self._path(folder), self.base, spec))
+        path = open_weights(self.storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+        spec = _read_spec(path)
+        return Adapter(self.base.sites, spec, _read_values(path, self.base, spec))

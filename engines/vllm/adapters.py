@@ -16,7 +16,7 @@ from typing import Any
 
 from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNEMBEDDING_LAYERS
 from engines.interface import UserError
-from engines.storage import open_folder
+from engines.saved_weights import open_weights, unreadable
 from engines.vllm.asking import LoadedAdapter
 
 Drop = Callable[[int], "Future[None]"]
@@ -58,14 +58,17 @@ class AdapterPlaces:
         """
         place = self._places.get(folder)
         if place is None:
-            path = self._check(folder)
-            if len(self._places) < self._count:
-                ready = None
-            else:
-                unused = next((name for name, place in self._places.items() if not place.users), None)
-                if unused is None:
-                    return None
-                ready = self._drop(self._places.pop(unused).adapter.number)
+            self._check(folder)
+            full = len(self._places) >= self._count
+            unused = next((name for name, place in self._places.items() if not place.users), None)
+            if full and unused is None:
+                return None
+            path = open_weights(
+                self._storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS
+            )  # vLLM only reads them
+            ready = (
+                self._drop(self._places.pop(unused).adapter.number) if full and unused is not None else None
+            )
             place = self._places[folder] = Place(self._named(folder, path), ready)
         self._places.move_to_end(folder)
         place.users += 1
@@ -81,13 +84,13 @@ class AdapterPlaces:
         self._given += 1
         return LoadedAdapter(f"{folder}#{self._given}", self._given, str(path))
 
-    def _check(self, folder: str) -> Path:
-        path = open_folder(self._storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-        config = _read(path / ADAPTER_CONFIG, folder)
+    def _check(self, folder: str) -> None:
+        path = open_weights(self._storage, folder, ADAPTER_CONFIG)
+        config = _read(path / ADAPTER_CONFIG)
         rank, layers = config.get("r"), config.get("target_modules")
         if not isinstance(rank, int) or not isinstance(layers, list):
             raise UserError(
-                f"{ADAPTER_CONFIG} in {folder} does not tell rank (r) and layers (target_modules)"
+                f"{ADAPTER_CONFIG} of the adapter does not tell rank (r) and layers (target_modules)"
             )
         if not 1 <= rank <= self._max_rank:
             raise UserError(
@@ -99,14 +102,13 @@ class AdapterPlaces:
                 "the sampler's adapter changes the unembedding, which vLLM does not serve: train with "
                 "train_unembed=False, or let an engine that trains this model sample too"
             )
-        return path
 
 
-def _read(path: Path, folder: str) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path.name} in {folder} cannot be read: {error}") from error
+        raise unreadable(path, error) from error
     if not isinstance(config, dict):
-        raise UserError(f"{path.name} in {folder} is no table")
+        raise UserError(f"{path.name} of the adapter is no table")
     return config

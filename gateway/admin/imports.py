@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from engines.interface import EngineInfo
-from engines.storage import FolderStorage
+from engines.storage import FolderStorage, seal
 from gateway.adapter_files import Imported, rewrite_adapter
 from gateway.bodies import patience
 from gateway.checkpoints import checkpoint_path, remove_folder, require_space
@@ -92,7 +92,9 @@ def _store(settings: Settings, scratch: Path, folder: str, info: EngineInfo) -> 
     with (scratch / "upload.tar").open("rb") as archive:
         unpack_files(archive, scratch, limits)
     with FolderStorage(settings.storage_dir).write(folder) as target:
-        return rewrite_adapter(scratch, target, info)
+        imported = rewrite_adapter(scratch, target, info)
+        seal(target)
+    return imported
 
 
 async def _register(

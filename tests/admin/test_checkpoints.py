@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 
+from engines.storage import FolderStorage
 from tests.admin.conftest import Place, items, keys_command, save
 from tests.gateway.conftest import begin_run, outcome
 
@@ -26,7 +27,7 @@ def test_a_checkpoint_is_described(place: Place, alice: httpx.Client) -> None:
     assert (described["public"], described["expires_at"]) == (False, None)
     sampler = alice.get(route_of(place.paths["alice"][1])).json()
     assert (sampler["kind"], sampler["has_optimizer"]) == ("sampler_weights", False)
-    sizes = {sum(file.stat().st_size for file in folder.iterdir()) for folder in stored(place)}
+    sizes = {FolderStorage.size(folder) for folder in stored(place)}
     assert {described["size_bytes"], sampler["size_bytes"]} <= sizes
 
 

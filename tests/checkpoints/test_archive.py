@@ -40,7 +40,7 @@ def test_the_tar_has_the_adapter_byte_for_byte(
     before = place.folders()
     path = save(alice, trained_run(alice), 3, "w")
     stored = stored_files(place, before)
-    assert set(stored) == {*ADAPTER, "optimizer.safetensors"}
+    assert set(stored) == {*ADAPTER, "optimizer.safetensors", "checksums.json"}
     answer = alice.get(route_of(path, "/archive"))
     assert answer.status_code == 302
     expires = parsedate_to_datetime(answer.headers["expires"])

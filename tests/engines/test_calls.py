@@ -219,7 +219,8 @@ def test_a_failed_creation_leaves_the_run_as_it_was(engine: BrokenEngine) -> Non
     missing = encode(type(CREATE)(CREATE.lora, folder="not/there"))
     performed, _ = calls.perform(call("create_run", ("a", 0)), [missing])
     failure = performed.outcomes[0].failure
-    assert failure is not None and failure.category == "user"
+    assert failure is not None and failure.category == "server"
+    assert failure.error_id is not None and "not/there" not in failure.message
     performed, _ = calls.perform(call("optim_step", ("a", 2)), [encode(STEP)])
     assert performed.outcomes[0].summary["grad_norm"] > 0
 

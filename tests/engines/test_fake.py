@@ -339,7 +339,7 @@ def test_a_version_does_not_change_when_its_run_goes_on(engine: FakeEngine) -> N
     step(engine)
     assert draw_all(engine, request) == before
     assert draw_all(engine, sample(max_tokens=30)) != before
-    with pytest.raises(UserError, match="nothing stored under saved/none"):
+    with pytest.raises(UserError, match="stored weights are not there"):
         engine.start_sample(2, sample(adapter=AdapterRef("two", "saved/none")))
     assert not engine.sampling
 

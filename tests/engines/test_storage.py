@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engines.interface import UserError
-from engines.storage import FolderStorage, open_folder, write_folder
+from engines.storage import CHECKSUMS, FolderStorage, open_folder, write_folder
 
 KEY = "checkpoints/0f3a"
 FILES = {"one.bin": b"first", "two.bin": b"\x00" * 1000}
@@ -26,9 +28,13 @@ def test_what_was_written_is_there(tmp_path: Path) -> None:
     assert write_folder(root, KEY, FILES) == 1005
     folder = open_folder(root, KEY, *FILES)
     assert folder == root / KEY
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    stored = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert json.loads(stored.pop(CHECKSUMS)) == {
+        name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()
+    }
+    assert stored == FILES
     assert FolderStorage.size(folder) == 1005
-    assert entries(root) == ["checkpoints", KEY, f"{KEY}/one.bin", f"{KEY}/two.bin"]
+    assert entries(root) == ["checkpoints", KEY, *(f"{KEY}/{name}" for name in (CHECKSUMS, *FILES))]
 
 
 def test_nothing_is_seen_before_it_is_complete(tmp_path: Path) -> None:
@@ -76,7 +82,7 @@ def test_an_error_while_syncing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 def test_a_repeated_save_replaces_the_first(tmp_path: Path) -> None:
     write_folder(tmp_path, KEY, FILES)
     write_folder(tmp_path, KEY, {"one.bin": b"second"})
-    assert entries(tmp_path) == ["checkpoints", KEY, f"{KEY}/one.bin"]
+    assert entries(tmp_path) == ["checkpoints", KEY, f"{KEY}/{CHECKSUMS}", f"{KEY}/one.bin"]
     assert (open_folder(tmp_path, KEY) / "one.bin").read_bytes() == b"second"
 
 
@@ -118,9 +124,9 @@ def test_files_are_synced_before_the_folder_gets_its_name(
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
     write_folder(tmp_path, KEY, FILES)
-    assert sorted(done[:2]) == ["sync one.bin", "sync two.bin"]
-    assert done[2].endswith(".partial")
-    assert done[3:] == ["rename to 0f3a", "sync checkpoints"]
+    assert sorted(done[:3]) == [f"sync {CHECKSUMS}", "sync one.bin", "sync two.bin"]
+    assert done[3].endswith(".partial")
+    assert done[4:] == ["rename to 0f3a", "sync checkpoints"]
 
 
 KILLED = """
@@ -140,7 +146,7 @@ def test_a_killed_process_leaves_nothing_in_the_way(tmp_path: Path) -> None:
         open_folder(tmp_path, KEY)
     assert len(entries(tmp_path)) == 3
     write_folder(tmp_path, KEY, {"one.bin": b"whole"})
-    assert entries(tmp_path) == ["checkpoints", KEY, f"{KEY}/one.bin"]
+    assert entries(tmp_path) == ["checkpoints", KEY, f"{KEY}/{CHECKSUMS}", f"{KEY}/one.bin"]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

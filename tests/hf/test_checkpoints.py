@@ -21,6 +21,7 @@ from engines.operations import (
     SaveWeights,
     SaveWeightsResult,
 )
+from engines.storage import CHECKSUMS, FolderStorage
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import (
     TIED,
@@ -124,8 +125,9 @@ def test_peft_reads_what_was_saved(
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        CHECKSUMS,
     ]
-    assert size == sum(path.stat().st_size for path in folder.iterdir())
+    assert size == FolderStorage.size(folder)
     stored = load_file(folder / "adapter_model.safetensors")
     assert all(".lora_A." in name or ".lora_B." in name for name in stored)
     assert any("lm_head" in name for name in stored) == unembed

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models
 
 from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from engines.interface import (
+    DamagedWeights,
     EngineBroken,
     EngineConfig,
     RunOperation,
@@ -24,6 +25,7 @@ from engines.interface import (
     UserError,
 )
 from engines.operations import AdapterRef, CreateRun, LoraSpec, SampleRequest, SampleResult, decode_sample
+from engines.storage import seal
 from engines.tensors import Tensor
 from engines.vllm.engine import GUEST_SLOTS, VllmEngine
 from engines.vllm.options import VllmOptions
@@ -260,11 +262,11 @@ def test_adapters_that_vllm_cannot_serve_are_refused(made: Made, config: dict[st
 
 def test_a_damaged_configuration_is_refused(made: Made) -> None:
     ref = made.adapter("damaged")
-    for text, words in (("{", "cannot be read"), ("[]", "no table")):
+    for text, words in (("{", "cannot be read"), ("[]", "no table"), ("", "cannot be read")):
         (made.storage / "damaged" / ADAPTER_CONFIG).write_text(text)
         with pytest.raises(UserError, match=words):
             made.start(1, adapter=ref)
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(DamagedWeights, match="not there"):
         made.start(1, adapter=AdapterRef("nowhere", "nowhere"))
 
 
@@ -276,7 +278,30 @@ def test_an_adapter_that_goes_while_its_sample_waits_fails_that_sample(slow: Mad
     slow.step(1000)
     results = slow.drain()
     assert isinstance(results[1], SampleResult)
-    assert isinstance(results[2], UserError)
+    assert isinstance(results[2], DamagedWeights)
+
+
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+def test_vllm_is_not_given_a_damaged_adapter(made: Made, name: str) -> None:
+    ref = made.adapter("sealed")
+    folder = made.storage / "sealed"
+    (folder / ADAPTER_WEIGHTS).write_bytes(b"weights")
+    seal(folder)
+    path = folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for call_id in (1, 2):
+        try:
+            made.start(call_id, adapter=ref)
+            error: Any = made.drain()[call_id]
+        except UserError as raised:
+            error = raised
+        assert isinstance(error, DamagedWeights) and name in str(error)
+        path.unlink(missing_ok=True)
+    assert not made.llm.asked
+    path.write_bytes(whole)
+    made.start(3, adapter=ref)
+    assert isinstance(made.drain()[3], SampleResult)
 
 
 # ---------------------------------------------------------------------------- errors

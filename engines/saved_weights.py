@@ -1,0 +1,63 @@
+"""Saved weights on their way from storage into an engine: each file is what was written, or it is not used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from engines.adapters import OPTIMIZER
+from engines.interface import DamagedWeights, UserError
+from engines.storage import CHECKSUMS, FolderStorage, sha256_of
+
+
+def open_weights(root: str | Path, key: str, *names: str) -> Path:
+    """The folder of a key, whose files of the given names are compared with the checksums beside them.
+
+    A folder without checksums is older than they are; its files are taken as they are. Raises DamagedWeights for what
+    is missing, cannot be read or differs, and UserError when weights were saved without the optimizer's state.
+    """
+    folder = FolderStorage(root).path(key)
+    if not folder.is_dir():
+        raise DamagedWeights("the stored weights are not there any more", folder)
+    written = _written(folder)
+    for name in names:
+        path = folder / name
+        if name == OPTIMIZER and not (path.is_file() if written is None else name in written):
+            raise UserError("the checkpoint holds no optimizer state; load its weights alone")
+        _compare(path, written)
+    return folder
+
+
+def unreadable(path: Path, why: Exception) -> DamagedWeights:
+    """A file does not hold what its name says, though nothing else tells that it was changed."""
+    return _damaged(path, f"cannot be read ({why})")
+
+
+def _written(folder: Path) -> dict[str, str] | None:
+    """The checksums of a folder; None: it has none."""
+    path = folder / CHECKSUMS
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+
+
+def _compare(path: Path, written: dict[str, str] | None) -> None:
+    try:
+        path.stat()
+        differs = written is not None and sha256_of(path) != written.get(path.name)
+    except FileNotFoundError as error:
+        raise _damaged(path, "is missing") from error
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+    if differs:
+        raise _damaged(path, "is not what was written")
+
+
+def _damaged(path: Path, what: str) -> DamagedWeights:
+    return DamagedWeights(f"the stored weights are damaged: {path.name} {what}", path)
