@@ -85,8 +85,9 @@ def train(url: str, plan: Plan, kill_pid: int | None) -> tuple[list[float], dict
                     again.start()
                     os.kill(kill_pid, signal.SIGKILL)
                     killed = time.monotonic()
-                    losses.append(_finish(*under_way.popleft()))
-                    pause["pause_s"] = time.monotonic() - killed
+                    while under_way and not again.at:  # first those that were computed before it was killed
+                        losses.append(_finish(*under_way.popleft()))
+                        pause["pause_s"] = time.monotonic() - killed
                     again.join(60)
                     pause["start_s"] = again.at - killed
         losses += [_finish(*each) for each in under_way]
