@@ -2,7 +2,9 @@
 
 Logits of V tokens for T rows are by far the largest tensors of a small-batch training step (3.5 GiB and their
 gradient for 2,048 rows and 151,936 tokens). They are computed in chunks of rows; only each row's log-sum-exp is kept,
-and the chunk is computed again in the backward pass. When all logits are few enough, they are kept instead.
+and the chunk is computed again in the backward pass. When all logits are few enough, they are kept instead. With one
+target a row and no adapter on the last layer nothing is computed twice: what a row's log-prob adds to the gradient of
+its hidden state is then the same direction whatever the loss, so it is computed while the chunk is there.
 """
 
 from __future__ import annotations
@@ -163,7 +165,9 @@ class _Logprobs(torch.autograd.Function):
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         norm = torch.empty((hidden.shape[0], 1), dtype=torch.float32, device=hidden.device)
         keep = hidden.shape[0] * weight.shape[0] <= KEPT_LOGITS
+        direct = not keep and targets.shape[1] == 1 and not any(chunk.pieces for chunk in chunks)
         ctx.kept = []
+        ctx.slopes = torch.empty_like(hidden) if direct else None
         for chunk in chunks:
             logits, inner = _chunk_logits(chunk, hidden[chunk.rows], weight, bias)
             own = logits.gather(1, targets[chunk.rows])
@@ -172,6 +176,8 @@ class _Logprobs(torch.autograd.Function):
             out[chunk.rows] = own.sub_(peak).sub_(total.log())  # as without gradient, to the last bit
             if keep:
                 ctx.kept.append((logits, total, inner))
+            elif direct:
+                _slopes(logits.div_(-total), targets[chunk.rows], weight, ctx.slopes[chunk.rows])
         ctx.chunks = chunks
         ctx.save_for_backward(hidden, targets, norm, weight, bias)
         return out
@@ -180,6 +186,10 @@ class _Logprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets, norm, weight, bias = ctx.saved_tensors
+        if ctx.slopes is not None:
+            grad_hidden = ctx.slopes.mul_(grad)
+            ctx.slopes = None
+            return (grad_hidden, None, None, None, None, None)
         grad_hidden = torch.empty_like(hidden)
         kept = iter(ctx.kept or [None] * len(ctx.chunks))
         for chunk, held in zip(ctx.chunks, kept, strict=True):
@@ -196,6 +206,12 @@ class _Logprobs(torch.autograd.Function):
             _add_adapters(chunk, grad_logits, hidden[rows], inner, grad_hidden[rows])
         ctx.kept = None
         return (grad_hidden, None, None, None, None, None)
+
+
+def _slopes(shares: Tensor, targets: Tensor, weight: Tensor, out: Tensor) -> None:
+    """d logprob[t] / d hidden[t] of rows with one target [T, 1] each, given `shares`, the negative softmax [T, V]."""
+    shares.scatter_add_(1, targets, torch.ones_like(targets, dtype=shares.dtype))
+    torch.mm(shares.to(weight.dtype), weight, out=out)
 
 
 def _add_adapters(

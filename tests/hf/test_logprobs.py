@@ -70,6 +70,38 @@ def test_equals_log_softmax_of_full_logits(
         )
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("chunk", [2**24, 5 * VOCABULARY])
+def test_a_long_batch_without_an_adapter_here_has_the_gradient_of_full_logits(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, width: int, bias: bool
+) -> None:
+    """Its chunks are computed once where each row has one target; adapters of other layers get theirs by `hidden`."""
+    monkeypatch.setattr(module, "KEPT_LOGITS", 0)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    computed: list[int] = []
+
+    def counted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        computed.append(len(rows))
+        return project(rows, weight, bias)
+
+    monkeypatch.setattr(module, "project", counted)
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    offset = torch.randn(VOCABULARY, generator=generator) if bias else None
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (ROWS, width), generator=generator)
+    upstream = torch.randn(ROWS, width, generator=generator)
+    full = hidden @ weight.t() + (0 if offset is None else offset)
+    expected = full.log_softmax(1).gather(1, targets)
+    found = Unembedding(weight, offset, 0).logprobs(hidden, targets, [])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    (grad,) = torch.autograd.grad((found * upstream).sum(), hidden)
+    (expected_grad,) = torch.autograd.grad((expected * upstream).sum(), hidden)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+    assert sum(computed) == (ROWS if width == 1 else 2 * ROWS)
+
+
 def test_long_batches_leave_no_logits_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """What autograd keeps between the passes does not grow with rows times vocabulary."""
     monkeypatch.setattr(module, "KEPT_LOGITS", ROWS * VOCABULARY - 1)
