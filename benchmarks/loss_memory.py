@@ -1,4 +1,4 @@
-"""Log-probs at a large vocabulary: in chunks, computed again on the way back, against full logits.
+"""Log-probs at a large vocabulary: in chunks, against full logits.
 
     python -m benchmarks.loss_memory [--repeats 3] [--smoke]
 

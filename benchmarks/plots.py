@@ -59,7 +59,7 @@ def lines(
     for i, (name, points) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
         parts += _series(across, up, points, colour)
-        parts += _legend(LEFT + 12 + i * 200, name, colour)
+        parts += _legend(LEFT + 12 + i * min(200, (WIDTH - LEFT - RIGHT) // len(series)), name, colour)
         if wanted and name in wanted:
             y = up.at(wanted[name])
             parts.append(
