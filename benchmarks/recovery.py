@@ -81,17 +81,23 @@ def train(url: str, plan: Plan, kill_pid: int | None) -> tuple[list[float], dict
             if len(under_way) > _AHEAD:
                 losses.append(_finish(*under_way.popleft()))
                 if len(losses) == plan.kill and kill_pid is not None:
-                    again = ReadyAgain(url)
-                    again.start()
-                    os.kill(kill_pid, signal.SIGKILL)
-                    killed = time.monotonic()
-                    while under_way and not again.at:  # first those that were computed before it was killed
-                        losses.append(_finish(*under_way.popleft()))
-                        pause["pause_s"] = time.monotonic() - killed
-                    again.join(60)
-                    pause["start_s"] = again.at - killed
+                    pause = _kill(url, kill_pid, under_way, losses)
         losses += [_finish(*each) for each in under_way]
     return losses, pause
+
+
+def _kill(url: str, pid: int, under_way: deque[Any], losses: list[float]) -> dict[str, float]:
+    """What the pause after a kill is made of: it ends with the first result of the new engine; what the dead one had
+    computed may still come before."""
+    again, pause = ReadyAgain(url), {}
+    again.start()
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    while under_way and not again.at:
+        losses.append(_finish(*under_way.popleft()))
+        pause["pause_s"] = time.monotonic() - killed
+    again.join(60)
+    return {**pause, "start_s": again.at - killed}
 
 
 def _finish(passed: Any, stepped: Any) -> float:

@@ -124,8 +124,9 @@ async def test_a_missing_file_is_missing_and_nothing_else(url: str, tmp_path: Pa
     assert contents(folder) == {"adapter.safetensors": FILES["adapter.safetensors"]}
 
 
-async def test_two_may_bring_the_same_at_once(url: str, tmp_path: Path) -> None:
-    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=url))
+async def test_two_may_bring_the_same_at_once(s3: str, tmp_path: Path) -> None:
+    """Not in memory: there all who read a file share one place in it."""
+    files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url=s3))
     folder = written(tmp_path)
     await files.keep(KEY)
     await asyncio.gather(*(files.bring(KEY) for _ in range(4)))

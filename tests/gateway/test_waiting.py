@@ -70,10 +70,13 @@ async def test_many_who_wait_read_once_each_when_their_time_is_over(
         return False
 
     waits = [
-        asyncio.create_task(futures.outcome(each.request_id, "alice", 3.0, still_there))
+        asyncio.create_task(futures.outcome(each.request_id, "alice", 6.0, still_there))
         for each in operations
     ]
-    await asyncio.sleep(1.5)
+    for _ in range(40):
+        await asyncio.sleep(0.1)
+        if asked >= WAITERS:
+            break
     assert counted.reads == 0
     assert asked >= WAITERS  # each was looked after meanwhile
     assert await asyncio.gather(*waits) == [None] * WAITERS
