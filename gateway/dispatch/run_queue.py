@@ -253,6 +253,7 @@ class TrainingQueue:
         """Keep the order of a run no longer, unless something of it waits or runs."""
         if not self.waits(run_id):
             self.runs.pop(run_id, None)
+            self._blocked.discard(run_id)  # it may be there still, when its gap was given up
 
     def gaps(self, now: float, timeout_s: float) -> list[RunQueue]:
         """Runs that have waited too long for a missing number."""

@@ -180,6 +180,16 @@ def test_a_gap_that_lasts_is_found_and_given_up() -> None:
     assert ids(queue.take_batch(weigh)) == ["a:5"]
 
 
+def test_a_run_whose_gap_was_given_up_may_be_forgotten_before_it_moves_on() -> None:
+    queue = opened(operation("a", 2), operation("b", 2))
+    queue.gaps(100.0, 10.0)
+    queue.runs["a"].abandon_gap()
+    queue.forget("a")
+    assert [stuck.run_id for stuck in queue.gaps(111.0, 10.0)] == ["b"]
+    queue.forget("b")  # something of it waits
+    assert set(queue.runs) == {"b"}
+
+
 def test_a_gap_that_closes_is_forgotten() -> None:
     queue = opened(operation("a", 2))
     queue.gaps(100.0, 10.0)
