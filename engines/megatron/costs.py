@@ -1,0 +1,185 @@
+"""What a layout costs a rank: memory, by what it is for, and the bytes that it hands to others in one training step.
+
+Arithmetic on sizes alone; no torch. `tests/megatron` holds it against what ranks really hold and really send.
+A training step here is one forward and backward pass over `Workload.tokens` tokens on each data parallel rank, and the
+sum of the gradients over the ranks that share an adapter. The base model is frozen: it has neither gradients nor
+optimizer state, and a matrix needs no input of its own for its way back, only its adapters do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from engines.megatron.constraints import Layout
+from engines.megatron.shapes import ModelShape
+
+ADAPTER_BYTES = 16
+"""For each value of an adapter, all float32: the value, its gradient, and the optimizer's two moments."""
+FLOAT = 4
+LOGIT_ROWS = 256
+"""Tokens whose logits are in memory at once."""
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """What a rank is to compute at once."""
+
+    tokens: int = 8192
+    """Of a pass, on each data parallel rank: the longest datum, if nothing else is packed with it."""
+    adapter_rank: int = 32
+    runs: int = 1
+    """Adapters in memory, each on all matrices."""
+    weight_bytes: int = 2
+    """Of each number of the base model and of what its layers compute: 2 (bfloat16) or 4 (float32)."""
+    recompute: bool = False
+    """Keep the inputs of layers alone, and compute the rest again on the way back."""
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Bytes of one rank."""
+
+    weights: int
+    adapters: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.activations + self.logits
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """Bytes of the tensors that one rank hands to collective operations in one step, by the ranks that it does so with.
+
+    For a reduction this is the tensor that is reduced, for a gathering the rank's own part, for an exchange what it
+    sends. What then crosses a link depends on the algorithm: in a ring of n ranks 2(n-1)/n of a sum, (n-1)/n of the
+    whole for gathering and scattering.
+    """
+
+    tensor: int = 0
+    pipeline: int = 0
+    data: int = 0
+    context: int = 0
+    expert: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.tensor + self.pipeline + self.data + self.context + self.expert
+
+
+def memory(shape: ModelShape, layout: Layout, load: Workload) -> Memory:
+    """Of the rank that needs most: one of the first pipeline stage, or of the last."""
+    stages = {0, layout.pipeline - 1}
+    return max((stage_memory(shape, layout, load, stage) for stage in stages), key=lambda found: found.total)
+
+
+def stage_memory(shape: ModelShape, layout: Layout, load: Workload, stage: int) -> Memory:
+    """Bytes of a rank of one pipeline stage."""
+    last = stage == layout.pipeline - 1
+    return Memory(
+        weights=stage_weights(shape, layout, stage) * load.weight_bytes,
+        adapters=stage_adapter(shape, layout, stage, load.adapter_rank) * load.runs * ADAPTER_BYTES,
+        activations=stage_activations(shape, layout, load),
+        logits=2 * FLOAT * min(LOGIT_ROWS, rank_tokens(layout, load)) * shape.vocabulary // layout.tensor
+        if last
+        else 0,
+    )
+
+
+def rank_tokens(layout: Layout, load: Workload) -> int:
+    """Tokens of a pass that a rank attends from: those of its context parallel part, rounded up."""
+    return -(-load.tokens // layout.context)
+
+
+# ---------------------------------------------------------------------- numbers held
+
+
+def stage_weights(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """Numbers of the base model on a rank of a pipeline stage. The embedding lies on the first one, the unembedding on
+    the last; tied ones are the same tensor where both are on one stage."""
+    own = layer_weights(shape, layout) * (shape.layers // layout.pipeline)
+    table = shape.vocabulary // layout.tensor * shape.hidden
+    first, last = stage == 0, stage == layout.pipeline - 1
+    if first:
+        own += table
+    if last:
+        own += shape.hidden + (0 if first and shape.tied else table)
+    return own
+
+
+def layer_weights(shape: ModelShape, layout: Layout) -> int:
+    """Numbers of one layer of the base model on a rank."""
+    split = shape.hidden * (2 * shape.query_width + 2 * shape.kv_width) // layout.tensor
+    norms = 2 * shape.hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    feed_forward = 3 * shape.hidden * shape.ffn
+    if shape.experts:
+        return split + norms + shape.experts * shape.hidden + shape.experts // layout.expert * feed_forward
+    return split + norms + feed_forward // layout.tensor
+
+
+class Matrix(msgspec.Struct, frozen=True):
+    """A matrix that an adapter attaches to, as it lies on a rank: its inputs and outputs there."""
+
+    inputs: int
+    outputs: int
+
+
+def layer_matrices(shape: ModelShape, layout: Layout) -> Iterator[Matrix]:
+    """A layer's matrices on a rank, in Hugging Face's words: q, k, v, o, then gate, up, down (of each expert)."""
+    hidden, tensor = shape.hidden, layout.tensor
+    yield Matrix(hidden, shape.query_width // tensor)
+    yield Matrix(hidden, shape.kv_width // tensor)
+    yield Matrix(hidden, shape.kv_width // tensor)
+    yield Matrix(shape.query_width // tensor, hidden)
+    ffn = shape.ffn if shape.experts else shape.ffn // tensor
+    for _ in range(max(1, shape.experts // layout.expert)):
+        yield Matrix(hidden, ffn)
+        yield Matrix(hidden, ffn)
+        yield Matrix(ffn, hidden)
+
+
+def stage_adapter(shape: ModelShape, layout: Layout, stage: int, rank: int) -> int:
+    """Values of an adapter on all matrices of a rank of a pipeline stage. Of a matrix that is cut by its outputs
+    A is whole and B cut; of one that is cut by its inputs, the other way round."""
+    layer = sum(matrix.inputs + matrix.outputs for matrix in layer_matrices(shape, layout))
+    own = layer * (shape.layers // layout.pipeline)
+    if stage == layout.pipeline - 1:
+        own += shape.hidden + shape.vocabulary // layout.tensor
+    return own * rank
+
+
+# ---------------------------------------------------------------------- numbers kept for the way back
+
+
+def stage_activations(shape: ModelShape, layout: Layout, load: Workload) -> int:
+    """Bytes that a pass keeps on a rank until it goes back, all of its layers together."""
+    layers = shape.layers // layout.pipeline
+    tokens = rank_tokens(layout, load)
+    whole = layer_activation_bytes(shape, layout, load)
+    if not load.recompute:
+        return tokens * whole * layers
+    stream = shape.hidden * load.weight_bytes // (layout.tensor if layout.sequence else 1)
+    return tokens * (stream * layers + whole)
+
+
+def layer_activation_bytes(shape: ModelShape, layout: Layout, load: Workload) -> int:
+    """Bytes for each token that one layer keeps on a rank.
+
+    Inputs and outputs of both norms lie whole on each tensor parallel rank, or cut with sequence parallelism; queries,
+    keys and values before and after their norms and turning, what attention gave, and gate, up, their activation and
+    product are cut; an adapter keeps `rank` float32 for each matrix.
+    """
+    cut = layout.tensor
+    spread = layout.tensor if layout.sequence else 1
+    kept = 4 * shape.hidden // spread
+    kept += (3 * shape.query_width + 3 * shape.kv_width) // cut
+    floats = 6 * load.adapter_rank
+    if shape.experts:
+        copies = shape.experts_per_token
+        kept += copies * (2 * shape.hidden + 4 * shape.ffn) // spread
+        floats += (3 * copies * load.adapter_rank + 2 * shape.experts) // spread
+    else:
+        kept += 4 * shape.ffn // cut
+        floats += 3 * load.adapter_rank
+    return kept * load.weight_bytes + floats * FLOAT
