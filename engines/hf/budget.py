@@ -10,10 +10,10 @@ import logging
 import torch
 from torch import Tensor
 
-from engines.hf.attention import PackedLayout
-from engines.hf.lora import Adapter, Gradient, Segment, size
 from engines.hf.model import BaseModel
 from engines.operations import LoraSpec
+from engines.tuning.lora import Adapter, Gradient, Segment, size
+from engines.tuning.packed_attention import PackedLayout
 
 log = logging.getLogger("engines.hf")
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from engines.drawing import Drawn, draw
-from engines.hf.checkpoints import AdapterVersions
+from engines.hf.adapter_versions import AdapterVersions
 from engines.hf.kv_cache import DecodeLayout, KvCache
-from engines.hf.model import BaseModel, Pack
+from engines.hf.model import BaseModel
 from engines.hf.prefill import Prefill
 from engines.hf.prompt_cache import PromptCache
 from engines.hf.samples import Row, Sample, segments_of
 from engines.interface import OutOfMemory, SampleEnd, SampleEvent, UserError
 from engines.line import Line
+from engines.tuning.collating import Pack
 
 GUEST_SLOTS = 16
 """Slots beyond the limit for parties that have no sequence under way, one for each: somebody's long samples in all

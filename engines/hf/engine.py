@@ -12,16 +12,13 @@ from typing import Any, TypeVar
 import torch
 from tokenizers import Tokenizer
 
+from engines.hf.adapter_versions import AdapterVersions
 from engines.hf.budget import token_budget
-from engines.hf.checkpoints import AdapterVersions, RunSnapshot, read_run, write_run
 from engines.hf.decoding import Decoder
-from engines.hf.lora import Adapter, size
 from engines.hf.model import BaseModel, free_bytes, load_base_model, versions
-from engines.hf.optimizer import AdamW
 from engines.hf.options import HfOptions, read_options
 from engines.hf.samples import new_sample
-from engines.hf.torch_errors import translated
-from engines.hf.training import VECTORS, Run, forward, forward_backward, optim_step
+from engines.hf.training import forward, forward_backward
 from engines.interface import (
     Engine,
     EngineConfig,
@@ -50,6 +47,11 @@ from engines.operations import (
     SaveWeightsResult,
 )
 from engines.tokenizer_files import read_tokenizer_files
+from engines.tuning.checkpoints import RunSnapshot, read_run, write_run
+from engines.tuning.lora import Adapter, size
+from engines.tuning.optimizer import AdamW
+from engines.tuning.runs import VECTORS, Run, optim_step
+from engines.tuning.torch_errors import translated
 
 log = logging.getLogger("engines.hf")
 
@@ -116,9 +118,7 @@ class HfEngine(Engine):
         if operation.folder is None:
             run = Run(Adapter.initial(self.base.sites, operation.lora, self.base.device), AdamW())
         else:
-            run = read_run(
-                self.config.storage, operation.folder, self.base, operation.lora, operation.optimizer_state
-            )
+            run = self._read_run(operation.folder, operation.lora, operation.optimizer_state)
         self.runs[item.run_id] = run
         return CreateRunResult(parameters=run.adapter.values.numel())
 
@@ -229,9 +229,12 @@ class HfEngine(Engine):
     def _load_weights(self, item: RunOperation[LoadWeights]) -> LoadWeightsResult:
         operation = item.operation
         spec = self._run(item.run_id).adapter.spec
-        run = read_run(self.config.storage, operation.folder, self.base, spec, operation.optimizer_state)
-        self.runs[item.run_id] = run
+        self.runs[item.run_id] = self._read_run(operation.folder, spec, operation.optimizer_state)
         return LoadWeightsResult()
+
+    def _read_run(self, folder: str, spec: LoraSpec, optimizer_state: bool) -> Run:
+        base = self.base
+        return read_run(self.config.storage, folder, base.sites, base.device, spec, optimizer_state)
 
     def snapshot(self, run_id: str) -> RunSnapshot:
         run = self._run(run_id)

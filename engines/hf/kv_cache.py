@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.hf.attention import Group, PackedLayout, causal
+from engines.tuning.packed_attention import Group, PackedLayout, causal
 
 FIRST_SLOTS = 8
 FIRST_LENGTH = 128

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engines.hf.lora import ANCHOR, Piece, Segment, add_deltas, add_gradients, add_product, pieces_at
+from engines.tuning.lora import ANCHOR, Piece, Segment, add_deltas, add_gradients, add_product, pieces_at
 
 KEPT_LOGITS = 2**26
 """Logits (float32) that may stay in memory between forward and backward: 256 MiB."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,24 +16,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS, part_of
-from engines.hf.attention import ATTENTION, Layout, ProbeLayout, Unsupported
+from engines.hf.attention import ATTENTION, ProbeLayout, Unsupported
 from engines.hf.logprobs import Unembedding
-from engines.hf.lora import LoraLinear, Routing, Segment, Site
 from engines.hf.norms import replace_norms
 from engines.hf.options import HfOptions, cpu_threads
 from engines.hf.threads import Threads
 from engines.interface import EngineConfig, LoadError
 from engines.memory import free_host_bytes
+from engines.tuning.collating import Pack, pack
+from engines.tuning.lora import LoraLinear, Routing, Segment, Site
+from engines.tuning.packed_attention import Layout
 
 PROBE_LENGTHS = (7, 12, 12, 5)
 """Sequences of the trial pass at load."""
-
-
-class Pack(NamedTuple):
-    """Sequences one after the other: int64 `tokens` and `positions`, both [1, T]."""
-
-    tokens: Tensor
-    positions: Tensor
 
 
 class BaseModel:
@@ -91,13 +85,7 @@ class BaseModel:
         self, sequences: Sequence[Sequence[int] | NDArray[np.generic]], firsts: Sequence[int] | None = None
     ) -> Pack:
         """Lay token sequences one after the other on the device; `firsts` are the positions that they begin at."""
-        tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in sequences])
-        begins = firsts or [0] * len(sequences)
-        positions = np.concatenate(
-            [np.arange(first, first + len(tokens)) for first, tokens in zip(begins, sequences, strict=True)]
-        )
-        both = torch.from_numpy(np.stack([tokens, positions])).to(self.device, non_blocking=True)
-        return Pack(both[:1], both[1:])
+        return pack(self.device, sequences, firsts)
 
     @property
     def eos_tokens(self) -> tuple[int, ...]:

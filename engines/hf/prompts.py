@@ -12,9 +12,9 @@ from torch import Tensor
 
 from engines.drawing import invert
 from engines.hf.logprobs import Unembedding
-from engines.hf.lora import Adapter, Segment
 from engines.operations import SampleRequest
 from engines.prompts import PromptScores, rows_wanted, score_prompt
+from engines.tuning.lora import Adapter, Segment
 
 
 def scores_of(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from engines.drawing import Draw
 from engines.hf.kv_cache import Prefix
-from engines.hf.lora import Adapter, Segment
 from engines.interface import EngineInfo, SampleStep, Token, UserError
 from engines.operations import SampledSequence, SampleRequest, SampleResult
 from engines.prompts import PromptScores
 from engines.sampling import Best, Decode, StopTracker, top_logprobs, uniforms
 from engines.shaping import Shaping
 from engines.tensors import Tensor as Bytes
+from engines.tuning.lora import Adapter, Segment
 
 
 @dataclass

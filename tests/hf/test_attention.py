@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.hf.attention import Group, PackedLayout, group_equal
 from engines.hf.kv_cache import CALL_TOKENS, DecodeLayout, KvCache, PrefillLayout, far_longer
+from engines.tuning.packed_attention import Group, PackedLayout, group_equal
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8
 
@@ -86,11 +86,11 @@ def test_one_call_for_all_lengths_gives_the_same(monkeypatch: pytest.MonkeyPatch
 
     query, key, value = states(sum(lengths), seed=2)
     expected = PackedLayout(lengths).attend(0, query, key, value, 0.3)
-    monkeypatch.setattr("engines.hf.attention.varlen_attn", kernel)
+    monkeypatch.setattr("engines.tuning.packed_attention.varlen_attn", kernel)
     layout = PackedLayout(lengths)
     layout.attend(0, query, key, value, 0.3)
     assert calls == 0  # it takes 16 bits on a GPU
-    monkeypatch.setattr("engines.hf.attention.fits_varlen", lambda _: True)
+    monkeypatch.setattr("engines.tuning.packed_attention.fits_varlen", lambda _: True)
     for _ in range(2):
         found = layout.attend(0, query, key, value, 0.3)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

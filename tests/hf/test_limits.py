@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from engines.hf import HfEngine
-from engines.hf.training import VECTORS
 from engines.interface import RunOperation, SampleEnd, UserError
 from engines.memory import ADAPTER_SHARE, RUN_SHARE, free_host_bytes
 from engines.operations import AdapterRef, LoraSpec, SampleRequest, SampleResult, SaveWeights
+from engines.tuning.runs import VECTORS
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import create, forward_backward, request, sample_all, supervised, text, train
 

@@ -7,8 +7,8 @@ import torch
 
 from engines.hf import logprobs as module
 from engines.hf.logprobs import Unembedding, project
-from engines.hf.lora import Adapter, Gradient, Segment, Site
 from engines.operations import LoraSpec
+from engines.tuning.lora import Adapter, Gradient, Segment, Site
 
 ROWS, WIDTH, VOCABULARY = 23, 16, 61
 SITES = [Site("lm_head", WIDTH, VOCABULARY)]

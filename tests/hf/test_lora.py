@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from engines.adapters import initial_a
-from engines.hf.attention import PackedLayout
-from engines.hf.lora import ANCHOR, Adapter, Gradient, LoraLinear, Routing, Segment, Site, size
 from engines.hf.samples import segments_of
 from engines.operations import LoraSpec
+from engines.tuning.lora import ANCHOR, Adapter, Gradient, LoraLinear, Routing, Segment, Site, size
+from engines.tuning.packed_attention import PackedLayout
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import difference, text
 

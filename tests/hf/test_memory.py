@@ -12,10 +12,7 @@ import pytest
 import torch
 
 from engines.hf import HfEngine
-from engines.hf.attention import PackedLayout
 from engines.hf.budget import bytes_per_token
-from engines.hf.lora import Adapter, Segment
-from engines.hf.torch_errors import is_lack_of_memory
 from engines.interface import EngineBroken, OutOfMemory, RunOperation, SampleEnd
 from engines.operations import (
     CreateRun,
@@ -25,6 +22,9 @@ from engines.operations import (
     SampleRequest,
     SampleResult,
 )
+from engines.tuning.lora import Adapter, Segment
+from engines.tuning.packed_attention import PackedLayout
+from engines.tuning.torch_errors import is_lack_of_memory
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import (
     create,
@@ -274,7 +274,7 @@ def test_a_run_for_which_there_is_no_room_may_find_some_later(
         )
 
     with monkeypatch.context() as patched:
-        patched.setattr("engines.hf.lora.Adapter.initial", lacking)
+        patched.setattr("engines.tuning.lora.Adapter.initial", lacking)
         [outcome] = engine.create_runs([RunOperation("a", CreateRun(LoraSpec(rank=4, seed=1)))])
     assert isinstance(outcome, OutOfMemory)
     assert outcome.passing
@@ -292,7 +292,7 @@ def test_a_step_in_which_memory_runs_out_puts_its_run_in_doubt(
     def lacking(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("engines.hf.optimizer.AdamW.moments", lacking)
+    monkeypatch.setattr("engines.tuning.optimizer.AdamW.moments", lacking)
     with pytest.raises(MemoryError, match="CUDA out of memory"):
         engine.optim_step([RunOperation("run", OptimStep(learning_rate=1e-3))])
 

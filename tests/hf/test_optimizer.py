@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from engines.hf.optimizer import AdamW, Step, take
 from engines.interface import UserError
 from engines.operations import OptimStep
+from engines.tuning.optimizer import AdamW, Step, take
 
 SIZE = 257
 

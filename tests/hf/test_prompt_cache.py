@@ -11,9 +11,10 @@ import torch
 
 from engines.hf import HfEngine
 from engines.hf.kv_cache import Prefix
-from engines.hf.model import BaseModel, Pack
+from engines.hf.model import BaseModel
 from engines.hf.prompt_cache import MOST_PROMPTS, PromptCache
 from engines.operations import LoraSpec, SampleResult
+from engines.tuning.collating import Pack
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import Array, numbers, plain_model, request, sample_all, text
 from tests.hf.test_sampling import close, trained

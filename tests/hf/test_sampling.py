@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engines.hf import HfEngine
-from engines.hf.training import VECTORS
 from engines.interface import SampleEnd, SampleStep, UserError
 from engines.operations import AdapterRef, Datum, LoraSpec, SampleRequest, SampleResult
 from engines.tensors import Tensor
+from engines.tuning.runs import VECTORS
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import (
     Array,

@@ -15,13 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.hf.attention import PackedLayout
-from engines.hf.losses import Shares
-from engines.hf.model import BaseModel, Pack
 from engines.losses import LOSSES
 from engines.operations import Datum, Forward, ForwardBackward
+from engines.tuning.judging import Shares
 
 Operation = Forward | ForwardBackward
+
+
+class Pack(NamedTuple):
+    """Sequences one after the other: int64 `tokens` and `positions`, both [1, T]."""
+
+    tokens: Tensor
+    positions: Tensor
 
 
 class Piece(NamedTuple):
@@ -34,11 +39,11 @@ class Piece(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The data of one pass. `targets` int64 [T, K] are on the device, K the largest of the data; what pads a datum to
-    K has weight 0."""
+    """The data of one pass. `lengths` are those of its sequences; `targets` int64 [T, K] are on the device, K the
+    largest of the data; what pads a datum to K has weight 0."""
 
     pack: Pack
-    layout: PackedLayout
+    lengths: Sequence[int]
     targets: Tensor
     pieces: Sequence[Piece]
 
@@ -51,11 +56,35 @@ class _Planned(NamedTuple):
 
 
 def collate(
-    base: BaseModel, operations: Sequence[Operation], pass_tokens: int, *, together: bool
+    device: torch.device,
+    operations: Sequence[Operation],
+    pass_tokens: int,
+    *,
+    together: bool,
+    members: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Batch]:
-    """Passes of at most `pass_tokens` tokens (a longer datum goes alone), of several operations if `together`."""
-    for planned in _plan(operations, pass_tokens, together):
-        yield _batch(base, operations, planned)
+    """Passes of at most `pass_tokens` tokens (a longer datum goes alone), of several operations if `together`.
+
+    `members` are the positions of those data of each operation that are wanted; all of them when not given.
+    """
+    wanted = members or [range(len(operation.data)) for operation in operations]
+    for planned in _plan(operations, wanted, pass_tokens, together):
+        yield _batch(device, operations, planned)
+
+
+def pack(
+    device: torch.device,
+    sequences: Sequence[Sequence[int] | NDArray[np.generic]],
+    firsts: Sequence[int] | None = None,
+) -> Pack:
+    """Lay token sequences one after the other on the device; `firsts` are the positions that they begin at."""
+    tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in sequences])
+    begins = firsts or [0] * len(sequences)
+    positions = np.concatenate(
+        [np.arange(first, first + len(tokens)) for first, tokens in zip(begins, sequences, strict=True)]
+    )
+    both = torch.from_numpy(np.stack([tokens, positions])).to(device, non_blocking=True)
+    return Pack(both[:1], both[1:])
 
 
 def width_of(datum: Datum) -> int:
@@ -64,7 +93,9 @@ def width_of(datum: Datum) -> int:
     return shape[1] if len(shape) == 2 else 1
 
 
-def _plan(operations: Sequence[Operation], pass_tokens: int, together: bool) -> Iterator[list[_Planned]]:
+def _plan(
+    operations: Sequence[Operation], wanted: Sequence[Sequence[int]], pass_tokens: int, together: bool
+) -> Iterator[list[_Planned]]:
     """Operations with as many targets at a position share passes: none is padded for another's sake."""
     widths = [max(width_of(datum) for datum in operation.data) for operation in operations]
     planned: list[_Planned] = []
@@ -74,7 +105,7 @@ def _plan(operations: Sequence[Operation], pass_tokens: int, together: bool) -> 
         if planned and not (together and widths[number] == widths[planned[-1].operation]):
             yield planned
             planned, tokens = [], 0
-        for member in sorted(range(len(data)), key=lambda i: data[i].tokens.shape[0]):
+        for member in sorted(wanted[number], key=lambda i: data[i].tokens.shape[0]):
             length = data[member].tokens.shape[0]
             if planned and tokens + length > pass_tokens:
                 yield planned
@@ -87,36 +118,38 @@ def _plan(operations: Sequence[Operation], pass_tokens: int, together: bool) -> 
         yield planned
 
 
-def _batch(base: BaseModel, operations: Sequence[Operation], planned: Sequence[_Planned]) -> Batch:
+def _batch(device: torch.device, operations: Sequence[Operation], planned: Sequence[_Planned]) -> Batch:
     data = [operations[number].data[member] for number, members in planned for member in members]
     width = max(width_of(datum) for datum in data)
     targets = torch.from_numpy(_rows(data, "target_tokens", width, np.int64))
     pieces = []
     start = 0
     for number, members in planned:
-        piece = _piece(base, operations[number], number, members, width, start)
+        piece = _piece(device, operations[number], number, members, width, start)
         pieces.append(piece)
         start = piece.rows.stop
     return Batch(
-        base.pack([datum.tokens.array() for datum in data]),
-        PackedLayout([datum.tokens.shape[0] for datum in data]),
-        targets.to(base.device, non_blocking=True),
+        pack(device, [datum.tokens.array() for datum in data]),
+        [datum.tokens.shape[0] for datum in data],
+        targets.to(device, non_blocking=True),
         pieces,
     )
 
 
 def _piece(
-    base: BaseModel, operation: Operation, number: int, members: Sequence[int], width: int, start: int
+    device: torch.device, operation: Operation, number: int, members: Sequence[int], width: int, start: int
 ) -> Piece:
     data = [operation.data[member] for member in members]
     lengths = [datum.tokens.shape[0] for datum in data]
     ends = list(accumulate(lengths))
     own = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
-    shares = Shares(members, own, _inputs(base, operation, data, width))
+    shares = Shares(members, own, _inputs(device, operation, data, width))
     return Piece(number, slice(start, start + ends[-1]), shares)
 
 
-def _inputs(base: BaseModel, operation: Operation, data: Sequence[Datum], width: int) -> dict[str, Tensor]:
+def _inputs(
+    device: torch.device, operation: Operation, data: Sequence[Datum], width: int
+) -> dict[str, Tensor]:
     """The loss inputs besides the targets; of the settings per token those that any of the data brings. A traced loss
     takes its own from the data."""
     if operation.custom is not None:
@@ -126,7 +159,7 @@ def _inputs(base: BaseModel, operation: Operation, data: Sequence[Datum], width:
     names = [name for name in spec.inputs if name != "target_tokens"]
     names += [name for name in spec.per_token if any(name in datum.loss_inputs for datum in data)]
     rows = [_rows(data, name, width, np.float32, settings.get(name)) for name in names]
-    inputs = torch.from_numpy(np.stack(rows)).to(base.device, non_blocking=True)
+    inputs = torch.from_numpy(np.stack(rows)).to(device, non_blocking=True)
     return dict(zip(names, inputs, strict=True))
 
 

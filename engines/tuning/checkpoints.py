@@ -1,4 +1,4 @@
-"""Adapters and optimizer states as folders in PEFT's layout, and the cache of adapter versions that are sampled."""
+"""Adapters and optimizer states as folders in PEFT's layout."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from engines.adapters import (
     peft_config,
     peft_key,
 )
-from engines.hf.lora import Adapter, Site, size, views
-from engines.hf.model import BaseModel
-from engines.hf.optimizer import AdamW
-from engines.hf.training import Run
 from engines.interface import EngineConfig, PendingSnapshot, UserError
-from engines.memory import AdapterMemory
 from engines.operations import LoraSpec
 from engines.saved_weights import open_weights, unreadable
 from engines.storage import write_folder
+from engines.tuning.lora import Adapter, Site, size, views
+from engines.tuning.optimizer import AdamW
+from engines.tuning.runs import Run
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -100,18 +98,25 @@ def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
     return tensors
 
 
-def read_run(storage: str, folder: str, base: BaseModel, spec: LoraSpec, optimizer_state: bool) -> Run:
+def read_run(
+    storage: str,
+    folder: str,
+    sites: Sequence[Site],
+    device: torch.device,
+    spec: LoraSpec,
+    optimizer_state: bool,
+) -> Run:
     """A run that begins at stored weights; its moments and step count too when asked, else zero.
 
     Raises DamagedWeights, and UserError when the folder holds an adapter of another shape or no optimizer state.
     """
     wanted = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([OPTIMIZER] if optimizer_state else [])]
     path = open_weights(storage, folder, *wanted)
-    stored = _read_spec(path)
+    stored = read_spec(path)
     if _shape(stored) != _shape(spec):
         raise UserError(f"the checkpoint's adapter has {_shape(stored)}, the run's {_shape(spec)}")
-    adapter = Adapter(base.sites, spec, _read_values(path, base, spec))
-    return Run(adapter, _read_optimizer(path, base, spec) if optimizer_state else AdamW())
+    adapter = Adapter(sites, spec, read_values(path, sites, device, spec))
+    return Run(adapter, _read_optimizer(path, sites, device, spec) if optimizer_state else AdamW())
 
 
 def _shape(spec: LoraSpec) -> str:
@@ -121,7 +126,7 @@ def _shape(spec: LoraSpec) -> str:
     )
 
 
-def _read_spec(path: Path) -> LoraSpec:
+def read_spec(path: Path) -> LoraSpec:
     """Rank, alpha and parts of a stored adapter. Its seed is not stored, and no longer means anything."""
     try:
         config = msgspec.json.decode((path / ADAPTER_CONFIG).read_bytes(), type=_PeftConfig)
@@ -131,17 +136,18 @@ def _read_spec(path: Path) -> LoraSpec:
     return LoraSpec(config.r, 0, config.lora_alpha, "attn" in parts, "mlp" in parts, "unembed" in parts)
 
 
-def _read_values(path: Path, base: BaseModel, spec: LoraSpec) -> Tensor:
+def read_values(path: Path, sites: Sequence[Site], device: torch.device, spec: LoraSpec) -> Tensor:
     """The values of an adapter that must have exactly the factors of `spec`."""
-    return _assemble(_decode(path / ADAPTER_WEIGHTS), ADAPTER_WEIGHTS, base, spec)
+    return _assemble(_decode(path / ADAPTER_WEIGHTS), ADAPTER_WEIGHTS, sites, device, spec)
 
 
-def _read_optimizer(path: Path, base: BaseModel, spec: LoraSpec) -> AdamW:
+def _read_optimizer(path: Path, sites: Sequence[Site], device: torch.device, spec: LoraSpec) -> AdamW:
     tensors = _decode(path / OPTIMIZER)
     if "step" not in tensors:
         raise UserError(f"{OPTIMIZER} of the checkpoint holds no step count")
     moments = [
-        _assemble(_below(tensors, f"{moment}."), f"{moment} in {OPTIMIZER}", base, spec) for moment in MOMENTS
+        _assemble(_below(tensors, f"{moment}."), f"{moment} in {OPTIMIZER}", sites, device, spec)
+        for moment in MOMENTS
     ]
     return AdamW(int(tensors["step"]), *moments)
 
@@ -150,10 +156,12 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
 
 
-def _assemble(tensors: Mapping[str, Tensor], file: str, base: BaseModel, spec: LoraSpec) -> Tensor:
+def _assemble(
+    tensors: Mapping[str, Tensor], file: str, sites: Sequence[Site], device: torch.device, spec: LoraSpec
+) -> Tensor:
     """One vector, laid out like an adapter's values, of tensors under PEFT's names."""
-    values = torch.zeros(size(base.sites, spec), dtype=torch.float32, device=base.device)
-    places = dict(named(base.sites, spec, values))
+    values = torch.zeros(size(sites, spec), dtype=torch.float32, device=device)
+    places = dict(named(sites, spec, values))
     odd = sorted(places.keys() ^ tensors.keys())
     if odd:
         where = "is missing" if odd[0] in places else "does not belong to this model"
@@ -179,50 +187,3 @@ def _decode(path: Path) -> dict[str, Tensor]:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
-
-
-class AdapterVersions:
-    """Immutable adapters for sampling, in memory while there is room, by storage folder.
-
-    A folder is written once, so that what was read or put under its name stays true.
-    """
-
-    def __init__(self, storage: str, base: BaseModel, limit: int) -> None:
-        self.storage = storage
-        self.base = base
-        self.memory: AdapterMemory[Adapter] = AdapterMemory(limit)
-
-    def put(self, folder: str, adapter: Adapter) -> None:
-        """Keep a copy of a version that was just saved, if there is room, so that it need not be read."""
-        self.memory.offer(folder, adapter.values.nbytes, adapter.copy)
-
-    def require(self, folder: str) -> None:
-        """Raises UserError when there is no adapter in the folder, or it is larger than all may be together."""
-        if folder not in self.memory:
-            self.memory.require(self._size(self._spec(folder)))
-
-    def take(self, folder: str) -> Adapter | None:
-        """The version in a folder, which stays in memory until it is given back; None when there is no room for it now.
-
-        Raises UserError when it cannot be read or does not fit the model.
-        """
-        if folder in self.memory:
-            return self.memory.take(folder, 0, lambda: self._read(folder))
-        size = self._size(self._spec(folder))
-        self.memory.require(size)
-        return self.memory.take(folder, size, lambda: self._read(folder))
-
-    def give_back(self, folder: str) -> None:
-        """One that was taken is not needed any more."""
-        self.memory.give_back(folder)
-
-    def _size(self, spec: LoraSpec) -> int:
-        return size(self.base.sites, spec) * torch.float32.itemsize
-
-    def _spec(self, folder: str) -> LoraSpec:
-        return _read_spec(open_weights(self.storage, folder, ADAPTER_CONFIG))
-
-    def _read(self, folder: str) -> Adapter:
-        path = open_weights(self.storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-        spec = _read_spec(path)
-        return Adapter(self.base.sites, spec, _read_values(path, self.base, spec))
