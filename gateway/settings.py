@@ -118,6 +118,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Operations of all runs of one owner that may wait for one engine."""
     max_queued_samples: int = 20_000
     """Samples of one owner that may wait for one engine."""
+    max_queued_bytes: int = 4096 * MiB
+    """Bytes that the inputs of all calls of one owner may have that wait for one engine."""
     announced_result_bytes: int = 1 * MiB
     """Results from this size on are announced, with their size, to clients that ask for that, before they are sent."""
     samples_in_engine: int = 256
@@ -301,6 +303,7 @@ def _check_numbers(settings: Settings) -> None:
         "max_queued_per_run",
         "max_queued_per_owner",
         "max_queued_samples",
+        "max_queued_bytes",
         "samples_in_engine",
         "max_attempts",
     ):

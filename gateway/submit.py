@@ -166,13 +166,14 @@ async def submit_run(gateway: Gateway, new: NewRun) -> Future:
         created_at=now,
         last_request_at=now,
     )
-    operation = CreateRun(new.lora, folder=origin_folder, optimizer_state=new.with_optimizer)
+    body = encode(CreateRun(new.lora, folder=origin_folder, optimizer_state=new.with_optimizer))
     future = _future(run, Turn(0, digest=new.digest), "create_run", {"path": run.origin_path}, None)
+    future = replace(future, input_bytes=len(body))
     if not gateway.futures.knows(future.request_id):
         supervisor.require_loadable()
         await gateway.dispatcher_of(run).require_room(future)
     needs = new.origin.reference if new.origin is not None else None
-    await gateway.futures.submit(Submission(future, encode(operation), run, needs))
+    await gateway.futures.submit(Submission(future, body, run, needs))
     return future
 
 
@@ -243,14 +244,14 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
     """
     needs = Needs.of(await gateway.lora_of(sampler.run_id), request)
     dispatcher = gateway.fleet.to_sample(sampler.base_model, needs)
-    future = _sample_future(sampler, dispatcher.name, turn)
+    folder = await weights_of(gateway, sampler)
+    adapter = None if folder is None else AdapterRef(folder, folder)
+    body = encode(msgspec.structs.replace(request, adapter=adapter, session=sampler.sampler_id))
+    future = replace(_sample_future(sampler, dispatcher.name, turn), input_bytes=len(body))
     if not gateway.futures.knows(future.request_id):
         dispatcher.supervisor.require_loadable()
         await dispatcher.require_room(future)
-    folder = await weights_of(gateway, sampler)
-    adapter = None if folder is None else AdapterRef(folder, folder)
-    request = msgspec.structs.replace(request, adapter=adapter, session=sampler.sampler_id)
-    await gateway.futures.submit(Submission(future, encode(request)))
+    await gateway.futures.submit(Submission(future, body))
     return future
 
 
@@ -288,6 +289,7 @@ async def _append(
         raise BadRequest(
             f"seq_id is {future.seq_id}; operations of a run are numbered from 1", param="seq_id"
         )
+    future = replace(future, input_bytes=len(body))
     if not gateway.futures.knows(future.request_id):
         await gateway.dispatcher_of(run).require_room(future)
     await gateway.futures.submit(Submission(future, body, needs=needs))

@@ -16,6 +16,7 @@ from gateway.dispatch.blame import Blame
 from gateway.dispatch.claiming import Interrupted
 from gateway.dispatch.elsewhere import QueuesElsewhere
 from gateway.dispatch.quarantine import Quarantine
+from gateway.dispatch.room import bytes_load, require_room
 from gateway.dispatch.sampling import GIVEN_UP, SamplingLane
 from gateway.dispatch.standing import Standing
 from gateway.dispatch.training import TrainingLane
@@ -54,6 +55,7 @@ class Dispatcher:
         self.training = TrainingLane(store, settings, on_settled, self._blame)
         self.sampling = SamplingLane(store, settings, on_settled, self._blame)
         self._store = store
+        self._settings = settings
         self._on_opened = on_opened
         self._on_settled = on_settled
         self._on_lost = on_lost
@@ -61,6 +63,7 @@ class Dispatcher:
         self._task: asyncio.Task[None] | None = None
         self._engine: EngineProcess | None = None
         self._died_over: list[str] = []
+        self._read = False
 
     @property
     def name(self) -> str:
@@ -122,11 +125,15 @@ class Dispatcher:
 
     async def require_room(self, future: Future) -> None:
         """Raises TooManyRequests when a queue that a new future would wait in is full."""
-        if not self.supervisor.holding:
+        if not (self.supervisor.holding and self._read):
             await self._elsewhere.require_room(future)
-        elif future.run_id is None:
+            return
+        waiting = self.training.queued.of(future.owner) + self.sampling.queued.of(future.owner)
+        if future.run_id is None:
+            require_room([bytes_load(waiting, self._settings)], lambda: False)
             self.sampling.require_room(future.owner)
         else:
+            require_room([bytes_load(waiting, self._settings)], lambda: self.training.awaited(future))
             self.training.require_room(future)
 
     async def give_up(self, future: Future) -> None:
@@ -174,6 +181,7 @@ class Dispatcher:
         """Another gateway has the engine, and it alone knows what waits for it. Nobody here is to blame for the end of
         the process that was given up."""
         self._died_over = []
+        self._read = False
         await self.sampling.reset()
         self.training.reset()
         self._on_lost(self.name)
@@ -194,6 +202,7 @@ class Dispatcher:
         await self._store.futures.count_deaths(self._died_over)
         self._died_over = []
         await self._store.futures.requeue(self.name, self.supervisor.epoch)
+        self._read = False
         await self.sampling.reset()
         self.sampling.epoch = self.supervisor.epoch
         self.training.reset()
@@ -202,7 +211,8 @@ class Dispatcher:
             if future.run_id is None:
                 self.sampling.accept(future)
             else:
-                self.training.reopen(future.run_id)
+                self.training.reopen(future)
+        self._read = True
 
     async def _feed(self, engine: EngineProcess) -> None:
         """Until both lanes have been closed and are empty; raises what ends it before."""

@@ -1,11 +1,13 @@
-"""Limits of an engine's queues at a gateway that does not keep them: counted in the database, once a second at most."""
+"""Limits of an engine's queues where they are not in memory, at a gateway that does not keep them or has not read them
+yet: counted in the database, once a second at most."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 
-from gateway.errors import TooManyRequests
+from gateway.dispatch.room import Load, bytes_load, owner_load, require_room, run_load, samples_load
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.records import Future
@@ -24,6 +26,7 @@ class QueuesElsewhere:
         self._of_runs: Counter[str] = Counter()
         self._operations: Counter[str] = Counter()
         self._samples: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
         self._last: dict[str, int] = {}
 
     async def require_room(self, future: Future) -> None:
@@ -31,39 +34,36 @@ class QueuesElsewhere:
         waits is taken all the same, as at the gateway that has the engine."""
         if time.monotonic() - self._counted_at > _COUNTED_FOR_S:
             await self._count()
-        run_id, owner, limits = future.run_id, future.owner, self._settings
+        run_id, owner = future.run_id, future.owner
+        require_room(self._loads(future), lambda: future.seq_id <= self._last.get(run_id or "", -1))
+        self._bytes[owner] += future.input_bytes
         if run_id is None:
-            self._require(
-                self._samples[owner], limits.max_queued_samples, "samples of yours", "max_queued_samples"
-            )
             self._samples[owner] += 1
             return
-        if future.seq_id > self._last.get(run_id, -1):
-            waiting = f"operations of run {run_id}"
-            self._require(self._of_runs[run_id], limits.max_queued_per_run, waiting, "max_queued_per_run")
-            waiting = "operations of yours"
-            self._require(
-                self._operations[owner], limits.max_queued_per_owner, waiting, "max_queued_per_owner"
-            )
-            self._last[run_id] = future.seq_id
+        self._last[run_id] = max(future.seq_id, self._last.get(run_id, -1))
         self._of_runs[run_id] += 1
         self._operations[owner] += 1
+
+    def _loads(self, future: Future) -> Iterator[Load]:
+        run_id, owner, limits = future.run_id, future.owner, self._settings
+        yield bytes_load(self._bytes[owner], limits)
+        if run_id is None:
+            yield samples_load(self._samples[owner], limits)
+        else:
+            yield run_load(run_id, self._of_runs[run_id], limits)
+            yield owner_load(self._operations[owner], limits)
 
     async def _count(self) -> None:
         self._counted_at = time.monotonic()
         queues = await self._store.futures.queues(self._engine)
         self._of_runs, self._operations, self._samples = Counter(), Counter(), Counter()
+        self._bytes = Counter()
         self._last = {}
         for queue in queues:
+            self._bytes[queue.owner] += queue.input_bytes
             if queue.run_id is None:
                 self._samples[queue.owner] += queue.waiting
             else:
                 self._of_runs[queue.run_id] = queue.waiting
                 self._operations[queue.owner] += queue.waiting
                 self._last[queue.run_id] = queue.last
-
-    def _require(self, waiting: int, largest: int, what: str, setting: str) -> None:
-        if waiting >= largest:
-            raise TooManyRequests(
-                f"{waiting} {what} wait already (setting {setting}); retry when some are done"
-            )

@@ -15,10 +15,11 @@ from gateway.dispatch.claiming import Interrupted, claimed_inputs, sent
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed
 from gateway.dispatch.quarantine import Quarantine
+from gateway.dispatch.room import QueuedBytes, require_room, samples_load
 from gateway.dispatch.run_queue import Turns
 from gateway.dispatch.standing import Standing
 from gateway.engine_process import Drawn, EngineProcess
-from gateway.errors import EngineFailed, EngineLost, TooManyRequests
+from gateway.errors import EngineFailed, EngineLost
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.futures import Claim
@@ -54,6 +55,7 @@ class SamplingLane:
         self._on_settled = on_settled
         self._waiting: dict[str, Future] = {}
         self._turns = Turns()
+        self.queued = QueuedBytes()
         self._inputs = RecentInputs(settings.input_cache_bytes)
         self._active: dict[str, _Active] = {}
         self._given_up: set[str] = set()
@@ -73,6 +75,7 @@ class SamplingLane:
         elif future.open:
             if body is not None:
                 self._inputs.add(future.request_id, body)
+            self.queued.add(future)
             self._waiting[future.request_id] = future
             self._turns.add(future.owner, future.request_id)
             self._wake.set()
@@ -82,6 +85,7 @@ class SamplingLane:
         await self.cancel()
         self._waiting.clear()
         self._turns = Turns()
+        self.queued.clear()
         self._inputs.clear()
         self._claiming.clear()
         self._broken = None
@@ -115,6 +119,7 @@ class SamplingLane:
     def withdraw(self, request_ids: Collection[str]) -> None:
         """Another gateway has settled these: they wait no longer, and what they occupy in the engine is freed."""
         for request_id in request_ids:
+            self.queued.remove(request_id)
             if (waiting := self._waiting.pop(request_id, None)) is not None:
                 self._turns.remove(waiting.owner, request_id)
                 self._inputs.discard(request_id)
@@ -136,11 +141,7 @@ class SamplingLane:
 
     def require_room(self, owner: str) -> None:
         """Raises TooManyRequests when an owner's queue is full."""
-        waiting, largest = self._turns.count(owner), self._settings.max_queued_samples
-        if waiting >= largest:
-            raise TooManyRequests(
-                f"{waiting} samples of yours wait already (setting max_queued_samples); retry when some are done"
-            )
+        require_room([samples_load(self._turns.count(owner), self._settings)], lambda: False)
 
     async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
         """Until the lane is closed and empty. Raises EngineLost, and Interrupted when a write fails."""
@@ -175,6 +176,9 @@ class SamplingLane:
         self._claiming, self._withdrawn = set(claim.request_ids), set()
         inputs = await claimed_inputs(self._store.futures, self._inputs, claim, self._written)
         quarantine.leave(count=len(batch) - len(inputs))
+        for future in batch:
+            if future.request_id not in inputs:
+                self.queued.remove(future.request_id)  # it has its outcome already
         claimed = [sent(future, epoch) for future in batch]
         return [(future, inputs[future.request_id]) for future in claimed if future.request_id in inputs]
 
@@ -206,6 +210,7 @@ class SamplingLane:
         if outcome is not None:
             self.in_engine.discard(future.request_id)
             await self._store.futures.settle(outcome, self._on_settled)
+            self.queued.remove(future.request_id)
 
     async def _outcome(self, engine: EngineProcess, future: Future, body: bytes) -> Outcome | None:
         try:
@@ -243,6 +248,7 @@ class SamplingLane:
         self.in_engine.discard(future.request_id)
         outcome = replace(failed(future, "user", GIVEN_UP), fence=self.epoch)
         self._store.futures.settle(outcome, self._on_settled).add_done_callback(self._written)
+        self.queued.remove(future.request_id)
 
     def _written(self, write: asyncio.Future[Any]) -> None:
         if not write.cancelled() and write.exception() is not None:

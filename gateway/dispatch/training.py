@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,13 +22,14 @@ from gateway.dispatch.outcomes import failed, outcomes_of
 from gateway.dispatch.quarantine import Quarantine
 from gateway.dispatch.recovery import NoRoom, Restoration, RestoreFailed, size_of
 from gateway.dispatch.residency import Residency
+from gateway.dispatch.room import QueuedBytes, owner_load, require_room, run_load
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
 from gateway.dispatch.snapshots import Snapshots
 from gateway.dispatch.standing import Standing
 from gateway.dispatch.weighing import weight
 from gateway.engine_process import EngineProcess
-from gateway.errors import EngineLost, TooManyRequests
+from gateway.errors import EngineLost
 from gateway.settings import Settings
 from gateway.snapshot_files import SnapshotFiles, SnapshotsUnreachable
 from gateway.store import Store
@@ -60,6 +61,7 @@ class TrainingLane:
         self._on_settled = on_settled
         self._queue = TrainingQueue()
         self._unopened: dict[str, list[Future]] = {}
+        self.queued = QueuedBytes()
         self._inputs = RecentInputs(settings.input_cache_bytes)
         self._broken: Exception | None = None
         self._closed = False
@@ -79,6 +81,7 @@ class TrainingLane:
     def accept(self, future: Future, body: bytes | None = None) -> None:
         """Queue an operation that has become durable; `body` is its input where that is at hand."""
         run_id = future.run_id or ""
+        self.queued.add(future)
         if body is not None and future.open:
             self._inputs.add(future.request_id, body)
         queue = self._queue.runs.get(run_id)
@@ -96,6 +99,7 @@ class TrainingLane:
         """Forget everything."""
         self._queue = TrainingQueue()
         self._unopened.clear()
+        self.queued.clear()
         self._inputs.clear()
         self._broken = None
         self._to_drop.clear()
@@ -115,9 +119,10 @@ class TrainingLane:
         self._closed = True
         self._wake.set()
 
-    def reopen(self, run_id: str) -> None:
-        """A run has open operations in the database."""
-        self._unopened.setdefault(run_id, [])
+    def reopen(self, future: Future) -> None:
+        """There is an open operation of a run in the database."""
+        self.queued.add(future)
+        self._unopened.setdefault(future.run_id or "", [])
         self._wake.set()
 
     def drop(self, run_id: str) -> None:
@@ -140,24 +145,23 @@ class TrainingLane:
         What comes before something that waits is taken all the same: the chunks of one call are sent in any order, and
         those that are here would wait for it for ever.
         """
-        queue = self._queue.runs.get(future.run_id or "")
-        unopened = self._unopened.get(future.run_id or "", [])
-        refusal = self._refusal(future, len(unopened if queue is None else queue.waiting))
-        if refusal is not None:
-            waiting = queue.waiting if queue is not None else [other.seq_id for other in unopened]
-            if future.seq_id > max(waiting, default=-1):
-                raise TooManyRequests(f"{refusal}; retry when some are done")
-
-    def _refusal(self, future: Future, in_run: int) -> str | None:
-        if in_run >= self._settings.max_queued_per_run:
-            return f"{in_run} operations of run {future.run_id} wait already (setting max_queued_per_run)"
-        unopened = (
-            len(others) for others in self._unopened.values() if others and others[0].owner == future.owner
+        others = (len(each) for each in self._unopened.values() if each and each[0].owner == future.owner)
+        loads = (
+            run_load(future.run_id or "", len(self._waiting(future)), self._settings),
+            owner_load(self._queue.load[future.owner] + sum(others), self._settings),
         )
-        in_all = self._queue.load[future.owner] + sum(unopened)
-        if in_all >= self._settings.max_queued_per_owner:
-            return f"{in_all} operations of yours wait already (setting max_queued_per_owner)"
-        return None
+        require_room(loads, lambda: self.awaited(future))
+
+    def awaited(self, future: Future) -> bool:
+        """Whether an operation comes before one of its run that waits here."""
+        return future.seq_id <= max(self._waiting(future), default=-1)
+
+    def _waiting(self, future: Future) -> Collection[int]:
+        """Numbers of what waits of the same run."""
+        queue = self._queue.runs.get(future.run_id or "")
+        if queue is not None:
+            return queue.waiting
+        return [other.seq_id for other in self._unopened.get(future.run_id or "", ())]
 
     async def feed(self, engine: EngineProcess, quarantine: Quarantine) -> None:
         """Until the lane is closed. Raises EngineLost, and Interrupted when what is in memory cannot be trusted."""
@@ -429,6 +433,8 @@ class TrainingLane:
     def _settled(self, settled: Settled | None) -> None:
         if settled is None:
             self._broken = Interrupted("its epoch is over")
+        else:
+            self.queued.remove(settled.future.request_id)
         self._on_settled(settled)
 
     def _written(self, write: asyncio.Future[Any]) -> None:

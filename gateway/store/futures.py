@@ -58,12 +58,13 @@ class Claim:
 
 
 class Queued(NamedTuple):
-    """How much of an owner's waits, of one run (None: samples), and the highest number of it."""
+    """How much of an owner's waits, of one run (None: samples); its highest number, and the bytes of its inputs."""
 
     owner: str
     run_id: str | None
     waiting: int
     last: int
+    input_bytes: int
 
 
 @dataclass(slots=True)
@@ -197,12 +198,19 @@ class FutureStore:
     async def queues(self, engine: str) -> list[Queued]:
         """What waits for an engine, counted by owner and run; samples belong to none."""
         query = (
-            select(F.c.owner, F.c.run_id, func.count().label("waiting"), func.max(F.c.seq_id).label("last"))
+            select(
+                F.c.owner,
+                F.c.run_id,
+                func.count().label("waiting"),
+                func.max(F.c.seq_id).label("last"),
+                func.sum(F.c.input_bytes).label("input_bytes"),
+            )
             .where(F.c.engine == engine, schema.OPEN)
             .group_by(F.c.owner, F.c.run_id)
         )
         return [
-            Queued(row.owner, row.run_id, row.waiting, row.last) for row in await self._database.rows(query)
+            Queued(row.owner, row.run_id, row.waiting, row.last, int(row.input_bytes))
+            for row in await self._database.rows(query)
         ]
 
     async def result(self, request_id: str) -> bytes | None:

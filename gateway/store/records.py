@@ -96,7 +96,7 @@ class Run:
 class Future:
     """One accepted call, without its input and result. `digest` is of what was sent, to tell another call under the
     same number; None: not known. `result_digest` and `measure` (a loss, or a gradient's norm) are what its replay is
-    compared with."""
+    compared with; `input_bytes` is the size of its input."""
 
     request_id: str
     owner: str
@@ -115,6 +115,7 @@ class Future:
     digest: bytes | None = None
     result_digest: bytes | None = None
     measure: float | None = None
+    input_bytes: int = 0
     error: str | None = None
     error_category: str | None = None
     error_id: str | None = None

@@ -157,6 +157,7 @@ futures = Table(
     Column("digest", LargeBinary, comment="128 bits of what was sent; none: not known"),
     Column("result_digest", LargeBinary, comment="128 bits of the result, of a deterministic engine"),
     Column("measure", Double, comment="loss of a pass, gradient norm of a step"),
+    Column("input_bytes", BigInteger, nullable=False, server_default="0", comment="of its row in inputs"),
     Column("error", String),
     Column("error_category", String),
     Column("error_id", String),

@@ -1,18 +1,21 @@
-"""Bounded queues: of a run, of an owner at an engine, of an owner's samples; and what a waiting call is told."""
+"""Bounded queues: of a run, of an owner at an engine, of an owner's samples, in calls and in bytes; and what a waiting
+call is told."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from gateway.dispatch.blame import Blame
+from gateway.dispatch.room import Load, bytes_load, require_room
 from gateway.dispatch.sampling import SamplingLane
 from gateway.dispatch.training import TrainingLane
 from gateway.errors import TooManyRequests
 from gateway.settings import Settings
 from gateway.store import Store
-from gateway.store.records import Future
+from gateway.store.records import Future, FutureStatus, Settled
 from tests.dispatch.test_run_queue import operation
 
 SETTINGS = Settings(max_queued_per_run=3, max_queued_per_owner=5, max_queued_samples=2, samples_in_engine=7)
@@ -78,6 +81,60 @@ def test_what_others_wait_for_is_taken_though_the_queue_is_full() -> None:
     lane.require_room(operation("a", 1))
     with pytest.raises(TooManyRequests):
         lane.require_room(operation("a", 4))
+
+
+def test_what_others_wait_for_is_taken_up_to_twice_the_bound() -> None:
+    """Else a sender could name a high number first, and fill everything with what comes before it."""
+    lane = training(operation("a", 9), operation("a", 8))
+    for number in (7, 6, 5):
+        lane.require_room(operation("a", number))
+        lane.accept(operation("a", number))
+    with pytest.raises(TooManyRequests, match="6 operations of run a"):
+        lane.require_room(operation("a", 4))
+
+
+def test_bytes_of_operations_count_until_their_outcome_is_stored() -> None:
+    lane = training()
+    first, second = (replace(operation("a", number), input_bytes=100 * number) for number in (1, 2))
+    lane.accept(operation("a", 0, "create_run"))
+    for future in (first, second, second):  # a notice may come twice
+        lane.accept(future)
+    assert (lane.queued.of("alice"), lane.queued.of("bob")) == (300, 0)
+    lane._settled(Settled(first, b""))
+    assert lane.queued.of("alice") == 200
+    lane._settled(Settled(first, b""))
+    assert lane.queued.of("alice") == 200
+    lane.reset()
+    assert lane.queued.of("alice") == 0
+    lane.reopen(second)  # found in the database; its run's log is read later
+    assert lane.queued.of("alice") == 200
+
+
+def test_rejected_operations_have_no_bytes() -> None:
+    lane = training(replace(operation("a", 2), status=FutureStatus.FAILED, input_bytes=100))
+    assert lane.queued.of("alice") == 0
+
+
+def test_bytes_of_samples_count_until_they_are_over() -> None:
+    lane = SamplingLane(cast(Store, None), SETTINGS, lambda settled: None, Blame(2))
+    for number in (1, 2, 4):
+        lane.accept(replace(sample(number), input_bytes=number))
+    assert lane.queued.of("alice") == 7
+    lane.withdraw(["x:2", "x:unknown"])
+    assert lane.queued.of("alice") == 5
+
+
+def a_bytes_load(waiting: int) -> Load:
+    return bytes_load(waiting, Settings(max_queued_bytes=1000))
+
+
+def test_bytes_have_a_bound() -> None:
+    require_room([a_bytes_load(999)], lambda: False)
+    with pytest.raises(TooManyRequests, match=r"1000 bytes of calls of yours .*max_queued_bytes"):
+        require_room([a_bytes_load(1000)], lambda: False)
+    require_room([a_bytes_load(1999)], lambda: True)
+    with pytest.raises(TooManyRequests):
+        require_room([a_bytes_load(2000)], lambda: True)
 
 
 def test_operations_of_runs_that_are_not_open_count_too() -> None:

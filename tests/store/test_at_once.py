@@ -124,7 +124,7 @@ async def test_every_column_of_a_future_comes_back(store: Store) -> None:
     run = await begun_run(store)
     future = Future(
         "id", "bob", "e", "save_weights", 7, 1.5, run.run_id, "sampler", FutureStatus.FAILED, 3, 2, 1,
-        {"a": [1, "é", None]}, "folder", b"\0d", b"\xffr", 0.25, "wrong", "user", "e1", 2.5, 3.5,
+        {"a": [1, "é", None]}, "folder", b"\0d", b"\xffr", 0.25, 12, "wrong", "user", "e1", 2.5, 3.5,
     )  # fmt: skip
     await store.futures.submit(Submission(future, b""))
     assert await store.futures.get("id") == future

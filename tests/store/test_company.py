@@ -114,11 +114,11 @@ async def test_what_waits_is_counted_by_run_and_owner(store: Store) -> None:
     run = a_run(await store.sessions.create(a_session()))
     sample = an_operation(run, 5, "sample", run_id=None, sampler_id="x", request_id="x:5")
     await store.futures.submit(Submission(an_operation(run, 0, "create_run"), b"", run))
-    for future in (an_operation(run, 3), sample):
-        await store.futures.submit(Submission(future, b""))
+    for future in (an_operation(run, 3, input_bytes=40), replace(sample, input_bytes=7)):
+        await store.futures.submit(Submission(future, bytes(future.input_bytes)))
     assert set(await store.futures.queues("e")) == {
-        Queued("alice", run.run_id, 2, 3),
-        Queued("alice", None, 1, 5),
+        Queued("alice", run.run_id, 2, 3, 40),
+        Queued("alice", None, 1, 5, 7),
     }
     assert await store.futures.queues("another") == []
 
