@@ -90,17 +90,24 @@ async def owned_checkpoint(store: Store, owner: str, path: str, *, param: str = 
 
 
 async def require_space(
-    store: Store, settings: Settings, owner: str, *, replacing: str | None = None
+    store: Store,
+    settings: Settings,
+    owner: str,
+    *,
+    replacing: str | None = None,
+    naming: str | None = None,
 ) -> None:
-    """Raises BadRequest when an owner's checkpoints, that under the path `replacing` left out, have used up the bytes
-    that they may have. What is being saved at the same time is not counted yet."""
-    used, most = await store.checkpoints.bytes_of(owner), settings.max_checkpoint_bytes
+    """Raises BadRequest when an owner's checkpoints and weights without a name have used up the bytes that they may
+    have. What is stored under the path `replacing`, and unnamed weights in the folder `naming`, are left out. What is
+    being saved at the same time is not counted yet."""
+    used, most = await store.checkpoints.bytes_of(owner, naming), settings.max_checkpoint_bytes
     if used >= most and replacing is not None and (old := await store.checkpoints.get(replacing)) is not None:
         used -= old.size_bytes
     if used >= most:
         raise BadRequest(
-            f"your checkpoints have {used} bytes, and an owner's may have {most} (setting max_checkpoint_bytes): "
-            "delete some, or save with ttl_seconds"
+            f"your checkpoints, and weights that samplers have without one, have {used} bytes, and an owner's may have "
+            f"{most} (setting max_checkpoint_bytes): delete some, save with ttl_seconds, or end sessions whose "
+            f"samplers nobody needs: their weights go {settings.unnamed_retention_s:.0f} s later"
         )
 
 

@@ -111,7 +111,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_import_bytes: int = 1024 * MiB
     """Largest adapter that can be imported, as a tar."""
     max_checkpoint_bytes: int = 1024 * 1024 * MiB
-    """Bytes that all checkpoints of one owner may have; beyond, nothing more is saved, copied or imported."""
+    """Bytes that all checkpoints of one owner, and weights that samplers have without one, may have; beyond, nothing
+    more is saved, copied or imported."""
     max_queued_per_run: int = 20_000
     """Operations of one run that may wait."""
     max_queued_per_owner: int = 50_000
@@ -163,7 +164,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds for which calls are remembered that no log needs; at least `result_retention_s`."""
     unnamed_retention_s: float = 86400.0
     """Seconds for which weights that were saved without a name, and a sampler's of a deleted checkpoint, are kept after
-    the end of the session, and inflight ones after newer ones; at least 300."""
+    the end of the session, inflight ones after newer ones, and others without a name after newer ones and their last
+    use; at least 300."""
     duty_s: float = 60.0
     """Seconds from one round of a background duty to the next: deleting what has expired, freeing what nobody needs."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -195,7 +195,7 @@ async def submit_load(
 async def submit_save(gateway: Gateway, run: Run, turn: Turn, save: SaveRequest) -> Future:
     """Append a save. The folder that it will write to is decided here, so that a repetition writes to the same.
 
-    Raises BadRequest when its owner's checkpoints have used up their bytes.
+    Raises BadRequest when its owner's checkpoints and unnamed weights have used up their bytes.
     """
     folder = f"checkpoints/{secrets.token_hex(16)}"
     with_optimizer = save.kind is CheckpointKind.TRAINING
@@ -225,8 +225,9 @@ async def submit_save(gateway: Gateway, run: Run, turn: Turn, save: SaveRequest)
     written_to = plain_folder(folder) if save.recipients else folder
     operation = SaveWeights(written_to, optimizer_state=with_optimizer)
     future = _future(run, turn, "save_weights", context, folder)
-    if save.name is not None and not gateway.futures.knows(future.request_id):
-        replacing = checkpoint_path(run.run_id, save.kind, save.name) if save.overwrite else None
+    if not gateway.futures.knows(future.request_id):
+        overwrites = save.overwrite and save.name is not None
+        replacing = checkpoint_path(run.run_id, save.kind, save.name or "") if overwrites else None
         await require_space(gateway.store, gateway.settings, run.owner, replacing=replacing)
     return await _append(gateway, run, future, encode(operation))
 
@@ -252,6 +253,8 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
         dispatcher.supervisor.require_loadable()
         await dispatcher.require_room(future)
     await gateway.futures.submit(Submission(future, body))
+    if folder is not None:
+        gateway.store.samplers.sampled(sampler.sampler_id)
     return future
 
 
@@ -262,14 +265,12 @@ async def weights_of(gateway: Gateway, sampler: Sampler) -> str | None:
     if sampler.inflight_seq is not None and sampler.run_id is not None:
         sampled = await gateway.store.samplers.newest_inflight(sampler.run_id) or sampler
     if sampled.released_at is not None:
-        why = (
-            f"{sampled.path} has been deleted"
-            if sampled.path is not None
-            else "they were saved without a name"
-        )
+        if sampled.path is not None:
+            why = f"{sampled.path} has been deleted, and their session has ended"
+        else:
+            why = "they were saved without a name, and their session has ended or newer ones have long replaced them"
         raise Gone(
-            f"the weights of {sampler.sampler_id} are not kept any more: {why}, and their session has ended; save them "
-            "under a name to keep them",
+            f"the weights of {sampler.sampler_id} are not kept any more: {why}; save them under a name to keep them",
             param="sampling_session_id",
         )
     return sampled.folder

@@ -201,8 +201,8 @@ async def promote_sampler(
     sampler = await sampler_of_caller(gateway, caller, sampler_id)
     run = await _run_of(gateway, sampler)
     path = checkpoint_path(run.run_id, CheckpointKind.SAMPLER, wanted.name)
-    await require_space(gateway.store, gateway.settings, sampler.owner, replacing=path)
     folder = await weights_of(gateway, sampler) or ""
+    await require_space(gateway.store, gateway.settings, sampler.owner, replacing=path, naming=folder)
     size = await asyncio.to_thread(_size, gateway, folder)
     now = time.time()
     checkpoint = Checkpoint(

@@ -51,7 +51,7 @@ def _succeeded(future: Future, base_model: str, result: bytes, summary: dict[str
         checkpoint = _checkpoint(future, entry, saved.size_bytes)
         outcome = replace(outcome, checkpoint=checkpoint, overwrite=entry["overwrite"])
     if (entry := context.get("sampler")) is not None:
-        outcome = replace(outcome, sampler=_sampler(future, entry))
+        outcome = replace(outcome, sampler=_sampler(future, entry, saved.size_bytes))
     return outcome
 
 
@@ -76,7 +76,7 @@ def _checkpoint(future: Future, entry: dict[str, Any], size_bytes: int) -> Check
     )
 
 
-def _sampler(future: Future, entry: dict[str, Any]) -> Sampler:
+def _sampler(future: Future, entry: dict[str, Any], size_bytes: int) -> Sampler:
     return Sampler(
         sampler_id=entry["sampler_id"],
         owner=future.owner,
@@ -88,4 +88,5 @@ def _sampler(future: Future, entry: dict[str, Any]) -> Sampler:
         folder=future.folder,
         created_at=time.time(),
         inflight_seq=future.seq_id if entry.get("inflight") else None,
+        size_bytes=size_bytes,
     )

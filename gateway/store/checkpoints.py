@@ -16,6 +16,7 @@ from gateway.store.dialect import NO_FILTERS, Filters, for_update, insert_or_ign
 from gateway.store.records import AuditTopic, Checkpoint, CheckpointKind, Reference
 from gateway.store.usage import begin_storing, end_storing, set_end_of_storing
 
+A = schema.samplers
 C = schema.checkpoints
 
 
@@ -79,10 +80,21 @@ class CheckpointStore:
         query = select(func.count()).select_from(C).where(C.c.owner == owner, _alive(), C.c.kind.in_(kinds))
         return int((await self._database.rows(query))[0][0])
 
-    async def bytes_of(self, owner: str) -> int:
-        """What all checkpoints of an owner have, one that shares its files as much as the others."""
-        query = select(func.coalesce(func.sum(C.c.size_bytes), 0)).where(C.c.owner == owner, _alive())
-        return int((await self._database.rows(query))[0][0])
+    async def bytes_of(self, owner: str, besides: str | None = None) -> int:
+        """What all checkpoints of an owner have, one that shares its files as much as the others; and the weights of
+        the owner's samplers that are no checkpoint, those in the folder `besides` left out."""
+        named = select(func.coalesce(func.sum(C.c.size_bytes), 0).label("bytes"))
+        folders = select(C.c.folder).where(C.c.owner == owner, _alive())
+        held = (
+            select(func.max(A.c.size_bytes).label("bytes"))
+            .where(schema.SOLE, A.c.owner == owner, A.c.folder.not_in(folders))
+            .where(A.c.folder != (besides or ""))
+            .group_by(A.c.folder)
+            .subquery()
+        )
+        unnamed = select(func.coalesce(func.sum(held.c.bytes), 0))
+        query = union_all(named.where(C.c.owner == owner, _alive()), unnamed)
+        return sum(int(row[0]) for row in await self._database.rows(query))
 
     async def latest_of_runs(self, run_ids: list[str]) -> dict[tuple[str, str], Checkpoint]:
         """The newest checkpoint of each (run, kind)."""
@@ -124,14 +136,18 @@ def insert_checkpoint(
     connection: Connection, checkpoint: Checkpoint, *, overwrite: bool
 ) -> tuple[bool, str | None]:
     """Whether the name was free, or could be overwritten; and the folder that was replaced."""
-    row = (connection.execute(select(C.c.folder, C.c.expires_at).where(C.c.path == checkpoint.path))).first()
+    row = (
+        connection.execute(
+            select(C.c.folder, C.c.expires_at, C.c.size_bytes).where(C.c.path == checkpoint.path)
+        )
+    ).first()
     expired = row is not None and row.expires_at is not None and row.expires_at <= now()
     if row is not None and row.folder != checkpoint.folder and not (overwrite or expired):
         return False, None
     connection.execute(delete(C).where(C.c.path == checkpoint.path))
     connection.execute(insert_or_ignore(connection, C), asdict(checkpoint))
     if row is not None and row.folder != checkpoint.folder:
-        _tell_samplers(connection, checkpoint.path, row.folder)
+        _tell_samplers(connection, checkpoint.path, row.folder, row.size_bytes)
     if row is None or row.folder != checkpoint.folder:
         event = "checkpoint_created" if row is None or expired else "checkpoint_overwritten"
         end_storing(connection, [checkpoint.path])
@@ -208,24 +224,27 @@ def _delete_expired(connection: Connection, limits: list[int]) -> list[tuple[int
 def delete_checkpoints(connection: Connection, paths: list[str]) -> list[str | None]:
     folders: list[str | None] = []
     for path in paths:
-        statement = delete(C).where(C.c.path == path).returning(C.c.folder, C.c.owner, C.c.expires_at)
-        row = connection.execute(statement).first()
+        statement = delete(C).where(C.c.path == path)
+        row = connection.execute(
+            statement.returning(C.c.folder, C.c.owner, C.c.expires_at, C.c.size_bytes)
+        ).first()
         if row is None:
             folders.append(None)
             continue
         expired = row.expires_at is not None and row.expires_at <= now()
         end_storing(connection, [path])
-        _tell_samplers(connection, path, row.folder)
+        _tell_samplers(connection, path, row.folder, row.size_bytes)
         _record(connection, row.owner, "checkpoint_expired" if expired else "checkpoint_deleted", path)
         folders.append(None if folder_in_use(connection, row.folder) else row.folder)
     return folders
 
 
-def _tell_samplers(connection: Connection, path: str, folder: str) -> None:
-    """Those that were made from a checkpoint outlive it, until some time after the end of their sessions."""
-    samplers = schema.samplers
-    made_from_it = (samplers.c.folder == folder) & (samplers.c.path == path)
-    connection.execute(update(samplers).where(made_from_it).values(checkpoint_gone=True))
+def _tell_samplers(connection: Connection, path: str, folder: str, size_bytes: int) -> None:
+    """Those that were made from a checkpoint outlive it, until some time after the end of their sessions; from now on
+    its bytes are theirs."""
+    made_from_it = (A.c.folder == folder) & (A.c.path == path)
+    change = {"checkpoint_gone": True, "size_bytes": size_bytes}
+    connection.execute(update(A).where(made_from_it).values(change))
 
 
 def _set_expiries(connection: Connection, changes: list[tuple[str, float | None]]) -> list[None]:

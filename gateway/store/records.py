@@ -191,7 +191,7 @@ class Checkpoint:
 class Sampler:
     """`inflight_seq` is set when it follows its run: it samples the newest weights that were saved so.
     `checkpoint_gone` says that what it was made from is no checkpoint any more, `released_at` when its weights were
-    given up."""
+    given up, `size_bytes` what those occupy that are no checkpoint, `sampled_at`, to a minute, its last use."""
 
     sampler_id: str
     owner: str
@@ -205,6 +205,8 @@ class Sampler:
     inflight_seq: int | None = None
     released_at: float | None = None
     checkpoint_gone: bool = False
+    size_bytes: int = 0
+    sampled_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

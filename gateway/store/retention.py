@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, union_all, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, or_, select, union_all, update
 
 from gateway.store import schema
 from gateway.store.checkpoints import folder_in_use
@@ -73,8 +73,9 @@ class RetentionStore:
         return await self._database.write(_delete_dead_logs, batch, recomputable=True)
 
     async def release_samplers(self, batch: Batch) -> Released:
-        """Give up weights that are no checkpoint, of samplers of sessions that ended before, and those that newer
-        inflight ones of their run have followed before. Their rows say so from then on."""
+        """Give up weights that are no checkpoint: of samplers of sessions that ended before, those that newer inflight
+        ones of their run have followed before, and unnamed ones that were not used since, if their run has newer ones.
+        Their rows say so from then on."""
         return await self._database.write(_release_samplers, batch)
 
     async def named(self, folders: Collection[str]) -> tuple[set[str], set[str]]:
@@ -160,7 +161,9 @@ def _delete_with_bodies(connection: Connection, request_ids: list[str]) -> None:
 def _release_samplers(connection: Connection, batches: list[Batch]) -> list[Released]:
     released = []
     for batch in batches:
-        query = select(A.c.sampler_id).where(schema.SOLE, or_(_orphaned(batch), _superseded(batch)))
+        query = select(A.c.sampler_id).where(
+            schema.SOLE, or_(_orphaned(batch), _superseded(batch), _unused(batch))
+        )
         ids = list(connection.execute(query.where(_unawaited()).limit(batch.limit)).scalars())
         change = update(A).where(A.c.sampler_id.in_(ids)).values(released_at=now()).returning(A.c.folder)
         folders = dict.fromkeys(connection.execute(change).scalars())
@@ -182,6 +185,19 @@ def _superseded(batch: Batch) -> ColumnElement[bool]:
         newer.c.created_at < batch.before,
     )
     return A.c.inflight_seq.is_not(None) & exists().where(follows)
+
+
+def _unused(batch: Batch) -> ColumnElement[bool]:
+    """Whether unnamed weights have not been sampled since, and newer ones of the run were there already."""
+    newer = A.alias()
+    follows = and_(
+        newer.c.run_id == A.c.run_id,
+        newer.c.path.is_(None),
+        newer.c.created_at > A.c.created_at,
+        newer.c.created_at < batch.before,
+    )
+    idle = func.coalesce(A.c.sampled_at, A.c.created_at) < batch.before
+    return and_(A.c.path.is_(None), A.c.inflight_seq.is_(None), idle, exists().where(follows))
 
 
 def _unawaited() -> ColumnElement[bool]:

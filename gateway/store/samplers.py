@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import OrderedDict
 from dataclasses import asdict
 
 from sqlalchemy import Connection, select, update
@@ -10,18 +12,23 @@ from gateway.errors import Unprocessable
 from gateway.store import schema
 from gateway.store.checkpoints import record_read, require_checkpoints
 from gateway.store.database import Database
-from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore
+from gateway.store.dialect import NO_FILTERS, Filters, insert_new, insert_or_ignore, now
 from gateway.store.records import Reference, Sampler
 
 S = schema.samplers
 C = schema.sampler_clients
 
+_TOLD_EVERY_S = 60.0
+_REMEMBERED = 10_000
+"""Samplers whose last use is in memory; what is forgotten is written once more."""
+
 
 class SamplerStore:
-    """The samplers of all owners. Rows never change, but for what becomes of their weights."""
+    """The samplers of all owners. Rows never change, but for what becomes of their weights and when they were used."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._told: OrderedDict[str, float] = OrderedDict()
 
     async def create(self, sampler: Sampler) -> None:
         """Store a sampler; repeating it changes nothing. Raises NotFound when its checkpoint has gone meanwhile, and
@@ -37,6 +44,22 @@ class SamplerStore:
         newest = select(S).where(S.c.run_id == run_id, S.c.inflight_seq.is_not(None))
         row = await self._database.first(newest.order_by(S.c.inflight_seq.desc()).limit(1))
         return Sampler(**row._mapping) if row is not None else None
+
+    def sampled(self, sampler_id: str) -> None:
+        """A sampler is in use. That is written once a minute, along with a transaction that comes soon."""
+        at = now()
+        if at - self._told.get(sampler_id, float("-inf")) < _TOLD_EVERY_S:
+            return
+        self._told[sampler_id] = at
+        self._told.move_to_end(sampler_id)
+        if len(self._told) > _REMEMBERED:
+            self._told.popitem(last=False)
+        written = self._database.write_behind(_set_sampled, (sampler_id, at))
+        written.add_done_callback(lambda _: self._forget_unwritten(sampler_id, written))
+
+    def _forget_unwritten(self, sampler_id: str, written: asyncio.Future[None]) -> None:
+        if not written.cancelled() and written.exception() is not None:
+            self._told.pop(sampler_id, None)  # the next sample tries again
 
     async def join(self, sampler_id: str) -> int:
         """The number of a further client of a sampler: 1, 2, 3 …, none twice."""
@@ -97,6 +120,12 @@ def _stored(connection: Connection, sampler_id: str) -> Sampler:
 
 def _weights(sampler: Sampler) -> tuple[object, ...]:
     return sampler.run_id, sampler.path, sampler.folder, sampler.inflight_seq, sampler.base_model
+
+
+def _set_sampled(connection: Connection, uses: list[tuple[str, float]]) -> list[None]:
+    for sampler_id, at in sorted(uses):
+        connection.execute(update(S).where(S.c.sampler_id == sampler_id).values(sampled_at=at))
+    return [None] * len(uses)
 
 
 def _join(connection: Connection, sampler_ids: list[str]) -> list[int]:

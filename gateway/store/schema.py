@@ -274,7 +274,16 @@ samplers = Table(
     Index(None, "session_id"),
     Index(None, "folder"),
     Index(None, "run_id", "inflight_seq"),
+    Column(
+        "size_bytes",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="of weights that are no checkpoint, or not any more",
+    ),
+    Column("sampled_at", Double, comment="when it was last used, to a minute; none: not yet"),
     _partial("ix_samplers_sole", SOLE, "session_id"),
+    _partial("ix_samplers_sole_owner", SOLE, "owner"),
 )
 
 sampler_clients = Table(

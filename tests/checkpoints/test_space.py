@@ -20,7 +20,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A gateway where one checkpoint uses up all that an owner may have."""
     data = tmp_path_factory.mktemp("small")
     keys = {
-        owner: keys_command({"data_dir": str(data)}, "add", owner).split()[0] for owner in ("alice", "bob")
+        owner: keys_command({"data_dir": str(data)}, "add", owner).split()[0]
+        for owner in ("alice", "bob", "carol")
     }
     gateway = ServedGateway(data, None, max_checkpoint_bytes="1")
     gateway.start()
@@ -45,13 +46,27 @@ def test_an_owner_whose_bytes_are_used_up_saves_copies_and_imports_nothing_more(
         copy = {"source_path": path, "destination_project_id": "p"}
         for answer in (alice.post("/api/v1/copy_weights", json=copy), send(alice, tar_of(tensors()))):
             assert (answer.status_code, "max_checkpoint_bytes" in answer.text) == (400, True)
-        unnamed = {"model_id": run_id, "sampling_session_seq_id": 1, "seq_id": 5}
-        finish(alice, alice.post("/api/v1/save_weights_for_sampler", json=unnamed))
+        assert "max_checkpoint_bytes" in saved_without_a_name(alice, run_id, 5)["error"]
         assert saved_again(alice, run_id, 6, "first", overwrite=True)["path"] == path  # which takes no more
         assert "error" in saved_again(alice, run_id, 7, "third", overwrite=True)
         save(bob, other, 3, "first")  # has a limit of his own
         assert alice.delete(route_of(path)).status_code == 200
         assert "path" in saved_again(alice, run_id, 8, "second")
+
+
+def saved_without_a_name(http: httpx.Client, run_id: str, seq_id: int) -> dict[str, Any]:
+    body = {"model_id": run_id, "sampling_session_seq_id": seq_id, "seq_id": seq_id}
+    return outcome(http, http.post("/api/v1/save_weights_for_sampler", json=body).json()["request_id"])
+
+
+def test_weights_without_a_name_use_up_bytes_too(small: Place) -> None:
+    with small.client("carol") as carol:
+        run_id = trained_run(carol)
+        assert "sampling_session_id" in saved_without_a_name(carol, run_id, 3)
+        refused = saved_without_a_name(carol, run_id, 4)
+        assert refused["category"] == "user"
+        assert "weights that samplers have without one" in refused["error"]
+        assert "max_checkpoint_bytes" in saved_again(carol, run_id, 5, "named")["error"]
 
 
 def test_what_has_been_answered_is_answered_again(small: Place) -> None:

@@ -315,6 +315,7 @@ async def test_inflight_weights_go_some_time_after_newer_ones(store: Store) -> N
     snapshot = await a_sampler(store, session)
     for sampler, age in ((old, 300.0), (mid, 200.0), (new, 10.0), (snapshot, 300.0)):
         await change(store, schema.samplers, sampler.sampler_id, created_at=time.time() - age)
+    await change(store, schema.samplers, snapshot.sampler_id, sampled_at=time.time() + 10)
     released = await store.retention.release_samplers(since(100))
     assert released.folders == [old.folder]  # `mid` was followed only ten seconds ago
     asked = await a_sample(store, new)  # it may have been sent while `mid` was the newest
@@ -323,6 +324,58 @@ async def test_inflight_weights_go_some_time_after_newer_ones(store: Store) -> N
     assert (await store.retention.release_samplers(now_())).folders == [mid.folder]
     newest = await store.samplers.newest_inflight(f"{session.session_id}:train:0")
     assert newest is not None and (newest.folder, newest.released_at) == (new.folder, None)
+
+
+async def test_unnamed_weights_go_when_newer_ones_have_long_replaced_them_in_use(store: Store) -> None:
+    """A loop that saves without a name after each step has one session for days."""
+    session = await store.sessions.create(a_session())
+    unused, used, asked, newest = [await a_sampler(store, session) for _ in range(4)]
+    alone = await a_sampler(store, session, run_id="another:train:0")
+    for sampler, age in ((unused, 500), (used, 490), (asked, 480), (newest, 200), (alone, 500)):
+        await change(store, schema.samplers, sampler.sampler_id, created_at=time.time() - age)
+    store.samplers.sampled(used.sampler_id)
+    waiting = await a_sample(store, asked)
+    assert (await store.retention.release_samplers(since(495))).folders == []  # no newer one is that old
+    assert (await store.retention.release_samplers(since(100))).folders == [unused.folder]
+    await settle(store, waiting)
+    assert (await store.retention.release_samplers(since(100))).folders == [asked.folder]
+    assert (await store.retention.release_samplers(since(100))).folders == []
+
+
+async def test_the_last_use_is_written_once_a_minute(store: Store) -> None:
+    sampler = await a_sampler(store, await store.sessions.create(a_session()))
+    store.samplers.sampled(sampler.sampler_id)
+    await store.database.barrier()
+    first = await store.samplers.get(sampler.sampler_id)
+    assert first is not None and first.sampled_at is not None and time.time() - first.sampled_at < 60
+    store.samplers.sampled(sampler.sampler_id)
+    await store.database.barrier()
+    assert await store.samplers.get(sampler.sampler_id) == first
+
+
+async def test_weights_without_a_checkpoint_count_in_their_owners_bytes(store: Store) -> None:
+    session = await store.sessions.create(a_session())
+    unnamed = await a_sampler(store, session, size_bytes=70)
+    await a_sampler(store, session, folder=None, run_id=None)
+    checkpoint = await a_checkpoint(store)
+    mine = checkpoint.size_bytes
+    for _ in range(2):  # both of the same files
+        await a_sampler(store, session, path=checkpoint.path, folder=checkpoint.folder)
+    assert await store.checkpoints.bytes_of("alice") == mine + 70
+    assert await store.checkpoints.bytes_of("alice", unnamed.folder) == mine
+    assert await store.checkpoints.bytes_of("bob") == 0
+    await store.checkpoints.delete(checkpoint.path)  # samplers keep its files
+    assert await store.checkpoints.bytes_of("alice") == mine + 70
+    await store.sessions.finish(Finish(session.session_id, "success", None))
+    await store.retention.release_samplers(now_())
+    assert await store.checkpoints.bytes_of("alice") == 0
+
+
+async def test_unnamed_weights_that_have_got_a_name_count_once(store: Store) -> None:
+    checkpoint = await a_checkpoint(store)
+    session = await store.sessions.create(a_session())
+    await a_sampler(store, session, folder=checkpoint.folder, size_bytes=checkpoint.size_bytes)
+    assert await store.checkpoints.bytes_of("alice") == checkpoint.size_bytes
 
 
 async def test_losses_go_some_time_after_their_session(store: Store) -> None:
