@@ -60,7 +60,9 @@ class EngineProcess:
     info: EngineInfo
     tokenizer_files: dict[str, bytes]
 
-    def __init__(self, config: EngineConfig, python: str, patience: Patience) -> None:
+    def __init__(
+        self, config: EngineConfig, python: str, patience: Patience, devices: str | None = None
+    ) -> None:
         self.config = config
         self.stats: dict[str, float] = {}
         self.served = False
@@ -73,6 +75,7 @@ class EngineProcess:
         """Whether it has ended because this process was silent or has lost its lease, for which nothing that it did is
         to blame."""
         self._python = python
+        self._devices = devices
         self._patience = patience
         self._vitals = Vitals.create()
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
@@ -96,10 +99,18 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, python: str, timeout_s: float, patience: Patience
+        cls,
+        config: EngineConfig,
+        python: str,
+        timeout_s: float,
+        patience: Patience,
+        devices: str | None = None,
     ) -> EngineProcess:
-        """Start a process and wait until its model is loaded. Raises EngineStartFailed, of which ModelRefused."""
-        engine = cls(config, python, patience)
+        """Start a process, which sees all GPUs or those of `devices`, and wait until its model is loaded.
+
+        Raises EngineStartFailed, of which ModelRefused.
+        """
+        engine = cls(config, python, patience, devices)
         try:
             await engine._spawn()
             await asyncio.wait_for(asyncio.shield(engine._ready), timeout_s)
@@ -236,7 +247,7 @@ class EngineProcess:
             "--owner-timeout",
             str(self.config.owner_timeout_s),
             stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and then the engine exits
-            env=engine_environment(),
+            env=engine_environment(self._devices),
             pass_fds=(self._vitals.descriptor,),
         )
         self._tasks = [

@@ -12,8 +12,11 @@ from typing import Any, Literal, NamedTuple
 from engines.interface import EngineInfo
 from engines.operations import SampleRequest
 from gateway.dispatch import Dispatcher
+from gateway.dispatch.blame import Blame
 from gateway.errors import NotFound
-from gateway.settings import Settings
+from gateway.replicas import HandOver, Replicas
+from gateway.routing import Router, beginnings
+from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
 from gateway.store.records import Future, Run, Settled
 from gateway.supervisor import EngineState, Supervisor
@@ -64,20 +67,34 @@ class Fleet:
     ) -> None:
         self.holder = _holder(settings)
         """This process, as leases name it."""
+        self.dispatchers: dict[str, Dispatcher] = {}
+        """By the engines' names, every replica by itself."""
         self._drain_s = settings.drain_s
         self._drained: asyncio.Future[None] | None = None
-        self.dispatchers: dict[str, Dispatcher] = {}
-        for engine in settings.engines:
+        self._router = Router()
+
+        def make(engine: EngineSettings, blame: Blame, hand_over: HandOver | None) -> Dispatcher:
             supervisor = Supervisor(engine, settings, store, self.holder)
-            self.dispatchers[engine.name] = Dispatcher(
-                supervisor, store, settings, on_opened, on_settled, on_lost
+            self.dispatchers[engine.name] = dispatcher = Dispatcher(
+                supervisor, store, settings, on_opened, on_settled, on_lost, blame, hand_over
             )
+            return dispatcher
+
+        self.entries = {
+            entry.name: Replicas(entry, settings, store, make, self._forget, on_opened)
+            for entry in settings.engines
+        }
+        """By the names in the settings."""
+
+    def _forget(self, ended: Dispatcher) -> None:
+        self.dispatchers = {
+            name: dispatcher for name, dispatcher in self.dispatchers.items() if dispatcher is not ended
+        }
 
     def start(self) -> None:
         """Start every engine; call it in the running loop."""
-        for dispatcher in self.dispatchers.values():
-            dispatcher.supervisor.start()
-            dispatcher.start()
+        for replicas in self.entries.values():
+            replicas.start()
 
     async def drain(self) -> None:
         """Finish what is at hand and begin nothing, within `drain_s`; then stop the processes and give the leases back.
@@ -95,6 +112,7 @@ class Fleet:
 
     async def _drain(self) -> None:
         deadline = asyncio.get_running_loop().time() + self._drain_s
+        await asyncio.gather(*(replicas.stop_tending() for replicas in self.entries.values()))
         await asyncio.gather(*(dispatcher.drain(deadline) for dispatcher in self.dispatchers.values()))
         await asyncio.gather(*(each.supervisor.stop(deadline) for each in self.dispatchers.values()))
 
@@ -133,7 +151,10 @@ class Fleet:
         if serving:
             return serving[0]
         engines = [dispatcher.supervisor.engine for dispatcher in self.dispatchers.values()]
-        served = ", ".join(engine.base_model for engine in engines if role in engine.roles) or "none"
+        served = (
+            ", ".join(dict.fromkeys(engine.base_model for engine in engines if role in engine.roles))
+            or "none"
+        )
         verb = "trained" if role == "train" else "sampled"
         raise NotFound(
             f"base model {base_model[:_ECHO]!r} is not {verb} here; available: {served}",
@@ -141,22 +162,44 @@ class Fleet:
         )
 
     def to_sample(self, base_model: str, needs: Needs, *, param: str = "base_model") -> Dispatcher:
-        """The engine that answers a sample: one that does not train where that is possible, so that training goes on.
+        """The first of the engines that answer such samples. Raises NotFound naming what is served."""
+        return self._able_to_sample(base_model, needs, param)[0]
 
-        If none can, the first one, which refuses by name. Raises NotFound naming what is served.
-        """
+    def route(
+        self,
+        base_model: str,
+        needs: Needs,
+        request: SampleRequest | None = None,
+        *,
+        here: bool = False,
+        param: str = "base_model",
+    ) -> Dispatcher:
+        """The engine that answers one sample: of those that can, one that is ready, one of this gateway if that is
+        preferred (`here`), then by prompt and load. Raises NotFound naming what is served."""
+        candidates = self._able_to_sample(base_model, needs, param)
+        candidates = [each for each in candidates if each.ready] or candidates
+        if here:
+            candidates = [each for each in candidates if each.supervisor.holding] or candidates
+        if len(candidates) == 1 or request is None:
+            return candidates[0]
+        loads = {each.name: each.load for each in candidates}
+        return self.dispatchers[self._router.choose(loads, beginnings(request))]
+
+    def _able_to_sample(self, base_model: str, needs: Needs, param: str) -> list[Dispatcher]:
+        """Those that do not train where that is possible, so that training goes on. If none can, the first one, which
+        refuses by name."""
         serving = self._serving(base_model, "sample")
         able = [dispatcher for dispatcher in serving if _able(dispatcher.supervisor, needs)]
-        able.sort(key=lambda dispatcher: "train" in dispatcher.supervisor.engine.roles)
-        return able[0] if able else self.for_base_model(base_model, "sample", param=param)
+        beside = [dispatcher for dispatcher in able if "train" not in dispatcher.supervisor.engine.roles]
+        return beside or able or [self.for_base_model(base_model, "sample", param=param)]
 
     def _serving(self, base_model: str, role: Literal["train", "sample"]) -> list[Dispatcher]:
-        """In the order of the settings."""
+        """In the order of the settings; replicas that are ending take nothing new."""
         return [
             dispatcher
-            for dispatcher in self.dispatchers.values()
-            if dispatcher.supervisor.engine.base_model == base_model
-            and role in dispatcher.supervisor.engine.roles
+            for replicas in self.entries.values()
+            if replicas.entry.base_model == base_model and role in replicas.entry.roles
+            for _, dispatcher in sorted(replicas.active.items())
         ]
 
 

@@ -160,8 +160,11 @@ class Futures:
                 waiter.cancel()
 
     def opened(self, future: Future) -> None:
-        """An open future from before this process started is known here from now on."""
-        if self._recent.get(future.request_id) is None:
+        """An open future from before this process started, or that has moved to another engine, is known here from now
+        on if that engine is here; of another one, the database tells."""
+        if not self._held(future.engine):
+            self._open.pop(future.request_id, None)
+        elif self._recent.get(future.request_id) is None:
             self._open[future.request_id] = future
 
     def _accepted(self, future: Future, body: bytes | None) -> None:

@@ -21,8 +21,8 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """200 when the database answers and every engine has loaded its model, here or at another gateway, else 503, as
-    while this gateway shuts down.
+    """200 when the database answers and every engine (one at least of its replicas) has loaded its model, here or at
+    another gateway, else 503, as while this gateway shuts down.
 
     The answer has the state of each. What is wrong with an engine names paths and hosts: it is told to callers who may
     use the gateway.
@@ -33,7 +33,8 @@ async def readyz(request: Request) -> Response:
     supervisors = [dispatcher.supervisor for dispatcher in gateway.fleet.dispatchers.values()]
     engines = {supervisor.engine.name: _describe(supervisor, known) for supervisor in supervisors}
     draining = gateway.fleet.draining
-    ready = not draining and all(supervisor.wherever is EngineState.READY for supervisor in supervisors)
+    groups = gateway.fleet.entries.values()
+    ready = not draining and all(any(each.ready for each in group.active.values()) for group in groups)
     return JSONResponse({"ready": ready, "draining": draining, "engines": engines}, 200 if ready else 503)
 
 

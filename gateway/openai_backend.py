@@ -11,7 +11,6 @@ from typing import cast
 from engines.messages import SampleDelta
 from engines.operations import AdapterRef, SampleRequest, SampleResult, decode_result, encode
 from gateway.checkpoints import SCHEME, loadable_checkpoint
-from gateway.dispatch import Dispatcher
 from gateway.engine_process import Drawn
 from gateway.errors import EngineElsewhere, EngineUnavailable
 from gateway.fleet import Needs
@@ -43,7 +42,8 @@ class FleetBackend:
                 context = supervisor.info.max_context if supervisor.info is not None else None
                 ready = supervisor.wherever is EngineState.READY
                 name = supervisor.engine.base_model
-                served.setdefault(name, ServedModel(name, self._started_at, ready, context))
+                if ready or name not in served:
+                    served[name] = ServedModel(name, self._started_at, ready, context)
         return list(served.values())
 
     async def resolve(self, owner: str, model: str) -> Target:
@@ -53,31 +53,41 @@ class FleetBackend:
             checkpoint = await loadable_checkpoint(self._gateway.store, owner, model, param="model")
             base_model, adapter = checkpoint.base_model, AdapterRef(checkpoint.folder, checkpoint.folder)
             lora = checkpoint.lora
-        dispatcher = self._gateway.fleet.to_sample(base_model, Needs.of(lora), param="model")
-        supervisor = dispatcher.supervisor
+        needs = Needs.of(lora)
+        supervisor = self._gateway.fleet.route(base_model, needs, here=True, param="model").supervisor
         at = _place(supervisor)
         if supervisor.text is None or supervisor.info is None:
             raise EngineUnavailable(f"the engine of {base_model} is starting; try again in a moment")
-        return Target(owner, base_model, adapter, supervisor.text, supervisor.info, dispatcher, at)
+        return Target(owner, base_model, adapter, supervisor.text, supervisor.info, needs, at)
 
     async def sample(
         self, target: Target, request: SampleRequest, *, stream: bool
     ) -> AsyncGenerator[SampleDelta | SampleResult, None]:
         """Straight to the engine, so many of an owner at a time; closing the generator cancels."""
-        dispatcher = cast(Dispatcher, target.engine)
         usage = Usage(target.owner, "", target.base_model)
         room = self._rooms.setdefault(
             target.owner, asyncio.Semaphore(self._gateway.settings.samples_in_engine)
         )
         async with room:
+            fleet, needs = self._gateway.fleet, cast(Needs, target.engine)
+            dispatcher = fleet.route(target.base_model, needs, request, here=True, param="model")
             process = dispatcher.supervisor.now()
-            try:
-                async with aclosing(process.sample(encode(request), target.owner, stream=stream)) as events:
-                    async for event in events:
-                        usage = _used(usage, request, event)
-                        yield event if isinstance(event, SampleDelta) else _result(event)
-            finally:  # also of a stream that its client has left: what came until then
-                self._gateway.store.usage.add_behind(usage)
+            events = process.sample(encode(request), target.owner, stream=stream)
+            with dispatcher.expecting():
+                async with aclosing(events), aclosing(self._counted(usage, request, events)) as counted:
+                    async for event in counted:
+                        yield event
+
+    async def _counted(
+        self, usage: Usage, request: SampleRequest, events: AsyncGenerator[SampleDelta | Drawn, None]
+    ) -> AsyncGenerator[SampleDelta | SampleResult, None]:
+        """The events as they come; what they have used is written down, also of a stream that its client has left."""
+        try:
+            async for event in events:
+                usage = _used(usage, request, event)
+                yield event if isinstance(event, SampleDelta) else _result(event)
+        finally:
+            self._gateway.store.usage.add_behind(usage)
 
 
 def _place(supervisor: Supervisor) -> str | None:

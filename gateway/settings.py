@@ -20,6 +20,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from gateway.errors import ConfigurationError
+from gateway.replica_bounds import ReplicaBounds, problem_of
 
 MiB = 1 << 20
 _PREFIX = "TANDEM_"
@@ -48,6 +49,12 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Entry point of the group `tandem.engines`, looked up in the engine's own interpreter."""
     roles: tuple[Literal["train", "sample"], ...] = ("train", "sample")
     """What it is used for."""
+    replicas: int | ReplicaBounds = 1
+    """How many engines there are of this kind, or bounds between which it follows what there is to do; more than one
+    only of engines that do nothing but sample."""
+    devices: tuple[str, ...] = ()
+    """`CUDA_VISIBLE_DEVICES` of each replica, in order, for all that there may be; empty: all see what the gateway
+    sees."""
     python: str = sys.executable
     """Interpreter of the engine process, for plugins whose packages clash with the gateway's."""
     options: dict[str, Any] = {}
@@ -63,6 +70,19 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def source(self) -> str:
         """Where the weights come from."""
         return self.model or (_BUILT_IN_FOLDER if self.base_model == BUILT_IN else self.base_model)
+
+    @property
+    def bounds(self) -> ReplicaBounds:
+        """Of the number of its replicas."""
+        if isinstance(self.replicas, int):
+            return ReplicaBounds(self.replicas, self.replicas)
+        return self.replicas
+
+    def replica(self, number: int) -> EngineSettings:
+        """Its n-th replica by itself, from 1 on; the first one has its name."""
+        name = self.name if number == 1 else f"{self.name}-{number}"
+        devices = self.devices[number - 1 : number]
+        return msgspec.structs.replace(self, name=name, replicas=1, devices=devices)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -223,12 +243,15 @@ _CLIENT_VARIABLES = ("TANDEM_URL", "TANDEM_API_KEY")
 """Variables of the command line client, which a shell may hold too."""
 
 
-def engine_environment() -> dict[str, str]:
-    """What an engine process sees of this one's environment: no setting of the gateway, so no password either.
+def engine_environment(devices: str | None = None) -> dict[str, str]:
+    """What an engine process sees of this one's environment: no setting of the gateway, so no password either; and of
+    the GPUs only those that `devices` names.
 
     Its interpreter finds `engines` beside this package, installed there or not.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
+    if devices is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = devices
     root = str(Path(__file__).parents[1])
     # Threads that spin long while they wait take the cores away from the gateway and from each other: measured 2 to 5
     # times slower on two cores of which one is busy. Those that sleep at once are 1.5 times slower on idle cores, on a
@@ -374,6 +397,16 @@ def _check_engines(engines: tuple[EngineSettings, ...]) -> None:
                 f"engines: sampling_share of {engine.name!r} is {engine.sampling_share}; it must be from {low} to "
                 f"{high}"
             )
+        _check_replicas(engine, names)
+
+
+def _check_replicas(engine: EngineSettings, names: list[str]) -> None:
+    taken = [name for n in range(2, engine.bounds.max + 1) if (name := engine.replica(n).name) in names]
+    problem = problem_of(engine.bounds, engine.devices, trains="train" in engine.roles)
+    if problem is None and taken:
+        problem = f"one would be called {taken[0]!r}, as another engine is"
+    if problem is not None:
+        raise ConfigurationError(f"engines: replicas of {engine.name!r}: {problem}")
 
 
 def _check_leases(settings: Settings) -> None:

@@ -244,15 +244,17 @@ async def submit_sample(gateway: Gateway, sampler: Sampler, turn: Turn, request:
     Raises TooManyRequests when too many of its owner's wait already, and ModelNotLoadable.
     """
     needs = Needs.of(await gateway.lora_of(sampler.run_id), request)
-    dispatcher = gateway.fleet.to_sample(sampler.base_model, needs)
     folder = await weights_of(gateway, sampler)
     adapter = None if folder is None else AdapterRef(folder, folder)
-    body = encode(msgspec.structs.replace(request, adapter=adapter, session=sampler.sampler_id))
+    request = msgspec.structs.replace(request, adapter=adapter, session=sampler.sampler_id)
+    dispatcher = gateway.fleet.route(sampler.base_model, needs, request)
+    body = encode(request)
     future = replace(_sample_future(sampler, dispatcher.name, turn), input_bytes=len(body))
-    if not gateway.futures.knows(future.request_id):
-        dispatcher.supervisor.require_loadable()
-        await dispatcher.require_room(future)
-    await gateway.futures.submit(Submission(future, body))
+    with dispatcher.expecting():  # until it stands in its queue
+        if not gateway.futures.knows(future.request_id):
+            dispatcher.supervisor.require_loadable()
+            await dispatcher.require_room(future)
+        await gateway.futures.submit(Submission(future, body))
     if folder is not None:
         gateway.store.samplers.sampled(sampler.sampler_id)
     return future

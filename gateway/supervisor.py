@@ -254,7 +254,11 @@ class Supervisor:
         settings = self._settings
         patience = Patience(settings.engine_silence_s, settings.engine_hang_s)
         self.process = await EngineProcess.start(
-            self._config(), self.engine.python, settings.engine_start_timeout_s, patience
+            self._config(),
+            self.engine.python,
+            settings.engine_start_timeout_s,
+            patience,
+            next(iter(self.engine.devices), None),
         )
         self._started_at = asyncio.get_running_loop().time()
         self._failed_starts = 0

@@ -21,6 +21,7 @@ from sdk.admin_records import (
     Import,
     Metrics,
     Page,
+    Replicas,
     Run,
     Sampler,
     SamplerComparison,
@@ -270,6 +271,19 @@ class AdminClient:
     def engine(self, name: str) -> Engine:
         """One engine process."""
         return self._get(f"engines/{_segment(name)}", Engine)
+
+    def replicas(self, engine: str) -> Replicas:
+        """The replicas of an engine of the settings."""
+        return self._get(f"engines/{_segment(engine)}/replicas", Replicas)
+
+    def set_replicas(self, engine: str, smallest: int, largest: int) -> Replicas:
+        """Other bounds of their number than the settings'; for an admin's key."""
+        body = {"min": smallest, "max": largest}
+        return self._ask("PUT", f"engines/{_segment(engine)}/replicas", Replicas, body=body)
+
+    def reset_replicas(self, engine: str) -> Replicas:
+        """The settings' bounds again; for an admin's key."""
+        return self._ask("DELETE", f"engines/{_segment(engine)}/replicas", Replicas)
 
     def metrics(self) -> Metrics:
         """Counters of the gateway process; for an admin's key."""

@@ -225,6 +225,7 @@ class Engine:
     pid: int | None
     epoch: int
     starts: int
+    open_samples: int
     resident_runs: int
     waiting_runs: int
     run_bytes: int
@@ -236,6 +237,18 @@ class Engine:
     dtype: str | None
     versions: dict[str, str]
     stats: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The replicas of one engine of the settings: bounds of their number, how many there are to be, and their names."""
+
+    engine: str
+    min: int
+    max: int
+    wanted: int
+    replicas: list[str]
+    set_by_admin: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from gateway.admin import views
 from gateway.admin.checkpoints import router as checkpoints
 from gateway.admin.comparison import router as comparison
 from gateway.admin.cursors import decode_cursor, next_cursor
+from gateway.admin.replicas import router as replicas
 from gateway.admin.scope import Cursor, Filter, Limit, OwnerFilter, scope, visible
 from gateway.auth import Caller, Who
 from gateway.errors import Forbidden, NotFound
@@ -24,6 +25,7 @@ from gateway.store.records import FutureStatus, Run, RunStatus
 router = APIRouter(prefix="/admin/v1", tags=["admin"], route_class=KnownQueryRoute)
 router.routes.extend(checkpoints.routes)
 router.routes.extend(comparison.routes)
+router.routes.extend(replicas.routes)
 
 
 @router.get("/runs")
@@ -180,6 +182,7 @@ async def get_metrics(caller: Who, gateway: Running) -> views.MetricsView:
             "evictions": float(residency.evictions),
             "restores": float(residency.restores),
             "starts": float(dispatcher.supervisor.starts),
+            "open_samples": float(dispatcher.load),
         }
     return views.MetricsView(
         pid=os.getpid(),

@@ -210,6 +210,7 @@ class EngineView(BaseModel):
     pid: int | None
     epoch: Annotated[int, Field(description="raised at each start, over all gateways")]
     starts: Annotated[int, Field(description="since this gateway process began")]
+    open_samples: Annotated[int, Field(description="samples that it has, waiting or being drawn")]
     resident_runs: int
     waiting_runs: Annotated[
         int, Field(description="runs with work for which there is no room in its memory now")
@@ -398,6 +399,7 @@ def engine_view(dispatcher: Dispatcher) -> EngineView:
         pid=process.pid if process is not None else None,
         epoch=supervisor.epoch,
         starts=supervisor.starts,
+        open_samples=dispatcher.load,
         resident_runs=len(residency),
         waiting_runs=residency.waiting,
         run_bytes=residency.used,

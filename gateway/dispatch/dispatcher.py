@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from gateway.dispatch.blame import Blame
 from gateway.dispatch.claiming import Interrupted
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.2
 _LOOK_S = 0.02
+_OWED_AT_A_TIME = 512
+_HAND_OVER_S = 0.5
+"""Seconds between offers of what an engine owes that is not ready."""
 _LAST_WRITES_S = 1.0
 """Seconds for the last outcomes to be stored when the time to drain is over."""
 
@@ -39,7 +42,8 @@ _LAST_WRITES_S = 1.0
 class Dispatcher:
     """Feeds the engine of one supervisor, as long as this gateway has its lease. `on_opened` is told of open futures
     found in the database, `on_settled` of every outcome right after its commit, `on_lost` of the engine's name when
-    another gateway has it."""
+    another gateway has it. Replicas share the `blame`; while the engine is not ready, `hand_over` offers its samples to
+    others."""
 
     def __init__(
         self,
@@ -49,9 +53,13 @@ class Dispatcher:
         on_opened: Callable[[Future], None],
         on_settled: Callable[[Settled | None], None],
         on_lost: Callable[[str], None],
+        blame: Blame,
+        hand_over: Callable[[Dispatcher], Awaitable[None]] | None = None,
     ) -> None:
         self.supervisor = supervisor
-        self._blame = Blame(settings.max_attempts)
+        self._blame = blame
+        self._hand_over = hand_over
+        self._expected = 0
         self.training = TrainingLane(store, settings, on_settled, self._blame)
         self.sampling = SamplingLane(store, settings, on_settled, self._blame)
         self._store = store
@@ -69,6 +77,41 @@ class Dispatcher:
     def name(self) -> str:
         """The engine's name."""
         return self.supervisor.engine.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether samples that are handed to it are drawn at once, here or at the gateway that has its engine."""
+        return self.supervisor.wherever is EngineState.READY
+
+    @property
+    def load(self) -> int:
+        """How many samples it has, waiting or being drawn, as far as is known here."""
+        known = self.sampling.open if self.supervisor.holding else self._elsewhere.samples
+        return self._expected + known
+
+    async def look(self) -> None:
+        """Find out what it has to do, if another gateway keeps its queue."""
+        if not self.supervisor.holding:
+            await self._elsewhere.look()
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """A sample is being drawn that no queue has, or comes into one soon."""
+        self._expected += 1
+        try:
+            yield
+        finally:
+            self._expected -= 1
+
+    async def owed(self) -> list[Future]:
+        """The samples of an engine that is not ready, as the database has them; here they are forgotten. None if
+        another gateway has the lease."""
+        await self._count_deaths()
+        await self.sampling.reset()
+        if not self.supervisor.holding:
+            return await self._store.replicas.orphans([self.name], _OWED_AT_A_TIME)
+        owed = await self._store.futures.open_of_engine(self.name)
+        return [future for future in owed if future.run_id is None]
 
     def standing(self, future: Future) -> Standing:
         """Where an open future of this engine stands."""
@@ -154,7 +197,7 @@ class Dispatcher:
 
     async def _feed_forever(self) -> None:
         while True:
-            if await self.supervisor.reaches(EngineState.READY, EngineState.WAITING) is EngineState.WAITING:
+            if await self._state_to_act_on() is EngineState.WAITING:
                 await self._forget()
                 await self.supervisor.reaches(*(set(EngineState) - {EngineState.WAITING}))
                 continue
@@ -177,6 +220,21 @@ class Dispatcher:
                 self._put_down(engine)
             await asyncio.sleep(_PAUSE_S)
 
+    async def _state_to_act_on(self) -> EngineState:
+        """Ready, or waiting for the lease. Until then others do what they can of what is owed."""
+        reached = self.supervisor.reaches(EngineState.READY, EngineState.WAITING)
+        if self._hand_over is None:
+            return await reached
+        state = asyncio.ensure_future(reached)
+        try:
+            while not state.done():
+                with contextlib.suppress(StoreUnavailable):
+                    await self._hand_over(self)
+                await asyncio.wait({state}, timeout=_HAND_OVER_S)
+            return state.result()
+        finally:
+            state.cancel()
+
     async def _forget(self) -> None:
         """Another gateway has the engine, and it alone knows what waits for it. Nobody here is to blame for the end of
         the process that was given up."""
@@ -194,13 +252,15 @@ class Dispatcher:
             engine.last_signs, self.training.in_engine, self.sampling.in_engine, engine.lost_samples
         )
 
-    async def _reload(self) -> None:
-        """Forget what is in memory, then read what this engine owes; what arrives meanwhile is kept.
-
-        What engines have died over is written down first. A gateway that dies blames nobody.
-        """
+    async def _count_deaths(self) -> None:
+        """Write down what engines have died over, before anything of it is tried again. A gateway that dies blames
+        nobody."""
         await self._store.futures.count_deaths(self._died_over)
         self._died_over = []
+
+    async def _reload(self) -> None:
+        """Forget what is in memory, then read what this engine owes; what arrives meanwhile is kept."""
+        await self._count_deaths()
         await self._store.futures.requeue(self.name, self.supervisor.epoch)
         self._read = False
         await self.sampling.reset()

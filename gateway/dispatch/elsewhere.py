@@ -29,11 +29,20 @@ class QueuesElsewhere:
         self._bytes: Counter[str] = Counter()
         self._last: dict[str, int] = {}
 
+    @property
+    def samples(self) -> int:
+        """How many samples are open, as far as is known here."""
+        return self._samples.total()
+
+    async def look(self) -> None:
+        """Count, unless that was done lately."""
+        if time.monotonic() - self._counted_at > _COUNTED_FOR_S:
+            await self._count()
+
     async def require_room(self, future: Future) -> None:
         """Raises TooManyRequests when the queue of the run or of its owner is full. What comes before something that
         waits is taken all the same, as at the gateway that has the engine."""
-        if time.monotonic() - self._counted_at > _COUNTED_FOR_S:
-            await self._count()
+        await self.look()
         run_id, owner = future.run_id, future.owner
         require_room(self._loads(future), lambda: future.seq_id <= self._last.get(run_id or "", -1))
         self._bytes[owner] += future.input_bytes

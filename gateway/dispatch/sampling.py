@@ -128,6 +128,31 @@ class SamplingLane:
             elif request_id in self._claiming:  # the news has overtaken the claim's answer
                 self._withdrawn.add(request_id)
 
+    @property
+    def open(self) -> int:
+        """How many samples wait here or are in the engine."""
+        return len(self._waiting) + len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        """How many of them the engine has not been given."""
+        return len(self._waiting)
+
+    def take(self, count: int) -> list[tuple[Future, bytes | None]]:
+        """Some of those that wait, owners in turn, with their inputs where they are at hand. They are not here any more
+        then: somebody else is to draw them."""
+        taken: list[tuple[Future, bytes | None]] = []
+        while len(taken) < count and (request_id := self._turns.take()) is not None:
+            taken.append((self._waiting.pop(request_id), self._inputs.discard(request_id)))
+            self.queued.remove(request_id)
+        return taken
+
+    def was_given_up(self, request_id: str) -> bool:
+        """Whether a sample has been given up that is not here; this is forgotten then."""
+        given_up = request_id in self._given_up
+        self._given_up.discard(request_id)
+        return given_up
+
     def standing(self, future: Future) -> Standing:
         """Where an open sample stands."""
         if future.request_id in self._active:
@@ -172,7 +197,7 @@ class SamplingLane:
             return []
         await quarantine.enter(alone=self._blame.suspected(batch[0]), count=len(batch))
         epoch = engine.config.epoch
-        claim = Claim(tuple(future.request_id for future in batch), epoch)
+        claim = Claim(tuple(future.request_id for future in batch), epoch, engine.config.name)
         self._claiming, self._withdrawn = set(claim.request_ids), set()
         inputs = await claimed_inputs(self._store.futures, self._inputs, claim, self._written)
         quarantine.leave(count=len(batch) - len(inputs))

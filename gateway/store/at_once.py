@@ -75,6 +75,7 @@ _OUTCOME = {
     "run_id": "VARCHAR",
     "seq_id": "BIGINT",
     # the fence
+    "engine": "VARCHAR",
     "epoch": "BIGINT",
     "newest_claim": "BIGINT",
     "fence": "BIGINT",
@@ -126,6 +127,7 @@ settled AS (
     FROM given AS g
     WHERE f.request_id = g.request_id AND f.request_id = {_KEYS}
         AND f.{_OPEN}
+        AND f.engine = g.engine
         AND coalesce(f.epoch, 0) <= g.newest_claim
         AND (g.fence IS NULL
             OR coalesce((SELECT epoch FROM leases WHERE leases.engine = f.engine), 0) <= g.fence)

@@ -51,10 +51,12 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Futures to be sent to the engine of `epoch`."""
+    """Futures to be sent to the engine of `epoch`. Samples must still be those of `engine`: they may have moved to
+    another one; a run's operations never do."""
 
     request_ids: tuple[str, ...]
     epoch: int
+    engine: str | None = None
 
 
 class Queued(NamedTuple):
@@ -73,6 +75,7 @@ class _ClaimBehind:
 
     request_ids: set[str]
     epoch: int
+    engine: str | None
     written: asyncio.Future[None] | None = None
 
 
@@ -82,6 +85,7 @@ _CLAIM = (
     .where(
         F.c.request_id.in_(bindparam("keys", expanding=True)),
         F.c.status.in_(OPEN),
+        F.c.engine == func.coalesce(bindparam("by_engine", type_=F.c.engine.type), F.c.engine),
         F.c.epoch.is_(None) | (F.c.epoch <= bindparam("by_epoch")),
         func.coalesce(newest_epoch(F.c.engine), 0) <= bindparam("by_epoch"),
     )
@@ -125,7 +129,7 @@ class FutureStore:
 
         What is settled before the mark has been written needs none: the outcome counts the attempt.
         """
-        behind = _ClaimBehind(set(claim.request_ids), claim.epoch)
+        behind = _ClaimBehind(set(claim.request_ids), claim.epoch, claim.engine)
         self._behind.update(dict.fromkeys(claim.request_ids, behind))
         behind.written = written = self._database.write_behind(mark_futures, behind)
         written.add_done_callback(lambda _: self._forget(claim.request_ids, behind))
@@ -381,7 +385,7 @@ def claim_futures(connection: Connection, claims: list[Claim]) -> list[dict[str,
     """Queued futures become running; running ones of an older epoch are taken over."""
     answers = []
     for claim in claims:
-        claimed = _mark_running(connection, claim.request_ids, claim.epoch)
+        claimed = _mark_running(connection, claim.request_ids, claim.epoch, claim.engine)
         bodies = connection.execute(_INPUTS, {"keys": claimed})
         answers.append({row.request_id: row.body for row in bodies})
     return answers
@@ -389,9 +393,9 @@ def claim_futures(connection: Connection, claims: list[Claim]) -> list[dict[str,
 
 def mark_futures(connection: Connection, claims: list[_ClaimBehind]) -> list[None]:
     """The same without reading the inputs, those of one epoch in one statement."""
-    for epoch, group in groupby(claims, key=lambda claim: claim.epoch):
+    for (epoch, engine), group in groupby(claims, key=lambda claim: (claim.epoch, claim.engine)):
         if request_ids := [key for claim in group for key in tuple(claim.request_ids)]:
-            _mark_running(connection, request_ids, epoch)
+            _mark_running(connection, request_ids, epoch, engine)
     return [None] * len(claims)
 
 
@@ -423,8 +427,10 @@ def give_up_samples(connection: Connection, given_up: list[tuple[str, str]]) -> 
     return [None] * len(given_up)
 
 
-def _mark_running(connection: Connection, request_ids: Sequence[str], epoch: int) -> Sequence[str]:
-    values = {"keys": request_ids, "by_epoch": epoch, "at": now()}
+def _mark_running(
+    connection: Connection, request_ids: Sequence[str], epoch: int, engine: str | None
+) -> Sequence[str]:
+    values = {"keys": request_ids, "by_epoch": epoch, "by_engine": engine, "at": now()}
     return connection.execute(_CLAIM, values).scalars().all()
 
 

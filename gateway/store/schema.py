@@ -361,6 +361,17 @@ leases = Table(
     Column("problem", String, comment="why it is not well"),
 )
 
+replicas = Table(
+    "replicas",
+    metadata,
+    Column(
+        "engine", String, primary_key=True, comment="its name in the settings, which is its first replica's"
+    ),
+    Column("wanted", Integer, nullable=False, comment="how many there are to be"),
+    Column("smallest", Integer, comment="bounds that an admin has set; none: those of the settings"),
+    Column("largest", Integer),
+)
+
 engine_facts = Table(
     "engine_facts",
     metadata,

@@ -1,8 +1,8 @@
 """Settling: the outcome of a future and all that comes with it, in one transaction.
 
-The future's own row decides, and its engine's lease: if it is not open, or was claimed in a newer epoch than the
-outcome belongs to, or the lease was taken in a newer one, somebody else has taken over and nothing of the outcome is
-stored. That is the whole of the fence on the database's side.
+The future's own row decides, and its engine's lease: if it is not open, has moved to another engine, or was claimed in
+a newer epoch than the outcome belongs to, or the lease was taken in a newer one, somebody else has taken over and
+nothing of the outcome is stored. That is the whole of the fence on the database's side.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ _OPEN = (
     select(
         F.c.request_id,
         F.c.status,
+        F.c.engine,
         F.c.epoch,
         F.c.run_id,
         R.c.next_seq,
@@ -207,6 +208,8 @@ def _in_turn(connection: Connection, future: Future, next_seqs: dict[str, int]) 
 def _is_senders(outcome: Outcome, row: Any) -> bool:
     fence, newest_claim = _fence(outcome)
     is_open = row.status in (FutureStatus.QUEUED, FutureStatus.RUNNING)
+    if row.engine != outcome.future.engine:
+        return False
     if fence is not None and (row.newest or 0) > fence:
         return False
     return is_open and (row.epoch or 0) <= newest_claim
@@ -360,6 +363,7 @@ def _whole(outcome: Outcome) -> dict[str, Any]:
         "request_id": future.request_id,
         "run_id": future.run_id,
         "seq_id": future.seq_id,
+        "engine": future.engine,
         "fence": fence,
         "newest_claim": newest_claim,
         "body": outcome.result,

@@ -17,6 +17,7 @@ from gateway.store.gateways import GatewayStore
 from gateway.store.keys import KeyStore
 from gateway.store.leases import LeaseStore
 from gateway.store.records import ApiKey
+from gateway.store.replicas import ReplicaStore
 from gateway.store.retention import RetentionStore
 from gateway.store.runs import RunStore
 from gateway.store.samplers import SamplerStore
@@ -43,6 +44,7 @@ class Store:
         self.snapshots = SnapshotStore(database)
         self.custom_losses = CustomLossStore(database)
         self.leases = LeaseStore(database)
+        self.replicas = ReplicaStore(database)
         self.retention = RetentionStore(database)
         self.duties = DutyStore(database)
         self.engine_facts = EngineFactStore(database)

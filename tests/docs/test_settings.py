@@ -76,7 +76,7 @@ def test_the_examples_load(tmp_path: Path) -> None:
     loaded = load_settings(variables)
     assert (str(loaded.data_dir), loaded.gap_timeout_s) == ("/srv/tandem", 120.0)
     assert [engine.name for engine in loaded.engines] == ["tiny"]
-    [toml] = blocks(page("settings.md"), "toml")
+    toml, _replicas = blocks(page("settings.md"), "toml")
     config = tmp_path / "tandem.toml"
     config.write_text(toml)
     loaded = load_settings({"TANDEM_CONFIG": str(config)})

@@ -16,6 +16,7 @@ from engines.tensors import Matrix, Tensor
 from gateway.dispatch import Dispatcher
 from gateway.errors import NotFound
 from gateway.fleet import Fleet, Needs
+from gateway.replicas import Replicas
 from gateway.settings import EngineSettings
 from gateway.submit import lora_json
 from gateway.supervisor import EngineState
@@ -144,6 +145,10 @@ def fleet(
         engine("wide", roles, info(max_rank=128), EngineState.READY),
         engine("narrow", ("sample",), narrow, state),
     ]
+    made.entries = {
+        each.name: cast(Replicas, SimpleNamespace(entry=each.supervisor.engine, active={1: each}))
+        for each in dispatchers
+    }
     made.dispatchers = {each.name: each for each in dispatchers}
     return made
 

@@ -1,0 +1,269 @@
+"""The replicas of one sampling engine: how many there are, and moving samples from one to another.
+
+How many there are to be stands in the database, for all gateways alike. What a replica owes that is not ready, that
+ends or that nobody has, is moved to others; so is what waits for a busy one while another has little to do. Samples
+that an engine is drawing stay there, unless it dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from gateway.dispatch import Dispatcher
+from gateway.dispatch.blame import Blame
+from gateway.errors import StoreUnavailable
+from gateway.replica_bounds import LARGEST, ReplicaBounds
+from gateway.settings import EngineSettings, Settings
+from gateway.store import Store
+from gateway.store.notices import Notice
+from gateway.store.records import Future
+from gateway.store.replicas import Change, Move, Wanted
+from gateway.supervisor import EngineState
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.5
+_ORPHANS_EVERY = 10
+"""Ticks between looks for samples that no engine has."""
+_MOVED_AT_A_TIME = 512
+_WORTH_MOVING = 8
+"""Samples that one replica must have more than another for what waits to move."""
+_STOP_S = 10.0
+"""Seconds for the process of a replica that has nothing to do any more to end."""
+
+
+HandOver = Callable[[Dispatcher], Awaitable[None]]
+Make = Callable[[EngineSettings, Blame, HandOver | None], Dispatcher]
+
+
+class Replicas:
+    """Those of one entry of the settings. `make` gives the dispatcher of a new one, which `forget` is called with when
+    it has ended; `on_opened` is told of each sample that has moved."""
+
+    def __init__(
+        self,
+        entry: EngineSettings,
+        settings: Settings,
+        store: Store,
+        make: Make,
+        forget: Callable[[Dispatcher], None],
+        on_opened: Callable[[Future], None],
+    ) -> None:
+        self.entry = entry
+        self.bounds = entry.bounds
+        """Those that count now: the settings', or an admin's."""
+        self.wanted = entry.bounds.min
+        self.active: dict[int, Dispatcher] = {}
+        """By their numbers; those that are ending are not among them."""
+        self._ending: dict[int, asyncio.Task[None]] = {}
+        self._store = store
+        self._blame = Blame(settings.max_attempts)
+        self._make = make
+        self._forget = forget
+        self._on_opened = on_opened
+        self._fewer_since: float | None = None
+        self._task: asyncio.Task[None] | None = None
+        for number in range(1, self.wanted + 1):
+            self.active[number] = self._new(number)
+
+    def _new(self, number: int) -> Dispatcher:
+        hand_over = self.hand_over if "train" not in self.entry.roles else None
+        return self._make(self.entry.replica(number), self._blame, hand_over)
+
+    def start(self) -> None:
+        """Start those that there are, and follow what there is to do; call it in the running loop."""
+        for dispatcher in self.active.values():
+            _start(dispatcher)
+        if "train" not in self.entry.roles:
+            self._task = asyncio.create_task(self._tend_forever(), name=f"replicas-{self.entry.name}")
+
+    async def stop_tending(self) -> None:
+        """Change nothing any more: the gateway shuts down, and drains whatever there is."""
+        tasks = [task for task in (self._task, *self._ending.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def set_bounds(self, smallest: int | None, largest: int | None) -> None:
+        """An admin's bounds, from now on and for all gateways; None for the settings' again."""
+        bounds = _within(self.entry.bounds, smallest, largest)
+        await self._store.replicas.put(Wanted(self.entry.name, bounds.within(self.wanted), smallest, largest))
+        await self._agree()
+        self._match()
+
+    async def hand_over(self, source: Dispatcher) -> None:
+        """What an engine owes that is not ready is done by others that are. Raises StoreUnavailable."""
+        takers = [each for each in self.active.values() if each is not source and each.ready]
+        if source.ready or not takers:
+            return
+        owed = await source.owed()
+        if owed:
+            log.info("engine %s: %d samples go to other replicas", source.name, len(owed))
+        await self._share_out([(future, None) for future in owed], source, takers)
+
+    # ------------------------------------------------------------------ how many
+
+    async def _tend_forever(self) -> None:
+        ticks = 0
+        while True:
+            try:
+                await self._agree()
+                self._match()
+                await self._level()
+                if ticks % _ORPHANS_EVERY == 0:
+                    await self._take_orphans()
+                ticks += 1
+            except StoreUnavailable as error:
+                log.warning("replicas of %s: looked at again soon: %s", self.entry.name, error)
+            except (
+                Exception
+            ):  # boundary: a bug must not leave the replicas alone for good; the log says what it was
+                log.exception("replicas of %s: unexpected error while tending them", self.entry.name)
+            await asyncio.sleep(_TICK_S)
+
+    async def _agree(self) -> None:
+        """How many there are to be: as was decided before, or more or fewer now."""
+        decided = await self._store.replicas.get(self.entry.name)
+        if decided is None:
+            self.bounds, self.wanted = self.entry.bounds, self.entry.bounds.within(self.wanted)
+        else:
+            self.bounds = _within(self.entry.bounds, decided.smallest, decided.largest)
+            self.wanted = self.bounds.within(decided.number)
+        if self.bounds.min == self.bounds.max:
+            return
+        for dispatcher in self.active.values():
+            await dispatcher.look()
+        enough = self.bounds.enough(sum(dispatcher.load for dispatcher in self.active.values()))
+        if self._is_time_for(enough):
+            log.info("replicas of %s: %d instead of %d", self.entry.name, enough, self.wanted)
+            await self._store.replicas.change(Change(self.entry.name, self.wanted, enough))
+            self.wanted = enough
+
+    def _is_time_for(self, enough: int) -> bool:
+        """More are started at once; fewer are left when they have been enough for a while."""
+        now = asyncio.get_running_loop().time()
+        if enough >= self.wanted:
+            self._fewer_since = None
+            return enough > self.wanted
+        if self._fewer_since is None:
+            self._fewer_since = now
+        return now - self._fewer_since >= self.bounds.idle_s
+
+    def _match(self) -> None:
+        """Start what is missing, end what is too many. A number whose engine is still ending is free when it has."""
+        for number in range(1, self.wanted + 1):
+            if number not in self.active and number not in self._ending:
+                self.active[number] = dispatcher = self._new(number)
+                _start(dispatcher)
+        for number in [number for number in self.active if number > self.wanted]:
+            ending = self._end(number, self.active.pop(number))
+            self._ending[number] = asyncio.create_task(ending, name=f"end-{self.entry.name}-{number}")
+
+    async def _end(self, number: int, dispatcher: Dispatcher) -> None:
+        """Let one go: what waits for it goes to others, what it draws is finished, however long that takes."""
+        while dispatcher.supervisor.holding and dispatcher.load:
+            if dispatcher.supervisor.state is not EngineState.READY:
+                break
+            with contextlib.suppress(
+                StoreUnavailable
+            ):  # then they wait where they were, and it is tried again
+                await self._share_out(dispatcher.sampling.take(_MOVED_AT_A_TIME), dispatcher, self._takers())
+            await asyncio.sleep(_TICK_S / 5)
+        now = asyncio.get_running_loop().time()
+        await dispatcher.drain(now + _STOP_S)
+        await dispatcher.supervisor.stop(now + _STOP_S)
+        self._forget(dispatcher)
+        del self._ending[number]
+        log.info("engine %s has ended: fewer replicas are wanted", dispatcher.name)
+        with contextlib.suppress(StoreUnavailable):  # then it is done later
+            await self._take_orphans()
+
+    # ------------------------------------------------------------------ who draws what
+
+    def _takers(self) -> list[Dispatcher]:
+        """Those that samples can go to: that are ready, or will be."""
+        ready = [each for each in self.active.values() if each.ready]
+        return ready or list(self.active.values())
+
+    async def _level(self) -> None:
+        """What waits for a busy engine goes to one that has less to do, if both are here."""
+        here = [each for each in self.active.values() if each.ready and each.supervisor.holding]
+        if len(here) < 2:
+            return
+        giver = max(here, key=lambda each: (each.sampling.waiting, each.load))
+        taker = min(here, key=lambda each: each.load)
+        more = giver.load - taker.load
+        if more >= _WORTH_MOVING and giver.sampling.waiting:
+            count = min(more // 2, _MOVED_AT_A_TIME)
+            await self._move(giver.sampling.take(count), giver.name, taker, giver)
+
+    async def _take_orphans(self) -> None:
+        """Samples of replicas that there were once, and that nobody has any more."""
+        numbers = {number for number in range(2, LARGEST + 1) if number not in self.active}
+        names = [self.entry.replica(number).name for number in numbers - self._ending.keys()]
+        orphans = await self._store.replicas.orphans(names, _MOVED_AT_A_TIME)
+        takers = self._takers()
+        for index, future in enumerate(orphans):
+            await self._move([(future, None)], future.engine, takers[index % len(takers)])
+
+    async def _share_out(
+        self,
+        samples: Sequence[tuple[Future, bytes | None]],
+        source: Dispatcher,
+        takers: Sequence[Dispatcher],
+    ) -> None:
+        """Each gets as many as bring all to the same load, nearly."""
+        loads = {taker.name: taker.load for taker in takers}
+        shares: dict[str, list[tuple[Future, bytes | None]]] = {name: [] for name in loads}
+        for sample in samples:
+            name = min(loads, key=lambda each: loads[each])
+            loads[name] += 1
+            shares[name].append(sample)
+        for taker in takers:
+            await self._move(shares[taker.name], source.name, taker, source)
+
+    async def _move(
+        self,
+        samples: Sequence[tuple[Future, bytes | None]],
+        source: str,
+        taker: Dispatcher,
+        giver: Dispatcher | None = None,
+    ) -> None:
+        """Have another engine draw some samples. `giver` had them in its queue, and has them again if that fails."""
+        notice = None if taker.supervisor.holding else taker.name
+        try:
+            moved = await asyncio.gather(
+                *(
+                    self._store.replicas.move(
+                        Move(future.request_id, source, taker.name),
+                        Notice("accepted", future.request_id, notice) if notice is not None else None,
+                    )
+                    for future, _ in samples
+                )
+            )
+        except StoreUnavailable:
+            if giver is not None:
+                for future, body in samples:
+                    giver.accept(future, body)
+            raise
+        for (_, body), there in zip(samples, moved, strict=True):
+            if there is not None:
+                self._on_opened(there)
+                taker.accept(there, body)
+                if giver is not None and giver.sampling.was_given_up(there.request_id):
+                    await taker.give_up(there)
+
+
+def _start(dispatcher: Dispatcher) -> None:
+    dispatcher.supervisor.start()
+    dispatcher.start()
+
+
+def _within(bounds: ReplicaBounds, smallest: int | None, largest: int | None) -> ReplicaBounds:
+    """Bounds with an admin's in the place of the settings'."""
+    if smallest is None or largest is None:
+        return bounds
+    return ReplicaBounds(smallest, largest, bounds.samples_each, bounds.idle_s)
