@@ -24,6 +24,7 @@ from engines.hf.threads import Threads
 from engines.interface import EngineConfig, LoadError
 from engines.memory import free_host_bytes
 from engines.tuning.collating import Pack, pack
+from engines.tuning.experts import expert_sites, replacement
 from engines.tuning.lora import LoraLinear, Routing, Segment, Site
 from engines.tuning.packed_attention import Layout
 
@@ -188,6 +189,9 @@ def _attach(module: PreTrainedModel, routing: Routing) -> list[Site]:
         if isinstance(layer, nn.Linear) and part_of(name) in ("attn", "mlp"):
             module.set_submodule(name, LoraLinear(layer, len(sites), routing))
             sites.append(Site(name, layer.in_features, layer.out_features))
+        elif (experts := replacement(layer, len(sites), routing)) is not None:
+            module.set_submodule(name, experts)
+            sites.extend(expert_sites(name, layer))
     for part, known in (("attn", ATTENTION_LAYERS), ("mlp", MLP_LAYERS)):
         found = {
             site.name.split(".layers.")[-1].split(".")[0] for site in sites if part_of(site.name) == part

@@ -163,14 +163,18 @@ class LoraLinear(nn.Module):
         pieces = self.routing.at(self.site)
         if not pieces:
             return F.linear(x, self.base.weight, self.base.bias)
-        rows = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():
-            apply: Callable[..., Tensor] = _AdaptedLinear.apply
-            out = apply(rows, ANCHOR, self.base.weight, self.base.bias, pieces)
-        else:
-            out = F.linear(rows, self.base.weight, self.base.bias)
-            add_deltas(out, rows, pieces)
+        out = adapted(x.reshape(-1, x.shape[-1]), self.base.weight, self.base.bias, pieces)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def adapted(rows: Tensor, weight: Tensor, bias: Tensor | None, pieces: Sequence[Piece]) -> Tensor:
+    """`rows @ weight.T + bias` [T, out_features] of rows [T, in_features], and what the pieces' adapters add to it."""
+    if torch.is_grad_enabled():
+        apply: Callable[..., Tensor] = _AdaptedLinear.apply
+        return apply(rows, ANCHOR, weight, bias, pieces)
+    out = F.linear(rows, weight, bias)
+    add_deltas(out, rows, pieces)
+    return out
 
 
 def add_deltas(out: Tensor, rows: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from engines.hf import HfEngine
 from engines.interface import EngineConfig
@@ -29,17 +30,24 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 257,
 }
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+KINDS: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "moe": partial(Qwen3MoeConfig, **EXPERTS),
+}
+
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`tied` and `untied` are Qwen3 models, `llama` has another architecture."""
+    """`tied` and `untied` are Qwen3 models, `llama` has another architecture, `moe` has experts."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("models")
     folders = {}
-    for name, tied in (("tied", True), ("untied", False), ("llama", False)):
+    for name, tied in (("tied", True), ("untied", False), ("llama", False), ("moe", False)):
         torch.manual_seed(len(name))
-        config = (LlamaConfig if name == "llama" else Qwen3Config)(**SHAPE, tie_word_embeddings=tied)
-        model = LlamaForCausalLM(config) if name == "llama" else Qwen3ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(
+            KINDS.get(name, Qwen3Config)(**SHAPE, tie_word_embeddings=tied)
+        )
         with torch.no_grad():
             for key, weight in model.named_parameters():
                 weight.add_(torch.randn_like(weight), alpha=0.1 if "norm" in key else 0.05)
