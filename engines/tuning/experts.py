@@ -91,7 +91,9 @@ def among(segments: Sequence[Segment], tokens: Sequence[int]) -> list[Segment]:
 
 def expert_sites(name: str, module: nn.Module) -> Iterator[Site]:
     """The matrices of the experts that a module named `name` holds, in the order of their sites."""
-    experts, double, hidden = module.gate_up_proj.shape
+    gate_up = module.gate_up_proj
+    assert isinstance(gate_up, Tensor)
+    experts, double, hidden = gate_up.shape
     for number in range(experts):
         for matrix in MATRICES:
             sizes = (double // 2, hidden) if matrix == "down_proj" else (hidden, double // 2)
