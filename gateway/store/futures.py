@@ -29,7 +29,7 @@ from gateway.store.records import (
     Settled,
 )
 from gateway.store.runs import insert_runs
-from gateway.store.settling import one_statement_settles, settle_futures
+from gateway.store.settling import one_statement_settles, settle_again, settle_futures
 
 F = schema.futures
 OPEN = (FutureStatus.QUEUED, FutureStatus.RUNNING)
@@ -122,7 +122,7 @@ class FutureStore:
 
     async def claim(self, claim: Claim) -> dict[str, bytes]:
         """Mark futures as running; return the inputs of those that could be, by request_id."""
-        return await self._database.write(claim_futures, claim, recomputable=True)
+        return await self._database.write(claim_futures, claim, recomputable=True, again=claim_futures)
 
     def claim_behind(self, claim: Claim) -> asyncio.Future[None]:
         """Mark futures as running whose inputs are at hand; settling finds out whether they could be.
@@ -131,7 +131,7 @@ class FutureStore:
         """
         behind = _ClaimBehind(set(claim.request_ids), claim.epoch, claim.engine)
         self._behind.update(dict.fromkeys(claim.request_ids, behind))
-        behind.written = written = self._database.write_behind(mark_futures, behind)
+        behind.written = written = self._database.write_behind(mark_futures, behind, again=mark_futures)
         written.add_done_callback(lambda _: self._forget(claim.request_ids, behind))
         return written
 
@@ -143,7 +143,7 @@ class FutureStore:
     async def requeue(self, engine: str, epoch: int) -> None:
         """What was sent to an engine before this epoch is there no more: it waits again. A run whose next operation
         waits behind another one that seems to run could not go on."""
-        await self._database.write(requeue_futures, (engine, epoch), recomputable=True)
+        await self._database.write(requeue_futures, (engine, epoch), recomputable=True, again=requeue_futures)
 
     async def count_deaths(self, request_ids: Sequence[str]) -> None:
         """An engine has died while it performed these."""
@@ -155,8 +155,9 @@ class FutureStore:
     ) -> asyncio.Future[Settled | None]:
         """Store an outcome and what comes with it; None if the future was not this epoch's to settle.
 
-        Takes effect before any claim that is called after it, without having to be awaited first. A failure may come
-        from outside the log, such as a gap that stayed open for too long: it is flushed.
+        Takes effect before any claim that is called after it, without having to be awaited first. A connection that is
+        cut meanwhile changes nothing: the outcome is stored once, and answered so. A failure may come from outside the
+        log, such as a gap that stayed open for too long: it is flushed.
         """
         behind = self._behind.pop(outcome.future.request_id, None)
         if behind is not None:
@@ -164,7 +165,14 @@ class FutureStore:
             if not behind.request_ids and behind.written is not None:
                 behind.written.cancel()
         notice = Notice("settled", outcome.future.request_id)
-        return self._database.write(_SETTLE, outcome, then, recomputable=not outcome.failed, notice=notice)
+        return self._database.write(
+            _SETTLE,
+            outcome,
+            then,
+            recomputable=not outcome.failed,
+            notice=notice,
+            again=settle_again,
+        )
 
     async def give_up(self, request_id: str, message: str) -> None:
         """Fail a sample that is still open, whatever gateway has it in hand: that one's outcome is refused then."""

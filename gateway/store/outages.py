@@ -41,6 +41,9 @@ _SQLSTATES = (
 )
 """How the SQLSTATE of an outage begins: https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 
+_CUT = ("08", "57P", "25P03")
+"""Of these, those after which there is no connection any more, or not yet."""
+
 _SQLITE_CODES = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -62,6 +65,10 @@ class StoreConflict(StoreUnavailable):
     """Another transaction, of another gateway, was in the way of this one; repeating it helps at once."""
 
 
+class StoreCut(StoreUnavailable):
+    """The server is not to be reached, or was cut off in the middle of a transaction, which may have been committed."""
+
+
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
     """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
@@ -76,7 +83,8 @@ def translated_errors() -> Iterator[None]:
             raise StoreConflict("two transactions were in each other's way; try again in a moment") from error
         # What the driver says names hosts, roles and paths: it goes to the log, not to clients.
         log.error("the database cannot do what it was asked: %s", _first_line(error))
-        raise StoreUnavailable(
+        kind = StoreCut if is_cut(error) else StoreUnavailable
+        raise kind(
             "the database cannot serve this now; the gateway's log says why. Try again in a moment"
         ) from error
 
@@ -115,6 +123,16 @@ def is_outage(error: BaseException) -> bool:
     # asyncpg's errors come wrapped by SQLAlchemy, and plain while a connection is made; both carry the code.
     sqlstate = getattr(error, "sqlstate", None)
     return isinstance(sqlstate, str) and sqlstate.startswith(_SQLSTATES)
+
+
+def is_cut(error: BaseException) -> bool:
+    """Whether it is the way to the server that failed: a new connection may be all that is needed."""
+    if isinstance(error, ConnectionError) or (isinstance(error, DBAPIError) and error.connection_invalidated):
+        return True
+    if isinstance(error, StatementError):
+        return error.orig is not None and is_cut(error.orig)
+    sqlstate = getattr(error, "sqlstate", None)
+    return isinstance(sqlstate, str) and sqlstate.startswith(_CUT)
 
 
 def is_conflict(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, case, delete, insert, literal, select, update
+from sqlalchemy import Connection, Row, bindparam, case, delete, insert, literal, select, update
 
 from engines.operations import CHANGES_STATE
 from gateway.store import at_once, schema
@@ -114,6 +114,38 @@ def settle_futures(connection: Connection, outcomes: list[Outcome]) -> list[Sett
         else:
             answers += _settle(connection, part, at)
     return answers
+
+
+def settle_again(connection: Connection, outcomes: list[Outcome]) -> list[Settled | None]:
+    """The same when nobody knows whether that was committed: what is stored already, word by word and in the epoch that
+    only its sender had, was."""
+    answers = settle_futures(connection, outcomes)
+    unknown = {
+        outcome.future.request_id: outcome
+        for outcome, answer in zip(outcomes, answers, strict=True)
+        if answer is None
+    }
+    if not unknown:
+        return answers
+    found = connection.execute(select(F).where(F.c.request_id.in_(list(unknown))))
+    stored = {row.request_id: row for row in found if _is_stored(unknown[row.request_id], row)}
+    return [
+        _as_stored(outcome, stored[outcome.future.request_id])
+        if answer is None and outcome.future.request_id in stored
+        else answer
+        for outcome, answer in zip(outcomes, answers, strict=True)
+    ]
+
+
+def _is_stored(outcome: Outcome, row: Row[Any]) -> bool:
+    change = _future_change(outcome)
+    names = ("status", "epoch", "error", "error_category", "error_id", "result_digest")
+    return row.finished_at is not None and all(getattr(row, name) == change[name] for name in names)
+
+
+def _as_stored(outcome: Outcome, row: Row[Any]) -> Settled:
+    """Folders that became useless are found by the sweeping of stray ones."""
+    return Settled(_finished(outcome, row.finished_at), outcome.result)
 
 
 def _one_of_each_run(outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:

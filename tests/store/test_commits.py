@@ -127,7 +127,7 @@ async def cut_connections(url: str) -> None:
 
 @pytest.mark.postgres
 async def test_a_connection_cut_while_idle_is_made_anew(pg_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.store.database._PING_AFTER_S", 0.0)
+    monkeypatch.setattr("gateway.store.drivers._PING_AFTER_S", 0.0)
     store = Store(Database(pg_url))
     store.start()
     await begun_run(store)
@@ -140,7 +140,7 @@ async def test_a_connection_cut_while_idle_is_made_anew(pg_url: str, monkeypatch
 async def test_a_connection_cut_in_use_fails_one_write_and_no_other(
     pg_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.store.database._PING_AFTER_S", 60.0)
+    monkeypatch.setattr("gateway.store.drivers._PING_AFTER_S", 60.0)
     store = Store(Database(pg_url))
     store.start()
     run = await begun_run(store)

@@ -188,7 +188,7 @@ async def test_the_locks_of_a_process_that_stands_still_are_released(
     pg_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient: dict[str, Any] = {"server_settings": {"idle_in_transaction_session_timeout": "300"}}
-    monkeypatch.setattr("gateway.store.database._POSTGRES", impatient)
+    monkeypatch.setattr("gateway.store.drivers._POSTGRES", impatient)
     still, other = Store(Database(pg_url)), Store(Database(pg_url))
     for store in (still, other):
         store.start()
