@@ -24,6 +24,7 @@ from gateway.snapshot_files import SnapshotFiles
 from gateway.store import Store
 from gateway.store.duties import DutyLease, DutyReport
 from gateway.sweeping import sweep
+from gateway.troubles import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Duties:
         self._holder = holder
         self._lease_s = lease_s
         self._duties = list(duties)
+        self._trouble = Trouble(log, "duties are performed again")
         self._tasks: list[asyncio.Task[None]] = []
 
     def add(self, duty: Duty) -> None:
@@ -111,8 +113,11 @@ class Duties:
             wait = await self._store.duties.take(lease)
             if wait == 0:
                 await self._store.duties.report(await self._reported(duty, lease))
+            self._trouble.succeeded()
         except DutyTakenOver:
             log.warning("duty %r has been taken over by another gateway", duty.name)
+        except StoreUnavailable as error:  # the same for all of them, and they come again
+            self._trouble.failed(f"duties cannot be performed: {error}")
         except (
             Exception
         ) as error:  # boundary: the database knows of no such round; the next one comes in its time
@@ -133,6 +138,9 @@ class Duties:
                 async with asyncio.timeout(_FAREWELL_S):
                     await self._store.duties.give_back(lease)
             raise
+        except StoreUnavailable as error:
+            self._trouble.failed(f"duties cannot be performed: {error}")
+            return DutyReport(lease, time.monotonic() - began, error=str(error))
         except (
             Exception
         ) as error:  # boundary: the next round tries again; the log and the row say what it was

@@ -24,6 +24,7 @@ from gateway.store import Store
 from gateway.store.gateways import SignOfLife
 from gateway.store.listening import Listener
 from gateway.store.notices import News, payload_of
+from gateway.troubles import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Notices:
         self._due = asyncio.Event()
         self._looked_at: dict[str, float] = {}
         self._look_due = asyncio.Event()
+        self._trouble = Trouble(log, "what other gateways do is known again")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def others_known(self) -> bool:
@@ -164,10 +166,11 @@ class Notices:
             due.clear()
             try:
                 await what()
+                self._trouble.succeeded()
             except (
                 Exception
             ) as error:  # boundary: the next time comes soon, and the log says why this one came to nothing
-                log.warning("company of other gateways: %s", error)
+                self._trouble.failed(f"company of other gateways: {error}")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(self._logged(work))
@@ -178,4 +181,4 @@ class Notices:
         try:
             await work
         except StoreUnavailable as error:
-            log.warning("what another gateway has told is looked at later: %s", error)
+            self._trouble.failed(f"what another gateway has told is looked at later: {error}")

@@ -20,6 +20,7 @@ from gateway.store import Store
 from gateway.store.engine_facts import EngineFacts
 from gateway.store.leases import Lease, LeaseRequest
 from gateway.text import TextCodec
+from gateway.troubles import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Supervisor:
         self._bad_lives = 0
         self._failed_starts = 0
         self._started_at = 0.0
+        self._renewing = Trouble(log, f"engine {engine.name}: the lease is renewed again")
         self._renewed_at = 0.0
         """When the lease was asked for that this process has, by the loop's time."""
 
@@ -335,13 +337,14 @@ class Supervisor:
                 async with in_time:
                     await asyncio.sleep(next_at - now())
                     await self._renew()
+                self._renewing.succeeded(surely=True)
                 next_at = self._renewed_at + lease_s / 3
             except LeaseLost as error:
                 return str(error)
             except Exception as error:  # boundary: whatever is wrong with the database may pass
                 if in_time.expired():
                     return f"its lease could not be renewed for {lease_s * _UNRENEWED:.1f} s"
-                log.warning("engine %s: the lease could not be renewed: %s", self.engine.name, error)
+                self._renewing.failed(f"engine {self.engine.name}: the lease could not be renewed: {error}")
                 next_at = now() + lease_s * (1 / 3 if self._settings.embedded else _AGAIN)
 
     async def _take_lease(self) -> int:

@@ -27,6 +27,7 @@ from gateway.store import Store
 from gateway.store.notices import Notice
 from gateway.store.records import Future, Settled
 from gateway.supervisor import EngineState, Supervisor
+from gateway.troubles import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Dispatcher:
         self._task: asyncio.Task[None] | None = None
         self._engine: EngineProcess | None = None
         self._died_over: list[str] = []
+        self._reading = Trouble(log, f"engine {self.name}: what it owes has been read")
         self._read = False
 
     @property
@@ -204,12 +206,13 @@ class Dispatcher:
             engine = await self.supervisor.ready()
             try:
                 await self._reload()
+                self._reading.succeeded(surely=True)
                 self._engine = engine
                 await self._feed(engine)
                 return
             except* (EngineLost, StoreUnavailable, Interrupted) as group:
                 causes = "; ".join(dict.fromkeys(str(error) for error in group.exceptions))
-                log.warning("engine %s: starting over from the database: %s", self.name, causes)
+                self._reading.failed(f"engine {self.name}: starting over from the database: {causes}")
             except* (
                 Exception
             ):  # boundary: a bug must not silence an engine for good; it is logged, memory is rebuilt

@@ -10,20 +10,25 @@ Operations are plain functions of a SQLAlchemy connection, which `gateway.store.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, Row, delete, func, select
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.sql import Executable
 
 from gateway.errors import StoreUnavailable
+from gateway.store import schema
+from gateway.store.dialect import insert_or_ignore
 from gateway.store.drivers import Driver, PostgresDriver, SqliteDriver
 from gateway.store.notices import CHANNEL, News, Notice, encoded
 from gateway.store.outages import StoreConflict, StoreCut, translated_errors
+from gateway.troubles import Trouble
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -51,6 +56,7 @@ _TRIES = 4
 _AGAIN_S = (0.0, 0.1, 0.4, 1.0)
 """Seconds after which what may be repeated is tried again when the connection was cut: as soon as a proxy or a quick
 restart of a server takes. Whatever else wants to be written waits meanwhile."""
+_TRIAL_BYTES = 1 << 18
 _BEHIND_S = 0.02
 """Seconds that a write nobody waits for may wait for another one's transaction."""
 
@@ -84,6 +90,9 @@ class Database:
     def __init__(self, url: str, *, sqlite_synchronous: str = "FULL", readers: int = 4) -> None:
         self.payload_of: Callable[[Sequence[Notice]], str] | None = None
         """How other gateways are told of what a transaction does; None: there are none."""
+        self.storing = Trouble(log, "the database stores again what it is given", logging.ERROR)
+        """Whether what is written is stored, as far as is known."""
+        self._reading = Trouble(log, "the database answers again", logging.ERROR)
         self._driver: Driver
         if make_url(url).get_backend_name() == "sqlite":
             self._driver = SqliteDriver(url, sqlite_synchronous, readers)
@@ -114,15 +123,19 @@ class Database:
     async def read(self, work: Callable[[Connection], T]) -> T:
         """What `work` makes of a connection for reading. Raises StoreUnavailable when the database does not answer."""
         try:
-            with translated_errors():
-                return await self._driver.read(work)
+            return await self._read(work)
         except StoreCut:  # in the middle of it: another connection may be whole
-            with translated_errors():
-                return await self._driver.read(work)
+            return await self._read(work)
+
+    async def _read(self, work: Callable[[Connection], T]) -> T:
+        with translated_errors(self._reading):
+            answer = await self._driver.read(work)
+        self._reading.succeeded()
+        return answer
 
     async def alone(self, work: Callable[[Connection], T]) -> T:
         """A transaction outside the group commit, for migrations."""
-        with translated_errors():
+        with translated_errors(self.storing):
             return await self._driver.alone(work)
 
     async def rows(self, query: Executable) -> Sequence[Row[Any]]:
@@ -168,6 +181,14 @@ class Database:
     async def barrier(self) -> None:
         """Returns when everything that was handed in before has been committed, or refused."""
         await self.write(_nothing, None, recomputable=True, again=_nothing)
+
+    async def try_to_store(self) -> None:
+        """Store something and remove it: if that succeeds, `storing` knows of no problem any more."""
+        with contextlib.suppress(StoreUnavailable):
+            key = f"trial of {id(self)}"
+            await self.write(_store_trial, key)
+            await self.write(_remove_trial, key)
+            self.storing.succeeded(surely=True)
 
     def write_behind(
         self, operation: WriteMany[A, R], argument: A, *, again: WriteMany[A, R] | None = None
@@ -240,12 +261,14 @@ class Database:
         while True:
             tries_left -= 1
             try:
-                with translated_errors():
-                    return await self._driver.write(
+                with translated_errors(self.storing):
+                    answers = await self._driver.write(
                         lambda connection: _perform(connection, group, payload),
                         flushed=flushed,
                         one_statement=one_statement,
                     )
+                self.storing.succeeded()
+                return answers
             except StoreConflict:
                 if not tries_left:
                     raise
@@ -253,6 +276,19 @@ class Database:
 
 def _nothing(connection: Connection, wanted: list[None]) -> list[None]:
     return wanted
+
+
+def _store_trial(connection: Connection, keys: list[str]) -> list[None]:
+    """As an input; two transactions, for what is removed in the same one need not be written at all."""
+    for key in keys:
+        row = {"request_id": key, "body": os.urandom(_TRIAL_BYTES)}
+        connection.execute(insert_or_ignore(connection, schema.inputs), row)
+    return [None] * len(keys)
+
+
+def _remove_trial(connection: Connection, keys: list[str]) -> list[None]:
+    connection.execute(delete(schema.inputs).where(schema.inputs.c.request_id.in_(keys)))
+    return [None] * len(keys)
 
 
 def _notify(connection: Connection, payloads: list[str]) -> list[None]:
@@ -288,5 +324,5 @@ def _refuse(group: list[_Write[Any, Any]], error: Exception) -> None:
     for write in group:
         if not write.outcome.done():
             write.outcome.set_exception(error)
-        else:
+        elif not isinstance(error, StoreUnavailable):  # which has been told
             log.error("a write failed after its caller had left: %s", error)

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from gateway.store.notices import CHANNEL, News, decoded
+from gateway.troubles import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Listener:
         self._engine = create_async_engine(url, poolclass=NullPool, connect_args={"timeout": 15})
         self._heard = heard
         self._connected = connected
+        self._trouble = Trouble(log, "notices of other gateways are heard again")
 
     async def listen_forever(self) -> None:
         """Until it is cancelled."""
@@ -34,7 +36,7 @@ class Listener:
             try:
                 await self._listen()
             except Exception as error:  # boundary: the next connection is tried; others look meanwhile
-                log.warning("notices of other gateways cannot be heard: %s", error)
+                self._trouble.failed(f"notices of other gateways cannot be heard: {error}")
             await asyncio.sleep(_AGAIN_S)
 
     async def _listen(self) -> None:
@@ -44,6 +46,7 @@ class Listener:
             driver: Any = (await connection.get_raw_connection()).driver_connection
             driver.add_termination_listener(lambda *_: cut.set())
             await driver.add_listener(CHANNEL, lambda *said: self._heard(decoded(said[3])))
+            self._trouble.succeeded(surely=True)
             self._connected()
             while not cut.is_set():
                 with contextlib.suppress(TimeoutError):

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from gateway.errors import StoreUnavailable
+from gateway.troubles import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,9 @@ class StoreCut(StoreUnavailable):
 
 
 @contextlib.contextmanager
-def translated_errors() -> Iterator[None]:
-    """The one seam at which the driver's errors become ours. A broken statement stays what it is: a bug."""
+def translated_errors(trouble: Trouble) -> Iterator[None]:
+    """The one seam at which the driver's errors become ours; outages are told to the `trouble`. A broken statement
+    stays what it is: a bug."""
     try:
         yield
     except (
@@ -82,7 +84,7 @@ def translated_errors() -> Iterator[None]:
         if is_conflict(error):
             raise StoreConflict("two transactions were in each other's way; try again in a moment") from error
         # What the driver says names hosts, roles and paths: it goes to the log, not to clients.
-        log.error("the database cannot do what it was asked: %s", _first_line(error))
+        trouble.failed(f"the database cannot do what it was asked: {_first_line(error)}")
         kind = StoreCut if is_cut(error) else StoreUnavailable
         raise kind(
             "the database cannot serve this now; the gateway's log says why. Try again in a moment"

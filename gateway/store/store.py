@@ -27,6 +27,7 @@ from gateway.store.snapshots import SnapshotStore
 from gateway.store.usage import UsageStore
 
 _ASKED_EVERY_S = 1.0
+_TRIED_WITHIN_S = 3.0
 
 
 class Store:
@@ -54,6 +55,8 @@ class Store:
         self.audit = AuditStore(database)
         self._asked: asyncio.Task[list[ApiKey]] | None = None
         self._asked_at = float("-inf")
+        self._trial: asyncio.Task[None] | None = None
+        self._tried_at = float("-inf")
 
     async def answers(self) -> None:
         """Raises StoreUnavailable when the database does not answer; it is asked once a second at most."""
@@ -62,6 +65,18 @@ class Store:
             self._asked_at = now
             self._asked = asyncio.create_task(self.keys.all())
         await asyncio.shield(self._asked)
+
+    async def problem(self) -> str | None:
+        """Why nothing can be stored at present; None: nothing is known to be wrong. After a failure it is tried with
+        some bytes whether that has passed, once a second at most."""
+        if self.database.storing.problem is None:
+            return None
+        now = time.monotonic()
+        if self._trial is None or (self._trial.done() and now - self._tried_at > _ASKED_EVERY_S):
+            self._tried_at = now
+            self._trial = asyncio.create_task(self.database.try_to_store())
+        await asyncio.wait({self._trial}, timeout=_TRIED_WITHIN_S)
+        return self.database.storing.problem
 
     def start(self) -> None:
         """Start accepting writes; call it in the running loop."""

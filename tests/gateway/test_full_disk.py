@@ -94,9 +94,13 @@ def fill_train_and_go_on(
         assert refused.json()["code"] == "store_unavailable"
         assert "log says why" in refused.json()["detail"]
         assert int(refused.headers["Retry-After"]) >= 1
+        unready = http.get("/readyz")
+        assert unready.status_code == 503
+        assert "No space left" in unready.json()["problem"] or "full" in unready.json()["problem"]
         for path in ("/healthz", f"/admin/v1/runs/{run_id}", "/api/v1/training_runs"):
             assert http.get(path).status_code == 200  # what needs no room goes on
         disk.empty()
+        gateway.wait_until_ready()  # by itself: nobody has sent anything else
         number = len(promises) + 1
         again = (
             (lambda: send_pass(http, run_id, number, TOKENS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from gateway.errors import StoreUnavailable
 from gateway.store import Store
 from gateway.store.database import Database
 from gateway.store.outages import is_outage, translated_errors
+from gateway.troubles import Trouble
 
 WORDS = "worte, die niemand kennt"
 """What a server says in another language."""
@@ -180,7 +182,8 @@ def test_an_outage_is_one_line_in_the_log_without_statement_and_data(
 ) -> None:
     why = sqlite3.OperationalError("no room is left\nDETAIL: the row was (alice, 1, 2)")
     why.sqlite_errorcode = sqlite3.SQLITE_FULL
-    with pytest.raises(StoreUnavailable), translated_errors():
+    trouble = Trouble(logging.getLogger("gateway"), "over")
+    with pytest.raises(StoreUnavailable), translated_errors(trouble):
         raise OperationalError("INSERT INTO things VALUES (?)", {"body": b"alice"}, why)
     assert [record.message for record in caplog.records] == [
         "the database cannot do what it was asked: no room is left"
