@@ -100,6 +100,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(_StorableAddresses)
     app.add_middleware(ReleasedBodies)
+    app.add_middleware(_HeadAsGet)
     return app
 
 
@@ -135,6 +136,23 @@ class _StorableAddresses:
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+
+class _HeadAsGet:
+    """Answers HEAD wherever GET is answered, as GET without the body: proxies and health checks ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, without_body)
 
 
 @asynccontextmanager

@@ -32,7 +32,6 @@ class RunQueue:
     running: bool = False
     alone: bool = False
     parked: bool = False
-    gap_since: float | None = None
 
     def add(self, future: Future) -> None:
         """Queue an entry; one behind the log's head, or known already, changes nothing. A rejected one only consumes
@@ -54,14 +53,10 @@ class RunQueue:
         self.running = self.alone = False
         self._skip_settled()
 
-    def gap(self, now: float) -> float:
-        """Seconds for which entries have been waiting for a number that has not arrived."""
-        if self.running or not self.waiting or self.next_seq in self.waiting:
-            self.gap_since = None
-            return 0.0
-        if self.gap_since is None:
-            self.gap_since = now
-        return now - self.gap_since
+    @property
+    def blocked(self) -> bool:
+        """Whether entries wait for a number that has not arrived."""
+        return bool(self.waiting) and self.next_seq not in self.waiting
 
     def abandon_gap(self) -> list[Future]:
         """Take out everything that waits behind a gap; the log goes on behind the last of them."""
@@ -69,7 +64,6 @@ class RunQueue:
         self.next_seq = abandoned[-1].seq_id + 1
         self.load[self.owner] -= len(self.waiting)
         self.waiting.clear()
-        self.gap_since = None
         return [future for future in abandoned if future.open]
 
     def standing(self, seq_id: int) -> Standing:
@@ -168,7 +162,8 @@ class TrainingQueue:
         self.load: Counter[str] = Counter()
         self._ready = Turns()
         self._shares = Shares()
-        self._blocked: set[str] = set()
+        self._blocked: dict[str, float | None] = {}
+        """Runs that wait for a missing number, and since when; those that nobody has looked at yet are the last."""
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -253,18 +248,32 @@ class TrainingQueue:
         """Keep the order of a run no longer, unless something of it waits or runs."""
         if not self.waits(run_id):
             self.runs.pop(run_id, None)
-            self._blocked.discard(run_id)  # it may be there still, when its gap was given up
+            self._blocked.pop(run_id, None)
 
     def gaps(self, now: float, timeout_s: float) -> list[RunQueue]:
-        """Runs that have waited too long for a missing number."""
-        blocked = [self.runs[run_id] for run_id in self._blocked]
-        return [queue for queue in blocked if queue.gap(now) > timeout_s]
+        """Runs that have waited too long for a missing number, those first that have waited longest. Only they and
+        those that have been blocked since the last call are looked at."""
+        for run_id in reversed(self._blocked):
+            if self._blocked[run_id] is not None:
+                break
+            self._blocked[run_id] = now
+        due = []
+        for run_id, since in self._blocked.items():
+            if since is None or now - since <= timeout_s:
+                break
+            due.append(self.runs[run_id])
+        return due
+
+    def abandon_gap(self, queue: RunQueue) -> list[Future]:
+        """Take out everything of a run that waits behind its gap; the open ones of it."""
+        abandoned = queue.abandon_gap()
+        self._mark(queue)
+        return abandoned
 
     def _mark(self, queue: RunQueue) -> None:
         if queue.head() is not None and not queue.parked:
             self._ready.add(queue.owner, queue.run_id)
-        if queue.waiting and queue.next_seq not in queue.waiting:
-            self._blocked.add(queue.run_id)
+        if queue.blocked:
+            self._blocked.setdefault(queue.run_id, None)
         else:
-            self._blocked.discard(queue.run_id)
-            queue.gap_since = None
+            self._blocked.pop(queue.run_id, None)

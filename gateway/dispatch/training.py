@@ -409,7 +409,7 @@ class TrainingLane:
         timeout_s = self._settings.gap_timeout_s
         for queue in self._queue.gaps(asyncio.get_running_loop().time(), timeout_s):
             missing = queue.next_seq
-            for future in queue.abandon_gap():
+            for future in self._queue.abandon_gap(queue):
                 message = (
                     f"operation {missing} of run {queue.run_id} has not arrived within {timeout_s:.0f} s, "
                     f"so operation {future.seq_id}, which comes after it, was not performed"

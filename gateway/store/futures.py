@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, bindparam, case, func, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, case, delete, func, select, update
 
 from gateway.store import at_once, schema
 from gateway.store.audit import record
@@ -431,7 +431,9 @@ def give_up_samples(connection: Connection, given_up: list[tuple[str, str]]) -> 
             "error_category": "user",
             "finished_at": now(),
         }
-        connection.execute(update(F).where(still_open).values(values))
+        failed = update(F).where(still_open).values(values).returning(F.c.request_id)
+        ids = list(connection.execute(failed).scalars())
+        connection.execute(delete(schema.inputs).where(schema.inputs.c.request_id.in_(ids)))
     return [None] * len(given_up)
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, delete, select
 from gateway.store import schema
 from gateway.store.audit import record
 from gateway.store.database import Database
-from gateway.store.dialect import insert_new
+from gateway.store.dialect import for_update, insert_new
 from gateway.store.records import ApiKey, AuditTopic
 
 K = schema.api_keys
@@ -38,10 +38,17 @@ class KeyStore:
 
 
 def _delete_unless_last(connection: Connection, hashes: list[str]) -> list[bool]:
+    """All keys are locked, in one order: of two gateways that remove one each, the second finds what the first left."""
+    keys = set(
+        connection.execute(for_update(connection, select(K.c.key_hash).order_by(K.c.key_hash))).scalars()
+    )
     removed = []
     for key_hash in hashes:
-        others = connection.execute(select(K.c.key_hash).where(K.c.key_hash != key_hash)).first()
-        removed += _delete(connection, [key_hash]) if others is not None else [False]
+        if keys - {key_hash}:
+            removed += _delete(connection, [key_hash])
+            keys.discard(key_hash)
+        else:
+            removed.append(False)
     return removed
 
 

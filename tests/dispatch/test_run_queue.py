@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.dispatch.run_queue import TrainingQueue, Turns, Weigh
+from gateway.dispatch.run_queue import RunQueue, TrainingQueue, Turns, Weigh
 from gateway.store.records import Future, FutureStatus
 
 
@@ -175,7 +175,8 @@ def test_a_gap_that_lasts_is_found_and_given_up() -> None:
     queue = opened(operation("a", 2), operation("a", 4))
     assert queue.gaps(100.0, 10.0) == []
     [stuck] = queue.gaps(111.0, 10.0)
-    assert ids(stuck.abandon_gap()) == ["a:2", "a:4"]
+    assert ids(queue.abandon_gap(stuck)) == ["a:2", "a:4"]
+    assert queue.gaps(200.0, 10.0) == []
     queue.add(operation("a", 5))
     assert ids(queue.take_batch(weigh)) == ["a:5"]
 
@@ -183,7 +184,7 @@ def test_a_gap_that_lasts_is_found_and_given_up() -> None:
 def test_a_run_whose_gap_was_given_up_may_be_forgotten_before_it_moves_on() -> None:
     queue = opened(operation("a", 2), operation("b", 2))
     queue.gaps(100.0, 10.0)
-    queue.runs["a"].abandon_gap()
+    queue.abandon_gap(queue.runs["a"])
     queue.forget("a")
     assert [stuck.run_id for stuck in queue.gaps(111.0, 10.0)] == ["b"]
     queue.forget("b")  # something of it waits
@@ -201,6 +202,32 @@ def test_a_gap_that_closes_is_forgotten() -> None:
     [second] = queue.take_batch(weigh)
     queue.settled(second)
     assert queue.gaps(112.0, 10.0) == []
+
+
+class CountedRuns(dict[str, RunQueue]):
+    """Run queues, and how often one was looked at."""
+
+    looks = 0
+
+    def __getitem__(self, run_id: str) -> RunQueue:
+        self.looks += 1
+        return super().__getitem__(run_id)
+
+
+def test_only_gaps_that_are_due_are_looked_at() -> None:
+    queue = opened(*(operation(f"early{number}", 2) for number in range(3)))
+    assert queue.gaps(100.0, 10.0) == []
+    for number in range(1000):
+        queue.open_run(f"late{number}", "bob", 1, [operation(f"late{number}", 2, owner="bob")])
+    assert queue.gaps(105.0, 10.0) == []
+    queue.runs = runs = CountedRuns(queue.runs)
+    assert queue.gaps(109.0, 10.0) == []
+    assert runs.looks == 0
+    assert [stuck.run_id for stuck in queue.gaps(111.0, 10.0)] == ["early0", "early1", "early2"]
+    assert runs.looks == 3
+    queue.add(operation("early1", 1))
+    assert [stuck.run_id for stuck in queue.gaps(112.0, 10.0)] == ["early0", "early2"]
+    assert len(queue.gaps(116.0, 10.0)) == 1002
 
 
 def test_turns_go_round_the_owners() -> None:

@@ -217,10 +217,12 @@ async def test_a_sample_is_given_up_in_the_database_whoever_has_it_in_hand(store
     operation = an_operation(run, 0, "create_run")
     sample = an_operation(run, 5, "sample", run_id=None, sampler_id="x", request_id="x:5")
     await store.futures.submit(Submission(operation, b"", run))
-    await store.futures.submit(Submission(sample, b""))
+    await store.futures.submit(Submission(sample, b"prompt"))
     await store.futures.claim(Claim((sample.request_id,), 1))
     for future in (sample, operation):
         await store.futures.give_up(future.request_id, "not wanted")
+    ids = [sample.request_id, operation.request_id]
+    assert set(await store.futures.inputs(ids)) == {operation.request_id}
     found = {future.kind: future for future in await store.futures.many(["x:5", operation.request_id])}
     assert (found["sample"].status, found["sample"].error) == (FutureStatus.FAILED, "not wanted")
     assert found["sample"].error_category == "user"

@@ -6,10 +6,13 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from gateway.errors import Unprocessable
 from gateway.store import Store
+from gateway.store.database import Database
 from gateway.store.futures import Submission
+from gateway.store.keys import _delete_unless_last
 from gateway.store.leases import LeaseRequest
 from gateway.store.records import ApiKey, Outcome, RunStatus, Sampler
 from gateway.store.sessions import Finish
@@ -72,6 +75,37 @@ async def test_keys_come_and_go(store: Store) -> None:
     assert await store.keys.remove(key.key_hash)
     assert not await store.keys.remove(key.key_hash)
     assert await store.keys.all() == []
+
+
+async def test_the_last_key_stays(store: Store) -> None:
+    keys = [ApiKey(letter * 64, "alice", False, letter, 1.0) for letter in "ab"]
+    for key in keys:
+        await store.keys.add(key)
+    answers = [store.keys.remove_unless_last(key.key_hash) for key in keys]
+    assert await asyncio.gather(*answers) == [True, False]  # in one transaction
+    assert not await store.keys.remove_unless_last("c" * 64)
+    assert await store.keys.all() == keys[1:]
+
+
+@pytest.mark.postgres
+async def test_of_two_gateways_that_remove_a_key_each_one_finds_the_last(pg_url: str) -> None:
+    stores = [Store(Database(pg_url)) for _ in range(2)]
+    keys = [ApiKey(letter * 64, "alice", False, letter, 1.0) for letter in "ab"]
+    for store in stores:
+        store.start()
+    for key in keys:
+        await stores[0].keys.add(key)
+    engine = create_async_engine(pg_url)
+    async with engine.begin() as connection:
+        assert await connection.run_sync(_delete_unless_last, [keys[0].key_hash]) == [True]
+        other = asyncio.ensure_future(stores[1].keys.remove_unless_last(keys[1].key_hash))
+        done, _ = await asyncio.wait({other}, timeout=0.3)
+        assert not done  # it waits for what becomes of the first
+    assert not await other
+    assert await stores[0].keys.all() == keys[1:]
+    await engine.dispose()
+    for store in stores:
+        await store.close()
 
 
 async def test_a_sampler_never_changes(store: Store) -> None:
