@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 from fastapi import Depends, Request
 
@@ -30,7 +30,6 @@ T = TypeVar("T")
 
 _LOSSES_IN_MEMORY = 100
 """Each takes up to 1 MiB."""
-_COMPARISONS = 1000
 _IMPORTS_AT_A_TIME = 2
 
 
@@ -74,31 +73,6 @@ class Remembered(Generic[T]):
         self._records.pop(key, None)
 
 
-class Comparison(NamedTuple):
-    """How far a sampler's log-probs were from the trainer's: absolute differences over so many tokens."""
-
-    tokens: int
-    mean: float
-    largest: float
-    compared_at: float
-
-
-class Comparisons:
-    """The newest comparison of each run, of those that were compared last."""
-
-    def __init__(self) -> None:
-        self._of: OrderedDict[str, Comparison] = OrderedDict()
-
-    def get(self, run_id: str) -> Comparison | None:
-        return self._of.get(run_id)
-
-    def put(self, run_id: str, comparison: Comparison) -> None:
-        self._of[run_id] = comparison
-        self._of.move_to_end(run_id)
-        if len(self._of) > _COMPARISONS:
-            self._of.popitem(last=False)
-
-
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """The running parts of one gateway process."""
@@ -114,7 +88,6 @@ class Gateway:
     duties: Duties
     notices: Notices
     importing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_IMPORTS_AT_A_TIME))
-    compared: Comparisons = field(default_factory=Comparisons)
     started_at: float = field(default_factory=time.time)
     turns: Turns = field(init=False)
     known_sessions: Remembered[Session] = field(init=False)

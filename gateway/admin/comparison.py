@@ -40,8 +40,8 @@ from gateway.engine_process import Drawn, EngineProcess
 from gateway.errors import BadRequest, EngineFailed, EngineLost, EngineUnavailable
 from gateway.fleet import Needs
 from gateway.queries import KnownQueryRoute
-from gateway.state import Comparison, Running
-from gateway.store.records import Sampler
+from gateway.state import Running
+from gateway.store.records import Comparison, Sampler
 from gateway.submit import weights_of
 
 router = APIRouter(prefix="/admin/v1", tags=["admin"], route_class=KnownQueryRoute)
@@ -75,7 +75,7 @@ class Compared(views.ComparisonView):
 async def compare_sampler(sampler_id: str, wanted: Wanted, caller: Who, gateway: Running) -> Compared:
     """Draw from a sampler at temperature 1, and compare its log-probs with the training engine's for the same tokens.
 
-    The newest outcome for each run stands in the metrics too. It takes the engines' time like a sample and a pass.
+    The newest outcome for each run stands with the run too. It takes the engines' time like a sample and a pass.
     """
     sampler = await sampler_of_caller(gateway, caller, sampler_id)
     lora = await gateway.lora_of(sampler.run_id)
@@ -93,7 +93,7 @@ async def compare_sampler(sampler_id: str, wanted: Wanted, caller: Who, gateway:
     differences = _differences(request, result, expected)
     found = Comparison(len(differences), float(differences.mean()), float(differences.max()), time.time())
     if sampler.run_id is not None:
-        gateway.compared.put(sampler.run_id, found)
+        await gateway.store.runs.record_comparison(sampler.run_id, sampler.owner, found)
     return Compared(
         sampler_id=sampler.sampler_id,
         run_id=sampler.run_id,

@@ -196,7 +196,7 @@ async def get_metrics(caller: Who, gateway: Running) -> views.MetricsView:
 
 def _run_view(gateway: Gateway, run: Run) -> views.RunView:
     engine = gateway.fleet.dispatchers.get(run.engine)
-    return views.run_view(run, engine, gateway.compared.get(run.run_id))
+    return views.run_view(run, engine)
 
 
 async def _run(gateway: Gateway, caller: Caller, run_id: str) -> Run:

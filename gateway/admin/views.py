@@ -9,9 +9,9 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.dispatch import Dispatcher
-from gateway.state import Comparison
 from gateway.store.records import (
     Checkpoint,
+    Comparison,
     DutyRecord,
     Future,
     Run,
@@ -67,7 +67,8 @@ class RunView(BaseModel):
         str | None, Field(description="why its last snapshot could not be taken; null: nothing is known")
     ]
     sampler_difference: Annotated[
-        ComparisonView | None, Field(description="its newest comparison, of those that this gateway has made")
+        ComparisonView | None,
+        Field(description="the newest comparison of a sampler of its weights; null: none"),
     ]
     created_at: datetime
     last_request_at: datetime
@@ -265,7 +266,7 @@ def comparison_view(comparison: Comparison) -> ComparisonView:
     )
 
 
-def run_view(run: Run, dispatcher: Dispatcher | None, compared: Comparison | None = None) -> RunView:
+def run_view(run: Run, dispatcher: Dispatcher | None) -> RunView:
     """`dispatcher` feeds its engine, if that is one of this gateway's."""
     training = None if dispatcher is None else dispatcher.training
     return RunView(
@@ -284,7 +285,7 @@ def run_view(run: Run, dispatcher: Dispatcher | None, compared: Comparison | Non
         resident=training is not None and training.residency.holds(run.run_id),
         replay_difference=run.replay_difference,
         snapshot_problem=None if training is None else training.snapshots.problems.get(run.run_id),
-        sampler_difference=None if compared is None else comparison_view(compared),
+        sampler_difference=None if run.comparison is None else comparison_view(run.comparison),
         created_at=moment(run.created_at),
         last_request_at=moment(run.last_request_at),
     )

@@ -68,6 +68,17 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far a sampler's log-probs were from the trainer's: absolute differences over so many tokens. One that is not
+    finite is nan."""
+
+    tokens: int
+    mean: float
+    largest: float
+    compared_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     run_id: str
     owner: str
@@ -90,6 +101,7 @@ class Run:
     pending_seconds: float = 0.0
     pruned_seq: int = 0
     replay_difference: str | None = None
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import isfinite, nan
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, func, select, update
@@ -11,7 +12,7 @@ from gateway.store import schema
 from gateway.store.audit import record
 from gateway.store.database import Database
 from gateway.store.dialect import NO_FILTERS, Filters, insert_or_ignore, now
-from gateway.store.records import AuditTopic, Run, RunStatus, Step
+from gateway.store.records import AuditTopic, Comparison, Run, RunStatus, Step
 from gateway.store.session_search import NO_PROJECT
 
 R = schema.runs
@@ -72,6 +73,10 @@ class RunStore:
         """A replay of the run has given other numbers than it gave before."""
         await self._database.write(_record_differences, (run_id, difference))
 
+    async def record_comparison(self, run_id: str, owner: str, comparison: Comparison) -> None:
+        """A sampler has been compared with the trainer; nothing, if the run is not that owner's."""
+        await self._database.write(_record_comparisons, (run_id, owner, comparison))
+
     async def steps(self, run_id: str, *, after: int = 0, limit: int = 1000) -> list[Step]:
         """Metrics of the optimizer steps above `after`, in order."""
         query = select(S).where(S.c.run_id == run_id, S.c.step > after).order_by(S.c.step).limit(limit)
@@ -87,7 +92,10 @@ def _in_project(project_id: str) -> ColumnElement[bool]:
 def run_of(row: Row[Any]) -> Run:
     """The record of a row."""
     values = dict(row._mapping)
-    return Run(**{**values, "status": RunStatus(values["status"])})
+    compared = values["comparison"]
+    if compared is not None:
+        compared = Comparison(**{name: nan if each is None else each for name, each in compared.items()})
+    return Run(**{**values, "status": RunStatus(values["status"]), "comparison": compared})
 
 
 def insert_runs(connection: Connection, runs: list[Run]) -> None:
@@ -98,6 +106,14 @@ def insert_runs(connection: Connection, runs: list[Run]) -> None:
 def _record_differences(connection: Connection, found: list[tuple[str, str]]) -> list[None]:
     for run_id, difference in found:
         connection.execute(update(R).where(R.c.run_id == run_id).values(replay_difference=difference))
+    return [None] * len(found)
+
+
+def _record_comparisons(connection: Connection, found: list[tuple[str, str, Comparison]]) -> list[None]:
+    for run_id, owner, comparison in found:
+        numbers = {name: each if isfinite(each) else None for name, each in asdict(comparison).items()}
+        of_owner = (R.c.run_id == run_id) & (R.c.owner == owner)
+        connection.execute(update(R).where(of_owner).values(comparison=numbers))
     return [None] * len(found)
 
 

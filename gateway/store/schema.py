@@ -124,6 +124,11 @@ runs = Table(
         comment="inputs from 1 to this one may be gone: snapshots cover them",
     ),
     Column("replay_difference", String, comment="what the last replay that gave other numbers has shown"),
+    Column(
+        "comparison",
+        JSON(none_as_null=True),
+        comment="how far a sampler's log-probs were from the trainer's when that was last asked for",
+    ),
     Column("created_at", Double, nullable=False),
     Column("last_request_at", Double, nullable=False),
     Index(None, "owner", "created_at"),

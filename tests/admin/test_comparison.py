@@ -12,7 +12,6 @@ import pytest
 from engines.operations import ForwardResult, SampledSequence, SampleRequest, SampleResult
 from engines.tensors import Tensor
 from gateway.admin.comparison import _differences
-from gateway.state import Comparison, Comparisons
 from sdk import AdminClient
 from tests.gateway.conftest import KEY, begin_run, outcome, send_pass, send_step
 from tests.gateway.test_two_engines import SAMPLER, TRAINER, sampler_of
@@ -46,6 +45,9 @@ def test_the_trainers_forward_pass_is_compared_with_what_was_drawn(
         run = admin.run(found.run_id)
         assert run.sampler_difference is not None
         assert run.sampler_difference.max_difference == found.max_difference
+        gateway.stop()
+        gateway.start()
+        assert admin.run(found.run_id).sampler_difference == run.sampler_difference
 
 
 def test_trained_weights_are_compared_and_nothing_stays(gateway: ServedGateway, client: httpx.Client) -> None:
@@ -98,10 +100,3 @@ def test_differences_are_those_of_the_drawn_tokens() -> None:
     request = SampleRequest(prompt=Tensor.of(np.array([1, 2], dtype=np.int32)), num_samples=1, seed=0)
     expected = ForwardResult([{"logprobs": Tensor.of(floats[1])}], {})
     assert _differences(request, SampleResult([drawn]), expected).tolist() == [0.5, 0.0]
-
-
-def test_comparisons_are_kept_of_the_last_runs_only() -> None:
-    kept = Comparisons()
-    for number in range(1001):
-        kept.put(f"r{number}", Comparison(1, 0.0, 0.0, float(number)))
-    assert kept.get("r0") is None and kept.get("r1") is not None and kept.get("r1000") is not None

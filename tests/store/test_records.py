@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from gateway.store.database import Database
 from gateway.store.futures import Submission
 from gateway.store.keys import _delete_unless_last
 from gateway.store.leases import LeaseRequest
-from gateway.store.records import ApiKey, Outcome, RunStatus, Sampler
+from gateway.store.records import ApiKey, Comparison, Outcome, RunStatus, Sampler
 from gateway.store.sessions import Finish
 from tests.store.conftest import a_run, a_session, an_operation
 
@@ -66,6 +67,21 @@ async def test_a_run_is_inserted_once_and_can_be_unloaded(store: Store) -> None:
     assert [r.run_id for r in await store.runs.of_session(session.session_id)] == [run.run_id]
     assert await store.runs.count("alice") == 1
     assert await store.runs.page(limit=5, where={"owner": "bob"}) == []
+
+
+async def test_a_run_keeps_its_newest_comparison(store: Store) -> None:
+    session = await store.sessions.create(a_session())
+    run = a_run(session)
+    await store.futures.submit(Submission(an_operation(run, 0, "create_run"), b"x", run))
+    first, newest = Comparison(3, 0.25, 0.5, 1.0), Comparison(4, 0.125, 1.5, 2.0)
+    for comparison in (first, newest):
+        await store.runs.record_comparison(run.run_id, "alice", comparison)
+    await store.runs.record_comparison(run.run_id, "bob", first)  # of a public checkpoint of alice's
+    assert await store.runs.get(run.run_id) == replace(run, comparison=newest)
+    await store.runs.record_comparison(run.run_id, "alice", Comparison(4, float("nan"), float("inf"), 3.0))
+    stored = await store.runs.get(run.run_id)
+    assert stored is not None and stored.comparison is not None
+    assert math.isnan(stored.comparison.mean) and math.isnan(stored.comparison.largest)
 
 
 async def test_keys_come_and_go(store: Store) -> None:
