@@ -247,7 +247,7 @@ class Database:
             return
         await asyncio.sleep(_AGAIN_S[max(write.tries for write in repeated)])
         for write in repeated:
-            write.operation = write.again
+            write.operation = write.again or write.operation
             write.tries += 1
         await self._commit_group(repeated)
 

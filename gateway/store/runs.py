@@ -94,7 +94,8 @@ def run_of(row: Row[Any]) -> Run:
     values = dict(row._mapping)
     compared = values["comparison"]
     if compared is not None:
-        compared = Comparison(**{name: nan if each is None else each for name, each in compared.items()})
+        numbers: dict[str, Any] = {name: nan if each is None else each for name, each in compared.items()}
+        compared = Comparison(**numbers)
     return Run(**{**values, "status": RunStatus(values["status"]), "comparison": compared})
 
 
