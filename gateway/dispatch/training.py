@@ -20,8 +20,9 @@ from gateway.dispatch.claiming import Interrupted, claimed_inputs, sent
 from gateway.dispatch.inputs import RecentInputs
 from gateway.dispatch.outcomes import failed, outcomes_of
 from gateway.dispatch.quarantine import Quarantine
-from gateway.dispatch.recovery import NoRoom, Restoration, RestoreFailed, size_of
+from gateway.dispatch.recovery import size_of
 from gateway.dispatch.residency import Residency
+from gateway.dispatch.returning import Returning
 from gateway.dispatch.room import QueuedBytes, owner_load, require_room, run_load
 from gateway.dispatch.run_queue import RunQueue, TrainingQueue
 from gateway.dispatch.sealing import Sealing
@@ -31,18 +32,12 @@ from gateway.dispatch.weighing import weight
 from gateway.engine_process import EngineProcess
 from gateway.errors import EngineLost
 from gateway.settings import Settings
-from gateway.snapshot_files import SnapshotFiles, SnapshotsUnreachable
+from gateway.snapshot_files import SnapshotFiles
 from gateway.store import Store
 from gateway.store.futures import Claim
 from gateway.store.records import Future, Outcome, Settled
 
 log = logging.getLogger(__name__)
-
-_RESTORE_TRIES = 3
-_RESTORE_AGAIN_S = 0.25
-"""Seconds before a restoration that failed is tried again; doubles with each try."""
-_LONGEST_PAUSE_S = 10.0
-"""Seconds between two looks at a storage of snapshots that is out of reach, at most."""
 
 
 class TrainingLane:
@@ -71,10 +66,8 @@ class TrainingLane:
         self._sealing = Sealing(settings)
         self._files = SnapshotFiles(settings)
         self.snapshots = Snapshots(store, settings, self._files, self._wake.set)
-        self._restorations: dict[str, Restoration] = {}
-        self._failed_restores: dict[str, int] = {}
-        self._outages: dict[str, float] = {}
         self.residency = Residency()
+        self._returning = Returning(store, self._files, self.snapshots, self.residency, blame, self)
         self.in_engine: tuple[str, ...] = ()
         self.restoring: str | None = None
 
@@ -105,11 +98,7 @@ class TrainingLane:
         self._to_drop.clear()
         self._sealing.cancel()
         self.snapshots.reset()
-        for restoration in self._restorations.values():
-            restoration.cancel()
-        self._restorations.clear()
-        self._failed_restores.clear()
-        self._outages.clear()
+        self._returning.reset()
         self.residency.reset()
         self.in_engine = ()
         self.restoring = None
@@ -135,7 +124,7 @@ class TrainingLane:
         queue = self._queue.runs.get(future.run_id or "")
         if queue is None:
             return Standing(False, "its run is being restored")
-        if queue.run_id in self._outages and future.seq_id == queue.next_seq:
+        if self._returning.waits_for_storage(queue.run_id) and future.seq_id == queue.next_seq:
             return Standing(True, "its run waits for its snapshots, whose storage is out of reach")
         return queue.standing(future.seq_id)
 
@@ -191,14 +180,14 @@ class TrainingLane:
         ready: list[Future] = []
         for future in batch:
             if (refusal := self._blame.worn_out(future)) is not None:
-                self._settle_one(refusal)
+                self.settle(refusal)
             elif not self.residency.claim(future.run_id or "", future.owner):
                 self._queue.park(future)
             elif future.kind == "create_run" or self.residency.holds(future.run_id or ""):
                 ready.append(future)
             else:
                 self.restoring = future.run_id
-                await self._restore(engine, future)
+                await self._returning.advance(engine, future)
                 self.restoring = None
         if ready:
             self.in_engine = tuple(future.request_id for future in ready)
@@ -223,7 +212,7 @@ class TrainingLane:
         """Read the ends of logs that have got an operation and are not known here yet."""
         while self._unopened:
             # A run that was known before may have outcomes that are on their way.
-            await self._require_settled()
+            await self.require_settled()
             for run_id in list(self._unopened):
                 run = await self._store.runs.get(run_id)
                 entries = (
@@ -290,7 +279,7 @@ class TrainingLane:
                 self._queue.put_back(future, alone=True)  # none is to blame for the others: each again, alone
                 continue
             if (size := performed.no_room.get(future.run_id or "")) is not None:
-                self._refused(future, size)
+                self.refused(future, size)
                 continue
             answered.append((future, answer))
             if answer.failure is None and kind == "create_run":
@@ -303,100 +292,35 @@ class TrainingLane:
         self._settle(outcomes)
         await self.snapshots.performed(outcomes)
 
-    def _refused(self, future: Future, size: int) -> None:
+    def refused(self, future: Future, size: int) -> None:
         """The engine has no room for the run: others have to leave first."""
         if self.residency.refused(future.run_id or "", size):
             self._queue.put_back(future)
             return
         message = f"the engine has no memory for the run, {size} bytes, though no other run is in it"
-        self._settle_one(failed(future, "server", message))
+        self.settle(failed(future, "server", message))
 
-    async def _restore(self, engine: EngineProcess, future: Future) -> None:
-        """Take a step of building the run again; the operation keeps its place at the head of the run."""
-        run_id = future.run_id or ""
-        if run_id not in self._restorations:
-            if (left := self.snapshots.left(run_id)) is not None:
-                left.add_done_callback(partial(self._returns, self._queue, future))
-                return
-            await self._require_settled()
-            restoration = Restoration(self._store, self._files, run_id, future.seq_id)
-            self._restorations[run_id] = restoration
-            if (fetching := restoration.fetch()) is not None:
-                fetching.add_done_callback(partial(self._returns, self._queue, future))
-                return
-        restoration = self._restorations[run_id]
-        try:
-            complete = await restoration.step(engine)
-        except NoRoom as refusal:
-            del self._restorations[run_id]
-            self._refused(future, refusal.size)
-            return
-        except (RestoreFailed, SnapshotsUnreachable) as error:
-            del self._restorations[run_id]
-            self.residency.leave(run_id)
-            await engine.drop_run(run_id)
-            if isinstance(error, RestoreFailed):
-                self._restore_failed(future, error)
-            else:
-                self._out_of_reach(future)
-            return
-        if complete:
-            del self._restorations[run_id]
-            self._failed_restores.pop(run_id, None)
-            self._outages.pop(run_id, None)
-            self._blame.restored(run_id)
-            pending = not restoration.progress.boundary
-            seconds = restoration.seconds + self.snapshots.writing_s  # somebody has left for it
-            self.residency.restored(run_id, restoration.size, seconds, pending=pending)
-            self.snapshots.begin(run_id, restoration.progress)
+    def put_back(self, future: Future) -> None:
+        """What was taken is still to be done; its run may go on now."""
         self._queue.put_back(future)
+        self._wake.set()
 
-    async def _require_settled(self) -> None:
+    async def require_settled(self) -> None:
         """Wait until every outcome that was handed to the database is in it: a log is read up to its last one."""
         await self._store.database.barrier()
         if self._broken is not None:
             raise Interrupted(f"an outcome could not be stored: {self._broken}") from self._broken
 
-    def _restore_failed(self, future: Future, error: RestoreFailed) -> None:
-        """What may pass (no memory beside the other runs, say) is tried again a few times, then it fails."""
-        run_id = future.run_id or ""
-        self._outages.pop(run_id, None)
-        tries = self._failed_restores[run_id] = self._failed_restores.get(run_id, 0) + 1
-        if not error.passing or tries >= _RESTORE_TRIES:
-            del self._failed_restores[run_id]
-            self._settle_one(failed(future, error.category, str(error)))
-            return
-        log.warning("run %s: try %d: %s", run_id, tries, error)
-        self._try_later(future, _RESTORE_AGAIN_S * 2**tries)
-
-    def _out_of_reach(self, future: Future) -> None:
-        """An outage of the storage says nothing about the run: its operation waits as long as that lasts."""
-        run_id = future.run_id or ""
-        pause_s = self._outages[run_id] = min(
-            2 * self._outages.get(run_id, _RESTORE_AGAIN_S), _LONGEST_PAUSE_S
-        )
-        self._try_later(future, pause_s)
-
-    def _try_later(self, future: Future, delay_s: float) -> None:
-        asyncio.get_running_loop().call_later(delay_s, self._try_again, self._queue, future)
-
-    def _returns(self, queue: TrainingQueue, future: Future, _: asyncio.Future[None]) -> None:
-        self._try_again(queue, future)
-
-    def _try_again(self, queue: TrainingQueue, future: Future) -> None:
-        if queue is self._queue:  # else memory has been rebuilt meanwhile, and the operation is queued anew
-            queue.put_back(future)
-            self._wake.set()
-
     def _settle(self, outcomes: list[Outcome]) -> None:
         """Store the outcomes. Each run's next operation may be claimed at once: writes keep their order."""
         for outcome in outcomes:
             if self._sealing.takes(outcome):
-                self._sealing.start(outcome, self._settle_one)
+                self._sealing.start(outcome, self.settle)
             else:
-                self._settle_one(outcome)
+                self.settle(outcome)
 
-    def _settle_one(self, outcome: Outcome) -> None:
+    def settle(self, outcome: Outcome) -> None:
+        """Store an outcome, and let the run go on."""
         self._queue.settled(outcome.future)
         if not self.residency.holds(outcome.future.run_id or ""):
             self.residency.leave(outcome.future.run_id or "")  # its place was reserved, and is not needed now

@@ -92,7 +92,7 @@ async def test_without_an_intact_snapshot_the_whole_log_is_applied(place: Snapsh
 async def test_what_cannot_be_restored_fails_clearly_and_comes_back_with_its_files(
     place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.dispatch.training._RESTORE_AGAIN_S", 0.001)
+    monkeypatch.setattr("gateway.dispatch.returning._AGAIN_S", 0.001)
     run = await place.begin("alice")
     await place.steps(run, 4)
     await place.registered(run, 8, 4)
@@ -115,7 +115,7 @@ async def test_what_cannot_be_restored_fails_clearly_and_comes_back_with_its_fil
 async def test_an_engine_that_breaks_at_restoring_is_not_taken_for_damage(
     place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.dispatch.training._RESTORE_AGAIN_S", 0.05)
+    monkeypatch.setattr("gateway.dispatch.returning._AGAIN_S", 0.05)
     run = await place.begin("alice")
     await place.steps(run, 4)
     await place.registered(run, 8, 4)
@@ -146,8 +146,8 @@ async def without_log(
     place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch, tries: float
 ) -> tuple[Run, Outage]:
     """A run that only its snapshots, of operations 8 and 4, can bring back, and those are out of reach."""
-    monkeypatch.setattr("gateway.dispatch.training._RESTORE_AGAIN_S", 0.001)
-    monkeypatch.setattr("gateway.dispatch.training._LONGEST_PAUSE_S", 0.004)
+    monkeypatch.setattr("gateway.dispatch.returning._AGAIN_S", 0.001)
+    monkeypatch.setattr("gateway.dispatch.returning._LONGEST_PAUSE_S", 0.004)
     run = await place.begin("alice")
     await place.steps(run, 4)
     await place.registered(run, 8, 4)
@@ -262,7 +262,7 @@ async def test_an_engine_that_is_lost_meanwhile_ends_the_bringing(
     place.leave_memory(run)
     coming = asyncio.create_task(place.next(run))
     await until(lambda: bool(storage.brought))
-    [restoration] = place.lane._restorations.values()
+    [restoration] = place.lane._returning._restorations.values()
     assert restoration._fetching is not None
     place.lane.reset()
     await asyncio.wait([restoration._fetching], timeout=5)

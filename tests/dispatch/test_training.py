@@ -184,7 +184,7 @@ async def test_a_long_restoration_lets_others_have_their_turns(place: Place) -> 
 async def test_a_restoration_that_fails_for_a_passing_reason_is_tried_again(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.dispatch.training._RESTORE_AGAIN_S", 0.01)
+    monkeypatch.setattr("gateway.dispatch.returning._AGAIN_S", 0.01)
     run = await place.begin("alice")
     await place.outcome(await place.submit(run, 1))
     place.lane.residency.reset()
@@ -197,7 +197,7 @@ async def test_a_restoration_that_fails_for_a_passing_reason_is_tried_again(
 async def test_a_restoration_that_keeps_failing_fails_the_operation_that_needs_it(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.dispatch.training._RESTORE_AGAIN_S", 0.01)
+    monkeypatch.setattr("gateway.dispatch.returning._AGAIN_S", 0.01)
     run = await place.begin("alice")
     await place.outcome(await place.submit(run, 1))
     place.lane.residency.reset()
