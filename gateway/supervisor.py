@@ -85,6 +85,9 @@ class Supervisor:
         self._failed_starts = 0
         self._started_at = 0.0
         self._renewing = Trouble(log, f"engine {engine.name}: the lease is renewed again")
+        self._starting = Trouble(log, f"engine {engine.name} has its lease")
+        self._storeless = False
+        """Whether its last life ended, or could not begin, because the database did not answer."""
         self._renewed_at = 0.0
         """When the lease was asked for that this process has, by the loop's time."""
 
@@ -180,13 +183,13 @@ class Supervisor:
             if self._stopping:
                 return
             delay = _FAILED_DELAY_S if outcome is EngineState.FAILED else self._delay()
-            log.warning(
-                "engine %s is %s: %s; starting it again in %.1f s",
-                self.engine.name,
-                outcome,
-                self.problem,
-                delay,
+            told = (
+                f"engine {self.engine.name} is {outcome}: {self.problem}; starting it again in {delay:.1f} s"
             )
+            if self._storeless:
+                self._starting.failed(told)  # every half second, as long as the database is away
+            else:
+                log.warning("%s", told)
             await self._become(outcome)
             if delay > self._settings.lease_s / 2:
                 await self._let_go()  # another gateway may have more luck meanwhile
@@ -195,6 +198,7 @@ class Supervisor:
     async def _live_once(self) -> EngineState:
         """One life of the engine; what it is in after that, which `problem` explains."""
         self._bad_lives += 1
+        self._storeless = False
         try:
             await self._live()
         except ModelRefused as error:
@@ -204,6 +208,7 @@ class Supervisor:
             return self._start_failed(str(error))
         except (StoreUnavailable, LeaseLost) as error:  # which says nothing about the engine
             self._bad_lives = max(self._bad_lives - 1, 0)
+            self._storeless = isinstance(error, StoreUnavailable)
             self.problem = str(error)
         except (
             Exception
@@ -228,6 +233,7 @@ class Supervisor:
     async def _live(self) -> None:
         """From lease to death. Raises LeaseLost when the lease is over first; the process has ended then."""
         self.epoch = await self._take_lease()
+        self._starting.succeeded(surely=True)
         life = asyncio.create_task(self._live_under_lease(), name=f"live-{self.engine.name}")
         keeping = asyncio.create_task(self._keep_lease(), name=f"lease-{self.engine.name}")
         try:

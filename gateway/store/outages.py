@@ -101,14 +101,17 @@ async def once_it_answers(work: Callable[[], Awaitable[T]], within_s: float) -> 
     """What `work` gives, tried again while the database does not answer: a server that is being restarted is no reason
     for a gateway not to start. Raises StoreUnavailable when it is still away after `within_s` seconds."""
     deadline = asyncio.get_running_loop().time() + within_s
+    waiting = Trouble(log, "the database has been waited for")
     while True:
         try:
-            return await work()
+            answer = await work()
+            waiting.succeeded(surely=True)
+            return answer
         except StoreUnavailable:
             left_s = deadline - asyncio.get_running_loop().time()
             if left_s <= 0:
                 raise
-        log.warning("waiting for the database, for %.0f s more", left_s)
+        waiting.failed(f"waiting for the database, for {left_s:.0f} s more")
         await asyncio.sleep(min(_AGAIN_S, left_s))
 
 
