@@ -69,6 +69,33 @@ def test_one_that_stays_away_ends_the_start_with_a_sentence(
         server.start_again()
 
 
+@pytest.mark.slow
+def test_one_that_is_away_for_a_while_is_told_in_few_lines(
+    server: PostgresServer, url: str, tmp_path: Path
+) -> None:
+    """Whatever asks it every moment: clients, leases, engines, duties."""
+    gateway = ServedGateway(tmp_path, None, database_url=url, duty_s="1")
+    gateway.start()
+    try:
+        before = len(gateway.log.read_text().splitlines())
+        server.stop(signal.SIGINT)
+        until = time.monotonic() + 7
+        while time.monotonic() < until:
+            assert httpx.get(f"{gateway.url}/api/v1/sessions", timeout=60).status_code == 503
+            time.sleep(0.05)
+        away = gateway.log.read_text().splitlines()[before:]
+        assert [line for line in away if "the database cannot do what it was asked" in line]
+        assert len(away) <= 15, away
+        server.start_again()
+        gateway.wait_until_ready()
+        deadline = time.monotonic() + 30
+        while "the database stores again what it is given" not in gateway.log.read_text():
+            assert time.monotonic() < deadline, gateway.log.read_text()
+            time.sleep(0.1)
+    finally:
+        gateway.close()
+
+
 # What SQLAlchemy could not close, for it was cut, is left to the garbage collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_every_write_while_it_is_away_is_refused_as_an_outage(server: PostgresServer, url: str) -> None:
