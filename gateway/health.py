@@ -23,8 +23,8 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
-    """200 when the database answers, stores what it is given, and every engine (one at least of its replicas) has loaded
-    its model, here or at another gateway, else 503, as while this gateway shuts down.
+    """200 when the database answers, stores what it is given, and every engine (one at least of its replicas) has
+    loaded its model, here or at another gateway, else 503, as while this gateway shuts down.
 
     The answer has the state of each. What is wrong with an engine or the database names paths and hosts: it is told to
     callers who may use the gateway.

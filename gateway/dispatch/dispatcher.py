@@ -109,6 +109,7 @@ class Dispatcher:
         """The samples of an engine that is not ready, as the database has them; here they are forgotten. None if
         another gateway has the lease."""
         await self._count_deaths()
+        self._read = False
         await self.sampling.reset()
         if not self.supervisor.holding:
             return await self._store.replicas.orphans([self.name], _OWED_AT_A_TIME)
