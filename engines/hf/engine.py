@@ -107,6 +107,7 @@ class HfEngine(Engine):
         self.runs.clear()
         self.adapters.memory.clear()
         self.decoder = Decoder(self.base, self.adapters, 1, 1, False)
+        self.base.threads.close()
 
     # ------------------------------------------------------------------ training
 

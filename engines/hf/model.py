@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Sequence
 from functools import partial
 
@@ -45,6 +46,7 @@ class BaseModel:
         self.decoder: nn.Module = module.get_decoder()
         self.routing = Routing()
         self.passes = 0
+        self._counting = threading.Lock()
         self.checkpointed = False
         self.sites = _attach(module, self.routing)
         head = module.get_output_embeddings()
@@ -58,7 +60,8 @@ class BaseModel:
 
     def hidden(self, pack: Pack, layout: Layout, segments: Sequence[Segment]) -> Tensor:
         """Hidden states after the last norm, [T, H], of a batch of one pack (or [B, H] of B rows of one token)."""
-        self.passes += 1
+        with self._counting:
+            self.passes += 1
         self.threads.share(self._weights, pack.tokens.numel())
         self._checkpoint(self.checkpointed and torch.is_grad_enabled())
         with self.routing.along(segments):
@@ -67,6 +70,13 @@ class BaseModel:
             )
         states: Tensor = out.last_hidden_state
         return states.reshape(-1, states.shape[-1])
+
+    def lanes(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Positions of training operations of so many tokens each that are computed one beside the other; on a
+        processor alone, for other devices need no second thread to be busy."""
+        if self.device.type != "cpu":
+            return [list(range(len(sizes)))]
+        return self.threads.lanes(self._weights, sizes)
 
     def _checkpoint(self, wanted: bool) -> None:
         """Have the layers of the next pass keep their inputs alone, and compute the rest again on the way back; its

@@ -7,6 +7,8 @@ each loss is computed from its own operation's rows. What is not finite in one o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -31,16 +33,7 @@ def forward(
     UserError where the loss is not finite, or refuses its data.
     """
     shares = [Share(run, operation) for run, operation in items]
-    passes: list[Tensor] = []
-    with torch.no_grad():
-        for batch in collate(
-            base.device, [operation for _, operation in items], pass_tokens, together=together
-        ):
-            segments = segments_of(shares, batch, with_gradient=False)
-            logprobs = _logprobs(base, batch, segments)
-            judge(shares, batch, logprobs, len(passes), with_slope=False)
-            passes.append(logprobs)
-    return _split(shares, passes)
+    return _computed(base, shares, pass_tokens, together=together, with_gradient=False)
 
 
 def forward_backward(
@@ -48,17 +41,53 @@ def forward_backward(
 ) -> list[ForwardResult | UserError]:
     """The same, and each gradient is added to its run's. UserError, without effect, where anything is not finite."""
     shares = [Share(run, operation) for run, operation in items]
+    outcomes = _computed(base, shares, pass_tokens, together=together, with_gradient=True)
+    settle(shares, outcomes)
+    return outcomes
+
+
+def _computed(
+    base: BaseModel, shares: Sequence[Share], pass_tokens: int, *, together: bool, with_gradient: bool
+) -> list[ForwardResult | UserError]:
+    """The outcome of each, which has had no effect yet: an error of any pass may still come. Operations that go
+    `together` are computed in lanes, which share the tokens that a pass may take."""
+    sizes = [sum(datum.tokens.shape[0] for datum in share.operation.data) for share in shares]
+    lanes = base.lanes(sizes) if together else [list(range(len(shares)))]
+    most = max(1, pass_tokens // len(lanes))
+    run = _forward_backward_passes if with_gradient else _forward_passes
+    works = [partial(run, base, [shares[number] for number in lane], most, together) for lane in lanes]
+    found = dict(zip(chain(*lanes), chain(*base.threads.side_by_side(works)), strict=True))
+    return [found[number] for number in range(len(shares))]
+
+
+def _forward_passes(
+    base: BaseModel, shares: Sequence[Share], pass_tokens: int, together: bool
+) -> list[ForwardResult | UserError]:
+    operations = [share.operation for share in shares]
     passes: list[Tensor] = []
-    for batch in collate(base.device, [operation for _, operation in items], pass_tokens, together=together):
+    with torch.no_grad():
+        for batch in collate(base.device, operations, pass_tokens, together=together):
+            segments = segments_of(shares, batch, with_gradient=False)
+            logprobs = _logprobs(base, batch, segments)
+            judge(shares, batch, logprobs, len(passes), with_slope=False)
+            passes.append(logprobs)
+    return _split(shares, passes)
+
+
+def _forward_backward_passes(
+    base: BaseModel, shares: Sequence[Share], pass_tokens: int, together: bool
+) -> list[ForwardResult | UserError]:
+    """Leaves each operation's gradient with its share."""
+    operations = [share.operation for share in shares]
+    passes: list[Tensor] = []
+    for batch in collate(base.device, operations, pass_tokens, together=together):
         segments = segments_of(shares, batch, with_gradient=True)
         logprobs = _logprobs(base, batch, segments)
         slope = judge(shares, batch, logprobs.detach(), len(passes), with_slope=True)
         with base.routing.along(segments):  # of layers that are computed again
             torch.autograd.grad(logprobs, ANCHOR, slope, allow_unused=True)  # adds to the segments' gradients
         passes.append(logprobs.detach())
-    outcomes = _split(shares, passes)
-    settle(shares, outcomes)
-    return outcomes
+    return _split(shares, passes)
 
 
 def _logprobs(base: BaseModel, batch: Batch, segments: Sequence[Segment]) -> Tensor:

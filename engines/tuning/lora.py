@@ -7,6 +7,7 @@ model alone. Gradients of adapters are no business of autograd's: the backward p
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -118,8 +119,9 @@ ANCHOR = torch.zeros((), requires_grad=True)
 """What all adapted layers depend on. A backward pass towards it visits each of them; it gets no gradient itself."""
 
 
-class Routing:
-    """Which rows of the pass at hand belong to which adapter. One object, shared by all layers of a model."""
+class Routing(threading.local):
+    """Which rows of the pass at hand belong to which adapter. One object, shared by all layers of a model; each thread
+    has a pass of its own."""
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = ()
