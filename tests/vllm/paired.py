@@ -14,6 +14,7 @@ import msgspec
 
 from engines.hf import HfEngine
 from engines.interface import (
+    DamagedWeights,
     Engine,
     EngineConfig,
     EngineInfo,
@@ -25,7 +26,7 @@ from engines.interface import (
     Token,
     UserError,
 )
-from engines.messages import Cancel, FromEngine, Ping, Pong, Ready, Sample, Sampled, SampleDelta
+from engines.messages import Cancel, Failure, FromEngine, Ping, Pong, Ready, Sample, Sampled, SampleDelta
 from engines.operations import (
     AdapterRef,
     CreateRun,
@@ -227,11 +228,19 @@ class PairedEngine(Engine):
             return list(_steps(message, call_id))
         del self._calls[message.call_id]
         if message.failure is not None:
-            made = UserError if message.failure.category == "user" else RuntimeError
-            return [SampleEnd(call_id, made(message.failure.message))]
+            return [SampleEnd(call_id, _error(message.failure, self._process.root))]
         result = decode_result(self._process.owner.payloads[0])
         assert isinstance(result, SampleResult)
         return [SampleEnd(call_id, result)]
+
+
+def _error(failure: Failure, storage: Path) -> Exception:
+    """What was raised in the process, as far as its message tells."""
+    if failure.category == "user":
+        return UserError(failure.message)
+    if "the stored weights are" in failure.message:
+        return DamagedWeights(failure.message, storage)
+    return RuntimeError(failure.message)
 
 
 def _steps(delta: SampleDelta, call_id: int) -> Sequence[SampleStep]:

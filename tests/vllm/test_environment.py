@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -13,6 +16,7 @@ from engines.interface import EngineConfig, LoadError, Role
 from engines.registry import engine_class
 from engines.vllm import VllmEngine, builds, environment
 from engines.vllm.builds import CPU, CUDA, Build
+from engines.vllm.llm import AsyncVllm
 from engines.vllm.options import read_options
 
 
@@ -71,6 +75,25 @@ def test_it_does_not_train() -> None:
 def test_wrong_options_are_named(options: dict[str, object], words: str) -> None:
     with pytest.raises(LoadError, match=words):
         read_options(options)
+
+
+async def test_the_build_for_gpus_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before vLLM is asked for anything else; in its place stands what it says on a machine without a GPU."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # vLLM's variables are set for good otherwise
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(is_cuda=lambda: False))
+    absent = SimpleNamespace(AsyncEngineArgs=None, AsyncLLM=None)
+    for name, module in {
+        "vllm.engine.arg_utils": absent,
+        "vllm.platforms": platforms,
+        "vllm.v1.engine.async_llm": absent,
+        "engines.vllm.worker": SimpleNamespace(HOST="host"),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, cast(ModuleType, module))
+    llm = AsyncVllm(config("sample"), read_options({}), CUDA)
+    with pytest.raises(
+        LoadError, match=r"for NVIDIA GPUs, and it finds none here: give the machine one, or make"
+    ):
+        await llm.start()
 
 
 # ---------------------------------------------------------------------------- making it
