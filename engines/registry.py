@@ -15,6 +15,7 @@ GROUP = "tandem.engines"
 BUILT_IN: dict[str, str] = {
     "fake": "engines.fake:FakeEngine",
     "hf": "engines.hf:HfEngine",
+    "megatron": "engines.megatron:MegatronEngine",
     "vllm": "engines.vllm:VllmEngine",
 }
 

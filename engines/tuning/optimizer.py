@@ -45,18 +45,18 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def take(steps: Sequence[Step]) -> list[float | UserError]:
+def take(steps: Sequence[Step], norms: Sequence[float] | None = None) -> list[float | UserError]:
     """Take steps of different runs, in one call for all that have the same settings; a run's numbers are, to the last
     bit, those of its step alone. Gives each gradient's norm before clipping.
 
     Decay is decoupled: `values *= 1 - lr * weight_decay` before the step. Clipping is that of
     `torch.nn.utils.clip_grad_norm_`: multiply by min(1, max_norm / (norm + 1e-6)). Waits for the device once, for the
-    norms. Where one is not finite nothing changes, and there is a UserError in its place.
+    norms. Where one is not finite nothing changes, and there is a UserError in its place. `norms` are given where the
+    vectors are parts of larger ones, by whose norms they are clipped.
     """
     if not steps:
         return []
-    norms = torch.stack([torch.linalg.vector_norm(step.gradient, dtype=torch.float64) for step in steps])
-    told: list[float] = norms.tolist()
+    told = _norms(steps) if norms is None else norms
     alike: dict[tuple[float, ...], list[Step]] = defaultdict(list)
     for step, norm in zip(steps, told, strict=True):
         limit = step.settings.grad_clip_norm
@@ -70,6 +70,12 @@ def take(steps: Sequence[Step]) -> list[float | UserError]:
     for some in alike.values():
         _take_alike(some)
     return [norm if math.isfinite(norm) else UserError(overflow_of_gradient(norm)) for norm in told]
+
+
+def _norms(steps: Sequence[Step]) -> list[float]:
+    norms = torch.stack([torch.linalg.vector_norm(step.gradient, dtype=torch.float64) for step in steps])
+    told: list[float] = norms.tolist()
+    return told
 
 
 def _take_alike(steps: Sequence[Step]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,20 +137,23 @@ def settle(shares: Sequence[Share], outcomes: Sequence[ForwardResult | UserError
             share.apply()
 
 
-def optim_step(items: Sequence[tuple[Run, OptimStep]]) -> list[float | UserError]:
+def optim_step(
+    items: Sequence[tuple[Run, OptimStep]],
+    norms_of: Callable[[Sequence[Gradient]], Sequence[float]] | None = None,
+) -> list[float | UserError]:
     """One optimizer step of each run with its pending gradient, which is used up; gives its norm before clipping.
 
     Without a pending gradient nothing changes and the norm is 0. UserError, without effect, where sums of finite
-    gradients have left float32's range.
+    gradients have left float32's range. `norms_of` tells the norms of whole gradients of which the runs hold parts.
     """
     due = [(run, run.pending, settings) for run, settings in items if run.pending is not None]
-    taken = iter(
-        take([Step(run.optimizer, run.adapter.values, own.values, wanted) for run, own, wanted in due])
-    )
-    norms: list[float | UserError] = []
+    norms = None if norms_of is None else norms_of([own for _, own, _ in due])
+    steps = [Step(run.optimizer, run.adapter.values, own.values, wanted) for run, own, wanted in due]
+    taken = iter(take(steps, norms))
+    outcomes: list[float | UserError] = []
     for run, _ in items:
         norm = next(taken) if run.pending is not None else 0.0
         if not isinstance(norm, UserError) and run.pending is not None:
             run.spare, run.pending = run.pending, None
-        norms.append(norm)
-    return norms
+        outcomes.append(norm)
+    return outcomes

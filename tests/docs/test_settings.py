@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from engines.hf.options import HfOptions
+from engines.megatron.options import MegatronOptions
 from engines.vllm.options import VllmOptions
 from gateway.errors import ConfigurationError
 from gateway.settings import EngineSettings, Settings, load_settings
@@ -20,6 +21,7 @@ TABLES: list[tuple[type[msgspec.Struct], str]] = [
     (Settings, "## Of the gateway"),
     (EngineSettings, "## Of an engine"),
     (HfOptions, "### Options of the plugin `hf`"),
+    (MegatronOptions, "### Options of the plugin `megatron`"),
     (VllmOptions, "### Options of the plugin `vllm`"),
 ]
 SPOKEN = {
@@ -30,6 +32,7 @@ SPOKEN = {
     ("HfOptions", "threads"): "all cores it may use",
     ("HfOptions", "max_context"): "the model's",
     ("HfOptions", "pass_tokens"): "what memory holds",
+    ("MegatronOptions", "max_context"): "the model's",
     ("VllmOptions", "max_context"): "the model's",
 }
 """Defaults that the page tells in words."""

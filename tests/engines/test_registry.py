@@ -31,7 +31,7 @@ def test_an_installed_plugin_is_found_and_wins_over_a_built_in(monkeypatch: pyte
 
 def test_an_unknown_plugin_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, mine="mine:Engine")
-    with pytest.raises(LoadError, match=r"no engine plugin 'vlm'.*fake, hf, mine"):
+    with pytest.raises(LoadError, match=r"no engine plugin 'vlm'.*fake, hf, megatron, mine"):
         registry.engine_class("vlm")
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from engines.hf import logprobs as module
-from engines.hf.logprobs import Unembedding, project
+from engines.hf.logprobs import Unembedding
 from engines.operations import LoraSpec
 from engines.tuning.lora import Adapter, Gradient, Segment, Site
+from engines.tuning.projection import project
 
 ROWS, WIDTH, VOCABULARY = 23, 16, 61
 SITES = [Site("lm_head", WIDTH, VOCABULARY)]
@@ -122,7 +123,7 @@ def test_long_batches_leave_no_logits_behind(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_bfloat16_logits_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64; bfloat16 itself holds three digits. The weight is widened in parts, the last one smaller."""
-    monkeypatch.setattr(module, "WIDENED", 7 * 64)
+    monkeypatch.setattr("engines.tuning.projection.WIDENED", 7 * 64)
     generator = torch.Generator().manual_seed(5)
     hidden, weight = (torch.randn(size, 64, generator=generator).bfloat16() for size in (9, 40))
     bias = torch.randn(40, generator=generator).bfloat16()

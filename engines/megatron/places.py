@@ -1,0 +1,51 @@
+"""Which part of the model a rank holds: its place among the tensor, data and pipeline ranks.
+
+Ranks are numbered as megatron-core does by default: tensor ranks are neighbours, then data ranks, then stages.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from engines.megatron.constraints import Layout
+
+
+class Place(NamedTuple):
+    """Of one rank."""
+
+    layout: Layout
+    tensor: int
+    data: int
+    stage: int
+
+    @classmethod
+    def of(cls, layout: Layout, rank: int) -> Place:
+        """A rank's place in a layout."""
+        rest, tensor = divmod(rank, layout.tensor)
+        stage, data = divmod(rest, layout.data)
+        return cls(layout, tensor, data, stage)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether it embeds tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether it computes log-probs."""
+        return self.stage == self.layout.pipeline - 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it tells the log-probs and losses of its data. Its tensor neighbours have computed the same ones."""
+        return self.is_last_stage and self.tensor == 0
+
+    @property
+    def is_original(self) -> bool:
+        """Whether it belongs to the first of the copies of the model, which speaks for all."""
+        return self.data == 0
+
+    def layers(self, count: int) -> range:
+        """The layers of a model of `count` layers that it holds."""
+        each = count // self.layout.pipeline
+        return range(self.stage * each, (self.stage + 1) * each)

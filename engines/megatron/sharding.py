@@ -1,0 +1,155 @@
+"""Adapters divided among ranks: what each holds of a whole one, and how the ranks' parts become whole again.
+
+The layout of values in memory is `engines.tuning.lora`'s, once for the whole model's sites and once for a rank's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engines.adapters import initial_a
+from engines.megatron.places import Place
+from engines.megatron.shapes import ModelShape
+from engines.operations import LoraSpec
+from engines.tuning.lora import Adapter, Factors, Gradient, Site, size, views
+
+
+class ModelSite(NamedTuple):
+    """A linear layer of the whole model: in which decoder layer it is (the unembedding stands behind the last), and
+    what the tensor ranks divide of it."""
+
+    site: Site
+    layer: int
+    divided: Literal["outputs", "inputs"]
+
+    def share(self, ranks: int) -> Site:
+        """What one of `ranks` ranks holds."""
+        name, inputs, outputs = self.site
+        if self.divided == "outputs":
+            return Site(name, inputs, outputs // ranks)
+        return Site(name, inputs // ranks, outputs)
+
+
+def model_sites(shape: ModelShape) -> list[ModelSite]:
+    """All sites in the order of the layers: q, k, v, o, gate, up, down of each, the unembedding last."""
+    sites = []
+    for layer in range(shape.layers):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        for name, outputs in (
+            ("q_proj", shape.query_width),
+            ("k_proj", shape.kv_width),
+            ("v_proj", shape.kv_width),
+        ):
+            sites.append(ModelSite(Site(f"{attention}.{name}", shape.hidden, outputs), layer, "outputs"))
+        sites.append(ModelSite(Site(f"{attention}.o_proj", shape.query_width, shape.hidden), layer, "inputs"))
+        for name in ("gate_proj", "up_proj"):
+            sites.append(ModelSite(Site(f"{mlp}.{name}", shape.hidden, shape.ffn), layer, "outputs"))
+        sites.append(ModelSite(Site(f"{mlp}.down_proj", shape.ffn, shape.hidden), layer, "inputs"))
+    head = Site("lm_head", shape.hidden, shape.vocabulary)
+    return [*sites, ModelSite(head, shape.layers, "outputs")]
+
+
+class Sharding:
+    """The sites of the whole model, and those of one rank of it."""
+
+    def __init__(self, shape: ModelShape, place: Place) -> None:
+        self.shape = shape
+        self.place = place
+        self.everything = model_sites(shape)
+        self.whole = [each.site for each in self.everything]
+        layers = place.layers(shape.layers)
+        self.mine = [
+            each
+            for each in self.everything
+            if each.layer in layers or (each.layer == shape.layers and place.is_last_stage)
+        ]
+        self.sites = [each.share(place.layout.tensor) for each in self.mine]
+
+    def of(self, place: Place) -> Sharding:
+        """Another rank's."""
+        return Sharding(self.shape, place)
+
+    def initial(self, spec: LoraSpec, device: torch.device) -> Adapter:
+        """This rank's share of a fresh adapter, which is the same on every engine and layout."""
+        numbers = torch.zeros(size(self.sites, spec), dtype=torch.float32, device=device)
+        adapter = Adapter(self.sites, spec, numbers)
+        for each, factors in zip(self.mine, adapter.factors, strict=True):
+            if factors is not None:
+                start = initial_a(spec.seed, each.site.name, spec.rank, each.site.in_features)
+                factors.a.copy_(self._cut_a(each, torch.from_numpy(start)))
+        return adapter
+
+    def share_of(self, whole: Tensor, spec: LoraSpec, device: torch.device) -> Tensor:
+        """This rank's part of values of the whole model."""
+        own = torch.zeros(size(self.sites, spec), dtype=torch.float32, device=device)
+        for each, theirs, ours in self._pairs(whole, own, spec):
+            ours.a.copy_(self._cut_a(each, theirs.a))
+            ours.b.copy_(self._cut_b(each, theirs.b))
+        return own
+
+    def put(self, own: Tensor, whole: Tensor, spec: LoraSpec) -> None:
+        """Copy this rank's part to its place among values of the whole model."""
+        for each, theirs, ours in self._pairs(whole, own, spec):
+            self._cut_a(each, theirs.a).copy_(ours.a)
+            self._cut_b(each, theirs.b).copy_(ours.b)
+
+    def shared(self, gradient: Gradient) -> list[Tensor]:
+        """The factors that every tensor rank has: A of layers whose outputs are divided, B of the others."""
+        return [
+            pair.a if each.divided == "outputs" else pair.b
+            for each, pair in zip(self.mine, gradient.factors, strict=True)
+            if pair is not None
+        ]
+
+    def square(self, gradient: Gradient) -> float:
+        """This rank's part of the squared norm of a whole gradient: what every tensor rank has counts on the first."""
+        total = gradient.values.double().square().sum()
+        if self.place.tensor > 0:
+            for factor in self.shared(gradient):
+                total -= factor.double().square().sum()
+        return max(0.0, float(total)) if torch.isfinite(total) else float(total)
+
+    def _pairs(
+        self, whole: Tensor, own: Tensor, spec: LoraSpec
+    ) -> Iterator[tuple[ModelSite, Factors, Factors]]:
+        """The factors of each of this rank's sites, whole and its own."""
+        named = dict(zip(self.whole, views(self.whole, spec, whole), strict=True))
+        for each, ours in zip(self.mine, views(self.sites, spec, own), strict=True):
+            theirs = named[each.site]
+            if ours is not None and theirs is not None:
+                yield each, theirs, ours
+
+    def _cut_a(self, each: ModelSite, a: Tensor) -> Tensor:
+        return a if each.divided == "outputs" else self._own(a, 1)
+
+    def _cut_b(self, each: ModelSite, b: Tensor) -> Tensor:
+        return b if each.divided == "inputs" else self._own(b, 0)
+
+    def _own(self, whole: Tensor, axis: int) -> Tensor:
+        width = whole.shape[axis] // self.place.layout.tensor
+        return whole.narrow(axis, self.place.tensor * width, width)
+
+
+def sum_gradients(
+    sharding: Sharding,
+    gradients: Sequence[Gradient],
+    tensor_group: dist.ProcessGroup,
+    data_group: dist.ProcessGroup,
+) -> None:
+    """Have every rank hold the sums that belong to its factors, over the ranks that have computed parts of them."""
+    layout = sharding.place.layout
+    if layout.tensor > 1:
+        parts = [factor for gradient in gradients for factor in sharding.shared(gradient)]
+        if parts:
+            together = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(together, group=tensor_group)
+            for part, summed in zip(parts, together.split([part.numel() for part in parts]), strict=True):
+                part.copy_(summed.view_as(part))
+    if layout.data > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient.values, group=data_group)

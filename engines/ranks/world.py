@@ -1,0 +1,92 @@
+"""The ranks of one engine and what they say to each other: bytes over gloo, in main memory.
+
+A rank that ends closes its connections, which fails what the others are doing with it at once. One that hangs is
+noticed where they wait for it: after `timeout_s` seconds. Only waiting for the next call has no end, for nobody may
+call; a follower whose leader dies meanwhile ends by its standard input (`engines.ranks.following`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+UNBOUNDED = timedelta(days=365)
+
+
+class World:
+    """One process's membership: its `rank` of `size`."""
+
+    def __init__(self, store: Path, rank: int, size: int, timeout_s: float, device: torch.device) -> None:
+        """`store` is a file, new and the same for all, by which they find each other."""
+        self.rank = rank
+        self.size = size
+        self.timeout_s = timeout_s
+        bound = timedelta(seconds=timeout_s)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        meeting = dist.FileStore(str(store), size)  # type: ignore[attr-defined]  # missing in torch's own types
+        dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=bound)
+        self._calls = dist.new_group(backend="gloo", timeout=UNBOUNDED)
+        self._bounded = dist.new_group(backend="gloo", timeout=bound)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def tell(self, data: bytes = b"") -> bytes:
+        """What rank 0 says, on every rank; waits for it without a bound."""
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, 0, group=self._calls)
+        content = _tensor(data) if self.leads else torch.empty(int(size), dtype=torch.uint8)
+        if content.numel():
+            dist.broadcast(content, 0, group=self._calls)
+        return data if self.leads else _bytes(content)
+
+    def exchange(self, data: bytes) -> list[bytes]:
+        """What every rank says, by rank, on every rank."""
+        sizes = self._sizes(data)
+        padded = _padded(data, max(sizes))
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self._bounded)
+        return [_bytes(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """What every rank says, by rank, on rank 0; [] on the others."""
+        sizes = self._sizes(data)
+        padded = _padded(data, max(sizes))
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.leads else None
+        dist.gather(padded, parts, dst=0, group=self._bounded)
+        return [_bytes(part[:size]) for part, size in zip(parts or [], sizes if parts else [], strict=True)]
+
+    def meet(self) -> None:
+        """Wait, without a bound, until all are here: they may have taken long to load what they need."""
+        dist.barrier(group=self._calls)
+
+    def close(self) -> None:
+        """Leave; no call follows."""
+        dist.destroy_process_group()
+
+    def _sizes(self, data: bytes) -> Sequence[int]:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._bounded)
+        return [int(size) for size in sizes]
+
+
+def _padded(data: bytes, size: int) -> Tensor:
+    """At least one byte, for gloo takes no empty tensor."""
+    padded = torch.zeros(max(1, size), dtype=torch.uint8)
+    padded[: len(data)] = _tensor(data)
+    return padded
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes(content: Tensor) -> bytes:
+    return content.numpy().tobytes()
