@@ -18,7 +18,7 @@ from pathlib import Path
 import bootstrap
 from bootstrap import ROOT, say
 
-EXTRAS = frozenset({"dev", "hf", "megatron", "postgres", "s3", "sdk"})
+EXTRAS = frozenset({"dev", "hf", "megatron", "postgres", "ray", "s3", "sdk"})
 CHECKS = {
     "lint": ["-m", "ruff", "check", "."],
     "format": ["-m", "ruff", "format", "--check", "."],

@@ -84,6 +84,21 @@ def roundtrip(results: Results) -> list[str]:
     return [*rows, "", f"The gateway occupied {future['gateway_resident_mb']:.0f} MB when it ended."]
 
 
+def placement(results: Results) -> list[str]:
+    """One row a measure: an engine of this machine, one on a Ray node, and the difference."""
+    rows = ["| | process of this machine | Ray node | difference |", "|---|---:|---:|---:|"]
+    here, ray = results["here"], results["ray"]
+    for load in ("1 client", "16 clients"):
+        for key, name, unit in (("p50_ms", "median", " ms"), ("per_second", "per second", "")):
+            digits = 2 if unit else 0
+            a, b = here[load][key], ray[load][key]
+            rows.append(
+                f"| {load}, {name} | {a:.{digits}f}{unit} | {b:.{digits}f}{unit} | {b - a:+.{digits}f}{unit} |"
+            )
+    a, b = here["back_after_s"], ray["back_after_s"]
+    return [*rows, f"| ready again after a kill | {a:.1f} s | {b:.1f} s | {b - a:+.1f} s |"]
+
+
 def training(results: Results) -> list[str]:
     """One row a model: both speeds, their ratio, and where the processor time of a step goes."""
     rows = [
@@ -376,6 +391,7 @@ def growth(results: Results) -> list[str]:
 TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "roundtrip-sqlite": roundtrip,
     "roundtrip-postgres": roundtrip,
+    "placement": placement,
     "training": training,
     "sampling": sampling,
     "sharing": sharing,

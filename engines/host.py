@@ -10,6 +10,7 @@ stands in a page that the owner reads (`engines.vitals`), also when this process
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import platform
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 import zmq
 
@@ -58,6 +60,7 @@ EXIT_STOPPED = 0
 EXIT_LOAD_FAILED = 1
 EXIT_BROKEN = 4
 
+_PR_SET_PDEATHSIG = 1
 _GREETING_S = 30.0
 _LINGER_MS = 2000
 _WRITING_MS = 20
@@ -256,9 +259,12 @@ def _load(socket: Socket, config: EngineConfig) -> Engine | None:
     return engine
 
 
-def exit_with_owner(timeout_s: float | None = None) -> None:
+def exit_with_owner(timeout_s: float | None = None, on_sign: Callable[[], None] = lambda: None) -> None:
     """End the process when standard input closes, also in the middle of a call; or, once something has come by it, when
-    nothing comes for `timeout_s` seconds: a paused owner's successor relies on it that nothing is written any more."""
+    nothing comes for `timeout_s` seconds: a paused owner's successor relies on it that nothing is written any more.
+
+    `on_sign` is called, in a thread of its own, whenever something has come.
+    """
 
     def watch() -> None:
         # Not sys.stdin: a thread that waits inside it would hold its lock when the interpreter shuts down.
@@ -272,8 +278,15 @@ def exit_with_owner(timeout_s: float | None = None) -> None:
                 log.error("its gateway has gone")
                 os._exit(EXIT_OWNER_GONE)
             heard = True
+            on_sign()
 
     threading.Thread(target=watch, name="owner", daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process when its parent is killed, also while it is stopped or stuck (Linux)."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _speaks(within_s: float | None) -> bool:
@@ -308,9 +321,14 @@ def main() -> int:
         metavar="SECONDS",
         help="silence on standard input after which to exit, once something has come by it",
     )
+    parser.add_argument(
+        "--die-with-parent", action="store_true", help="be killed by the system when the parent is killed"
+    )
     arguments = parser.parse_args()
     address: str = arguments.connect
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if arguments.die_with_parent:
+        die_with_parent()
     start_logging(f"process {os.getpid()}")
     exit_with_owner(arguments.owner_timeout)
     heart = Heart(Vitals(arguments.vitals))

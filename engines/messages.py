@@ -20,6 +20,8 @@ PROTOCOL = 4
 
 EXIT_OWNER_GONE = 3
 """Exit status of an engine process that ends because its owner is gone or silent."""
+EXIT_NODE_LOST = 5
+"""Exit status of what stands in for an engine process on another node, when that cannot be reached any more."""
 
 
 class RunAddress(msgspec.Struct, frozen=True, array_like=True):

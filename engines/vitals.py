@@ -23,6 +23,8 @@ BEAT_S = 0.1
 
 _FIELD = struct.Struct("<Q")
 _BEATS, _PASSES, _WORK, _DOING, _SEQ = range(0, 5 * _FIELD.size, _FIELD.size)
+COPY_BYTES = 5 * _FIELD.size
+"""Bytes of what `Vitals.copy` gives."""
 
 
 class Doing(enum.IntEnum):
@@ -90,6 +92,16 @@ class Vitals:
         """One beat, and how many passes the plugin has made."""
         self._put(_PASSES, passes)
         self._put(_BEATS, self._get(_BEATS) + 1)
+
+    def copy(self) -> bytes:
+        """What the page says now, for a page elsewhere."""
+        return self._page[:COPY_BYTES]
+
+    def paste(self, copied: bytes) -> None:
+        """Let the page say what another one has said. Raises ValueError when it is no copy of a page."""
+        if len(copied) != COPY_BYTES:
+            raise ValueError(f"a copied page has {COPY_BYTES} bytes, not {len(copied)}")
+        self._page[:COPY_BYTES] = copied
 
     def close(self) -> None:
         """Let go of the page; more than once is no error."""

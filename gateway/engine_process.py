@@ -26,7 +26,7 @@ from engines.operations import OperationKind
 from engines.vitals import Doing, Signs, Vitals
 from gateway.engine_watch import Patience, until_condemned
 from gateway.errors import EngineFailed, EngineLost
-from gateway.settings import engine_environment
+from gateway.launching import Launch
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,7 @@ class EngineProcess:
     info: EngineInfo
     tokenizer_files: dict[str, bytes]
 
-    def __init__(
-        self, config: EngineConfig, python: str, patience: Patience, devices: str | None = None
-    ) -> None:
+    def __init__(self, config: EngineConfig, launch: Launch, patience: Patience) -> None:
         self.config = config
         self.stats: dict[str, float] = {}
         self.served = False
@@ -74,8 +72,7 @@ class EngineProcess:
         self.abandoned = False
         """Whether it has ended because this process was silent or has lost its lease, for which nothing that it did is
         to blame."""
-        self._python = python
-        self._devices = devices
+        self._launch = launch
         self._patience = patience
         self._vitals = Vitals.create()
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
@@ -99,18 +96,10 @@ class EngineProcess:
 
     @classmethod
     async def start(
-        cls,
-        config: EngineConfig,
-        python: str,
-        timeout_s: float,
-        patience: Patience,
-        devices: str | None = None,
+        cls, config: EngineConfig, launch: Launch, timeout_s: float, patience: Patience
     ) -> EngineProcess:
-        """Start a process, which sees all GPUs or those of `devices`, and wait until its model is loaded.
-
-        Raises EngineStartFailed, of which ModelRefused.
-        """
-        engine = cls(config, python, patience, devices)
+        """Start a process and wait until its model is loaded. Raises EngineStartFailed, of which ModelRefused."""
+        engine = cls(config, launch, patience)
         try:
             await engine._spawn()
             await asyncio.wait_for(asyncio.shield(engine._ready), timeout_s)
@@ -119,7 +108,9 @@ class EngineProcess:
             raise EngineStartFailed(f"the model was not loaded within {timeout_s:.0f} s") from error
         except (FileNotFoundError, PermissionError) as error:
             await engine.kill()
-            raise ModelRefused(f"its interpreter {python!r} cannot be run: {error.strerror}") from error
+            raise ModelRefused(
+                f"its interpreter {launch.command[0]!r} cannot be run: {error.strerror}"
+            ) from error
         except (OSError, zmq.ZMQError, EngineLost) as error:
             await engine.kill()
             raise EngineStartFailed(str(error)) from error
@@ -237,9 +228,7 @@ class EngineProcess:
     async def _spawn(self) -> None:
         self._socket.bind(self._address)
         self._process = await asyncio.create_subprocess_exec(
-            self._python,
-            "-m",
-            "engines.host",
+            *self._launch.command,
             "--connect",
             self._address,
             "--vitals",
@@ -247,7 +236,7 @@ class EngineProcess:
             "--owner-timeout",
             str(self.config.owner_timeout_s),
             stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and then the engine exits
-            env=engine_environment(self._devices),
+            env=self._launch.environment,
             pass_fds=(self._vitals.descriptor,),
         )
         self._tasks = [
@@ -288,6 +277,9 @@ class EngineProcess:
     async def _await_end(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()
         self.abandoned = self.abandoned or status == messages.EXIT_OWNER_GONE
+        if status == messages.EXIT_NODE_LOST:
+            self._lose("its node is lost")
+            return
         cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         self._lose(f"its process ended ({cause})")
 
@@ -334,7 +326,7 @@ class EngineProcess:
             await self._send(messages.Load(self.config))
             return
         problem = (
-            f"{self._python} has engine protocol {hello.protocol}, this gateway {messages.PROTOCOL}; "
+            f"{self._launch.command[0]} has engine protocol {hello.protocol}, this gateway {messages.PROTOCOL}; "
             "install the same version of Tandem in both environments"
         )
         _fail(self._ready, ModelRefused(problem))

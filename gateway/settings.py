@@ -19,7 +19,9 @@ import msgspec
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from engines.environment import for_engine
 from gateway.errors import ConfigurationError
+from gateway.ray_place import Placed, RayPlace, check_ray
 from gateway.replica_bounds import ReplicaBounds, problem_of
 
 MiB = 1 << 20
@@ -59,6 +61,8 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Interpreter of the engine process, for plugins whose packages clash with the gateway's."""
     options: dict[str, Any] = {}
     """The plugin's own settings."""
+    ray: RayPlace | None = None
+    """Where in a Ray cluster it runs; not given: on this machine."""
     run_memory_bytes: int | None = None
     """Memory for runs; if there are more, they take turns. Not given: 40 % of what is free when its model is loaded."""
     adapter_memory_bytes: int | None = None
@@ -247,19 +251,12 @@ def engine_environment(devices: str | None = None) -> dict[str, str]:
     """What an engine process sees of this one's environment: no setting of the gateway, so no password either; and of
     the GPUs only those that `devices` names.
 
-    Its interpreter finds `engines` beside this package, installed there or not.
+    Its interpreter finds `engines`, installed there or not.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
     if devices is not None:
         kept["CUDA_VISIBLE_DEVICES"] = devices
-    root = str(Path(__file__).parents[1])
-    # Threads that spin long while they wait take the cores away from the gateway and from each other: measured 2 to 5
-    # times slower on two cores of which one is busy. Those that sleep at once are 1.5 times slower on idle cores, on a
-    # model as small as the built-in one. A short spin (libgomp's own setting) loses little either way.
-    if "OMP_WAIT_POLICY" not in kept:
-        kept.setdefault("GOMP_SPINCOUNT", "500")
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (root, kept.get("PYTHONPATH"))))
-    return kept
+    return for_engine(kept)
 
 
 def _from_text(variable: str, text: str) -> Any:
@@ -281,6 +278,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _checked(settings: Settings) -> Settings:
     """What types cannot say."""
     _check_engines(settings.engines)
+    check_ray([Placed(e.name, e.ray, e.bounds.max, e.devices) for e in settings.engines if e.ray is not None])
     _check_database(settings)
     _check_numbers(settings)
     _check_times(settings)

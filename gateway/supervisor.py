@@ -15,6 +15,7 @@ from engines.interface import EngineConfig, EngineInfo
 from gateway.engine_process import EngineProcess, EngineStartFailed, ModelRefused
 from gateway.engine_watch import Patience
 from gateway.errors import EngineElsewhere, EngineUnavailable, ModelNotLoadable, StoreUnavailable
+from gateway.launching import launch_of
 from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
 from gateway.store.engine_facts import EngineFacts
@@ -263,10 +264,9 @@ class Supervisor:
         patience = Patience(settings.engine_silence_s, settings.engine_hang_s)
         self.process = await EngineProcess.start(
             self._config(),
-            self.engine.python,
+            launch_of(self.engine, settings.storage_dir),
             settings.engine_start_timeout_s,
             patience,
-            next(iter(self.engine.devices), None),
         )
         self._started_at = asyncio.get_running_loop().time()
         self._failed_starts = 0

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS
+from engines.environment import set_defaults
 from engines.interface import EngineConfig, LoadError
 from engines.vllm.asking import Ask, Facts, Llm, LlmDied, LoadedAdapter, Piece
 from engines.vllm.builds import CPU, CUDA, Build
@@ -38,9 +39,7 @@ class AsyncVllm(Llm):
         self._config = config
         self._options = options
         self._build = build
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cache_gib))
+        set_defaults({**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(options.cache_gib)})
 
     async def start(self) -> Facts:
         from vllm.engine.arg_utils import AsyncEngineArgs

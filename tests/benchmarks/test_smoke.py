@@ -57,6 +57,14 @@ def test_pressure(tmp_path: Path) -> None:
     assert results["idle"]["p95_ms"] >= results["idle"]["p50_ms"] >= results["idle"]["smallest_ms"] > 0
 
 
+def test_placement(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    run_short("placement", tmp_path)
+    results = results_of("placement", tmp_path)
+    for side in ("here", "ray"):
+        assert min(numbers(results[side])) > 0
+
+
 def test_recovery(tmp_path: Path) -> None:
     run_short("recovery", tmp_path)
     results = results_of("recovery", tmp_path)

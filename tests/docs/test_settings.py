@@ -14,6 +14,7 @@ from engines.hf.options import HfOptions
 from engines.megatron.options import MegatronOptions
 from engines.vllm.options import VllmOptions
 from gateway.errors import ConfigurationError
+from gateway.ray_place import RayPlace
 from gateway.settings import EngineSettings, Settings, load_settings
 from tests.docs.pages import ROOT, blocks, page, rows, section
 
@@ -59,6 +60,11 @@ def in_words(kind: type[msgspec.Struct], field: msgspec.structs.FieldInfo) -> st
 def test_every_setting_is_described_with_its_default(kind: type[msgspec.Struct], heading: str) -> None:
     described = {row[0]: row[1] for row in rows(section(page("settings.md"), heading))}
     assert described == {field.name: in_words(kind, field) for field in msgspec.structs.fields(kind)}
+
+
+def test_what_an_engine_gets_from_ray_is_described_with_its_default() -> None:
+    described = {row[0]: row[1] for row in rows(section(page("ray.md"), "## What an engine gets"))}
+    assert described == {field.name: in_words(RayPlace, field) for field in msgspec.structs.fields(RayPlace)}
 
 
 def test_the_defaults_in_words_are_true() -> None:

@@ -45,6 +45,7 @@ class Owner:
         *,
         arguments: Sequence[str] = (),
         python: str = sys.executable,
+        module: str = "engines.host",
         **settings: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -72,7 +73,7 @@ class Owner:
                 [
                     python,
                     "-m",
-                    "engines.host",
+                    module,
                     "--connect",
                     address,
                     "--vitals",

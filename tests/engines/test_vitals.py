@@ -143,3 +143,16 @@ def test_one_that_is_killed_between_two_calls_says_nothing(tmp_path: Path) -> No
         owner.process.kill()
         owner.exit_status()
         assert owner.vitals.read().doing is Doing.NOTHING
+
+
+def test_a_page_elsewhere_says_what_this_one_says() -> None:
+    near, far = Vitals.create(), Vitals.create()
+    far.beat(7)
+    with far.during(Doing.TRAINING, 4):
+        near.paste(far.copy())
+    assert near.read() == (1, (1, 7), Doing.TRAINING, 4)
+    assert far.read().doing is Doing.NOTHING
+    with pytest.raises(ValueError, match="40 bytes, not 3"):
+        near.paste(b"abc")
+    near.close()
+    far.close()

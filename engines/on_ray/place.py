@@ -1,0 +1,152 @@
+"""What runs on the node: an actor that starts an engine process there and relays for it.
+
+Ray is not imported here: whoever places the class makes an actor of it. The actor answers one short call and then
+stays in one long one, in its main thread, for as long as the engine process lives: it is the parent of that process,
+which dies with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+
+from engines.environment import for_engine
+from engines.on_ray.channel import Keys, Kind, connect, end_of
+from engines.vitals import BEAT_S, Vitals
+
+_LOOK_MS = int(BEAT_S * 1000)
+_LAST_MS = 500
+"""How long what a process has sent before its end may be on its way through the system."""
+_UNHEARD_S = 30.0
+"""Seconds that the other relay may take to be there; after that the engine process is stopped."""
+
+
+class Introduction(NamedTuple):
+    """What the other end needs to know of a place."""
+
+    public_key: bytes
+    host: str
+    storage: bool
+    """Whether the storage folder holds the mark that was put into it."""
+    python: str
+    """The interpreter that engine processes get; empty: it is not there."""
+
+
+class Place:
+    """One engine process on this node."""
+
+    def __init__(self, python: str) -> None:
+        """`python` is its interpreter; empty: the one that Ray uses here."""
+        self._keys = Keys.new()
+        self._python = shutil.which(python or sys.executable) or ""
+
+    def introduce(self, mark: str) -> Introduction:
+        """Say what this place is. `mark` is the path of a file that is there if the storage is shared."""
+        return Introduction(self._keys.public, os.uname().nodename, Path(mark).is_file(), self._python)
+
+    def serve(self, address: str, server_key: bytes, owner_timeout_s: float) -> int:
+        """From the start of the process to its end; gives its exit status, which has been told by the channel too."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        vitals = Vitals.create()
+        with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
+            inner = context.socket(zmq.DEALER)
+            inner.set_hwm(0)
+            inner.setsockopt(zmq.LINGER, 0)
+            inner.bind(f"ipc://{folder}/engine.sock")
+            outer = connect(context, address, self._keys, server_key)
+            process = self._spawn(f"ipc://{folder}/engine.sock", vitals, owner_timeout_s)
+            try:
+                return _Relaying(process, vitals, inner, outer).until_the_end()
+            finally:
+                process.kill()
+                process.wait()
+                inner.close()
+                outer.close()
+                context.term()
+                vitals.close()
+
+    def _spawn(self, address: str, vitals: Vitals, owner_timeout_s: float) -> subprocess.Popen[bytes]:
+        command = [self._python, "-m", "engines.host", "--die-with-parent", "--connect", address]
+        command += ["--vitals", str(vitals.descriptor), "--owner-timeout", str(owner_timeout_s)]
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, env=for_engine(), pass_fds=(vitals.descriptor,), bufsize=0
+        )
+
+
+class _Relaying:
+    """The loop beside a running process."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        vitals: Vitals,
+        inner: zmq.Socket[bytes],
+        outer: zmq.Socket[bytes],
+    ) -> None:
+        self._process = process
+        self._vitals = vitals
+        self._inner = inner
+        self._outer = outer
+        self._poller = zmq.Poller()
+        self._poller.register(inner, zmq.POLLIN)
+        self._poller.register(outer, zmq.POLLIN)
+        self._ended = inner.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        """Has something to say when all that the process has sent is here, and it is gone."""
+        self._heard = False
+        self._page_at = 0.0
+
+    def until_the_end(self) -> int:
+        """Relay for as long as the process lives, and say how it has ended."""
+        begun = time.monotonic()
+        self._show()  # which is how the other relay learns that somebody is there
+        while (status := self._process.poll()) is None:
+            events = dict(self._poller.poll(_LOOK_MS))
+            if self._outer in events:
+                self._inward()
+            if self._inner in events:
+                self._outward()
+            self._show()
+            if not self._heard and time.monotonic() - begun > _UNHEARD_S:
+                self._process.kill()
+        self._ended.poll(_LAST_MS)
+        while self._inner.poll(0):
+            self._outward()
+        self._inner.disable_monitor()
+        self._send(*end_of(self._vitals.copy(), status))
+        return status
+
+    def _inward(self) -> None:
+        kind, *frames = self._outer.recv_multipart(copy=False)
+        self._heard = True
+        if kind.bytes == Kind.MESSAGE:
+            self._inner.send_multipart(frames, copy=False)
+        elif self._process.stdin is not None:
+            try:
+                self._process.stdin.write(b".")
+            except BrokenPipeError:
+                return  # it has just ended, which is seen above
+
+    def _outward(self) -> None:
+        frames = self._inner.recv_multipart(copy=False)
+        self._send(Kind.MESSAGE, *frames)
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._page_at >= BEAT_S:
+            self._page_at = now
+            self._send(Kind.PAGE, self._vitals.copy())
+
+    def _send(self, *frames: bytes | zmq.Frame) -> None:
+        """To the other relay; when the connection to it is lost that is the end."""
+        try:
+            self._outer.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self._process.kill()
