@@ -101,20 +101,22 @@ class ServedGateway:
         )
 
     def add_key(self, owner: str) -> str:
-        """A new API key, made as an operator makes one beside the gateway; returns when it works."""
+        """A new API key, made as an operator makes one beside the gateway; returns when it works, and others do not
+        any more: without any key, every one does."""
         command = [sys.executable, "-m", "gateway.keys", "add", owner]
         done = subprocess.run(
             command, env=self._environment, capture_output=True, text=True, timeout=60, check=True
         )
         key = done.stdout.partition("\n")[0]
         deadline = time.monotonic() + 30
-        while (
-            httpx.get(f"{self.url}/api/v1/sessions", headers={"X-API-Key": key}, timeout=10).status_code
-            == 401
-        ):
+        while self._refuses(key) or not self._refuses("tml-unknown"):
             assert time.monotonic() < deadline, "the gateway does not learn of a new key"
             time.sleep(0.2)
         return key
+
+    def _refuses(self, key: str) -> bool:
+        answer = httpx.get(f"{self.url}/api/v1/sessions", headers={"X-API-Key": key}, timeout=30)
+        return answer.status_code == 401
 
     @property
     def pid(self) -> int:
