@@ -22,6 +22,7 @@ from tests.admin.conftest import save
 from tests.checkpoints.conftest import Place, route_of, trained_run
 from tests.checkpoints.keys import SSH_PRIVATE, SSH_PUBLIC
 from tests.gateway.conftest import outcome
+from tests.official import COMMAND_LINE
 
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 IDENTITY = pyrage.x25519.Identity.generate()
@@ -229,10 +230,9 @@ def test_the_official_sdk_exports_and_finds_the_files(place: Place) -> None:
         assert rest.list_checkpoints(client.model_id).result().checkpoints == []
 
 
-COMMAND = "from tinker.cli.__main__ import cli; cli()"
-
-
-def command_line(place: Place, *arguments: str, program: str = COMMAND) -> subprocess.CompletedProcess[str]:
+def command_line(
+    place: Place, *arguments: str, program: str = COMMAND_LINE
+) -> subprocess.CompletedProcess[str]:
     """The official `tinker` command in a process of its own."""
     environment = {
         **os.environ,
@@ -295,14 +295,14 @@ class Hub:  # stands in for the hub only; everything else is the official comman
 def nothing_there(**wanted): raise OSError("no such file on the hub")
 
 huggingface_hub.HfApi, huggingface_hub.hf_hub_download = Hub, nothing_there
-from tinker.cli.__main__ import cli
-cli()
 """
 
 
 def test_the_official_command_pushes_to_the_hub(place: Place, alice: httpx.Client) -> None:
     path = save(alice, trained_run(alice), 3, "w")
-    done = command_line(place, "checkpoint", "push-hf", path, "--repo", "me/adapter", program=HUB)
+    done = command_line(
+        place, "checkpoint", "push-hf", path, "--repo", "me/adapter", program=HUB + COMMAND_LINE
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     assert "repo me/adapter" in done.stdout
     uploaded = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("file ")]

@@ -9,6 +9,7 @@ import pytest
 from gateway.settings import BUILT_IN, load_settings
 from sdk import AdminClient
 from tests.docs.pages import ROOT, blocks
+from tests.official import LEAVE
 from tests.sdk.test_connect import run
 from tests.served import ServedGateway
 
@@ -21,7 +22,7 @@ def test_the_training_example_runs(tmp_path: Path) -> None:
     gateway = ServedGateway(tmp_path / "data", [{"name": "tiny", "plugin": "fake", "base_model": BUILT_IN}])
     gateway.start()
     try:
-        loss = run(example, gateway.url, tmp_path, HF_HUB_OFFLINE="1")
+        loss = run(example + LEAVE, gateway.url, tmp_path, HF_HUB_OFFLINE="1")
         with AdminClient(gateway.url) as admin:
             paths = {saved.path.partition("/weights/")[2] for saved in admin.checkpoints(kind="weights")}
             [step] = [step for found in admin.runs() for step in admin.steps(found.run_id)]

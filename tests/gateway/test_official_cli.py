@@ -14,6 +14,7 @@ import tinker
 
 from tests.gateway.conftest import datum
 from tests.gateway.test_keys import make_key
+from tests.official import COMMAND_LINE
 from tests.served import ServedGateway
 
 # The SDK warns of its own deprecations, and leaves the connections of its background loops to the garbage collector.
@@ -27,7 +28,7 @@ pytestmark = [
 
 def run(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
     """In a process of its own, as a shell runs it: the SDK keeps connections for as long as its process lives."""
-    command = [sys.executable, "-m", "tinker.cli", *arguments]
+    command = [sys.executable, "-c", COMMAND_LINE, *arguments]
     return subprocess.run(command, check=False, input=given, capture_output=True, text=True, timeout=60)
 
 

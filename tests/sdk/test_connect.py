@@ -17,6 +17,7 @@ import pytest
 
 from sdk import ConnectionFailed, connect
 from sdk.environment import go_without_proxies, takes_proxies
+from tests.official import LEAVE
 from tests.sdk.conftest import Place
 from tests.served import ServedGateway
 
@@ -25,7 +26,7 @@ TEXT = "héllo"
 TOKENS = list(TEXT.encode())  # the numpy model's tokens are bytes
 
 CONNECTING = f"""
-import json, os, sys
+import json, sys
 from sdk import connect
 from transformers import AutoTokenizer
 
@@ -38,7 +39,7 @@ with connect(sys.argv[1]) as service:
         chat = tokenizer.apply_chat_template([{{"role": "user", "content": "a"}}], tokenize=False)
         told.append([tokenizer.encode({TEXT!r}), tokenizer.decode(tokenizer.encode({TEXT!r})), chat])
     print(json.dumps(told), flush=True)
-os._exit(0)  # the SDK's native threads now and then abort an interpreter that shuts down around them
+{LEAVE}
 """
 
 BY_NAME = f"""
