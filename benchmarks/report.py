@@ -388,6 +388,28 @@ def growth(results: Results) -> list[str]:
     return [*rows, "", f"{results['steps']:,} steps."]
 
 
+def vllm(results: Results) -> list[str]:
+    """One row a server: speed of many requests, and how long one token takes."""
+    rows = [
+        f"| {results['model']} | tokens/s, {results['requests']} requests | one token |",
+        "|---|---:|---:|",
+    ]
+    for name, side in (("Tandem with vLLM", "tandem"), ("vLLM's own server", "vllm")):
+        found = results[side]
+        rows.append(f"| {name} | {median(found['tokens_s']):,.0f} | {median(found['p50_ms']):.1f} ms |")
+    pairs = list(zip(results["tandem"]["tokens_s"], results["vllm"]["tokens_s"], strict=True))
+    more = zip(results["tandem"]["p50_ms"], results["vllm"]["p50_ms"], strict=True)
+    differences = [ours - theirs for ours, theirs in more]
+    return [
+        *rows,
+        "",
+        f"Ratio of the speeds **{results['throughput_ratio']:.2f}** ({_range([a / b for a, b in pairs])}), wanted ≥ "
+        f"0.95. One token takes **{results['latency_more_ms']:+.1f} ms** ({min(differences):+.1f} to "
+        f"{max(differences):+.1f}), wanted at most 3 ms more. Medians of {len(pairs)} repeats, {results['tokens']} "
+        "tokens a request.",
+    ]
+
+
 TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "roundtrip-sqlite": roundtrip,
     "roundtrip-postgres": roundtrip,
@@ -403,6 +425,7 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "full-table": full_table,
     "growth": growth,
     "recovery": recovery,
+    "vllm": vllm,
 }
 CHARTS: Mapping[str, Chart] = {
     "training": training_chart,

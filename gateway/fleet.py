@@ -75,9 +75,11 @@ class Fleet:
 
         def make(engine: EngineSettings, blame: Blame, hand_over: HandOver | None) -> Dispatcher:
             supervisor = Supervisor(engine, settings, store, self.holder)
-            self.dispatchers[engine.name] = dispatcher = Dispatcher(
+            dispatcher = Dispatcher(
                 supervisor, store, settings, on_opened, on_settled, on_lost, blame, hand_over
             )
+            # Another dictionary: somebody may be walking through this one.
+            self.dispatchers = {**self.dispatchers, engine.name: dispatcher}
             return dispatcher
 
         self.entries = {

@@ -22,6 +22,7 @@ from gateway.store.notices import Notice
 from gateway.store.records import Future
 from gateway.store.replicas import Change, Move, Wanted
 from gateway.supervisor import EngineState
+from gateway.troubles import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Replicas:
         self._make = make
         self._forget = forget
         self._on_opened = on_opened
+        self._trouble = Trouble(log, f"replicas of {entry.name} are tended again")
         self._fewer_since: float | None = None
         self._task: asyncio.Task[None] | None = None
         for number in range(1, self.wanted + 1):
@@ -116,8 +118,9 @@ class Replicas:
                 if ticks % _ORPHANS_EVERY == 0:
                     await self._take_orphans()
                 ticks += 1
+                self._trouble.succeeded()
             except StoreUnavailable as error:
-                log.warning("replicas of %s: looked at again soon: %s", self.entry.name, error)
+                self._trouble.failed(f"replicas of {self.entry.name} are looked at again soon: {error}")
             except (
                 Exception
             ):  # boundary: a bug must not leave the replicas alone for good; the log says what it was
@@ -134,7 +137,7 @@ class Replicas:
             self.wanted = self.bounds.within(decided.number)
         if self.bounds.min == self.bounds.max:
             return
-        for dispatcher in self.active.values():
+        for dispatcher in list(self.active.values()):  # there may be others meanwhile
             await dispatcher.look()
         enough = self.bounds.enough(sum(dispatcher.load for dispatcher in self.active.values()))
         if self._is_time_for(enough):

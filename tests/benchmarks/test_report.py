@@ -56,6 +56,24 @@ def sampling_results() -> dict[str, Any]:
     return {"machine": MACHINE, "threads": 2, "adapters": 4, "models": {"tandem/tiny": model}}
 
 
+def test_the_servers_of_vllm_stand_beside_each_other() -> None:
+    results = {
+        "model": "random/qwen3-34m",
+        "requests": 32,
+        "tokens": 64,
+        "tandem": {"tokens_s": [500.0, 510.0, 490.0], "p50_ms": [42.0, 43.0, 41.0]},
+        "vllm": {"tokens_s": [500.0, 500.0, 500.0], "p50_ms": [40.0, 40.0, 40.5]},
+        "throughput_ratio": 1.0,
+        "latency_more_ms": 2.0,
+    }
+    made = "\n".join(report.vllm(results))
+    assert "| random/qwen3-34m | tokens/s, 32 requests | one token |" in made
+    assert "| Tandem with vLLM | 500 | 42.0 ms |" in made
+    assert "| vLLM's own server | 500 | 40.0 ms |" in made
+    assert "**1.00** (0.98–1.02), wanted ≥ 0.95" in made
+    assert "**+2.0 ms** (+0.5 to +3.0), wanted at most 3 ms more. Medians of 3 repeats, 64 tokens" in made
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "training.json").write_text(json.dumps(training_results()))
