@@ -13,6 +13,7 @@ from gateway.errors import ConfigurationError
 
 LOCAL = "local"
 _ADDRESS = re.compile(r"[^\s/@]+:[0-9]{1,5}")
+_LARGEST_PORT = 65535
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
@@ -60,7 +61,8 @@ def check_ray(engines: Sequence[Placed]) -> None:
 
 
 def _check_place(name: str, place: RayPlace) -> None:
-    if place.address != LOCAL and not _ADDRESS.fullmatch(place.address):
+    port = place.address.rpartition(":")[2]
+    if place.address != LOCAL and not (_ADDRESS.fullmatch(place.address) and int(port) <= _LARGEST_PORT):
         raise ConfigurationError(
             f"engines: ray.address of {name!r} is {place.address!r}; it must be host:port of a cluster, or {LOCAL}"
         )

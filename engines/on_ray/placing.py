@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RaySystemError
+from ray.exceptions import RayError
 
 from engines.environment import variable
 from engines.on_ray.place import Introduction, Place
@@ -146,7 +146,7 @@ def find(wanted: Wanted, beat: Callable[[], None]) -> Found:
                 raise _none_free(wanted)
         try:
             node_id, introduction = ray.get(answers, timeout=_PROBE_S)
-        except (RayActorError, RaySystemError, GetTimeoutError) as error:
+        except RayError as error:
             raise _unfit(error, wanted) from error
     _check(introduction, wanted)
     return Found(actor, node_id, introduction)

@@ -42,6 +42,7 @@ def test_an_engine_without_one_runs_here() -> None:
         ([{"gpus": 1}], ["address"]),
         ([{"address": "auto"}], ["engine-0", "auto", "host:port", "local"]),
         ([{"address": "ray://10.0.0.5:10001"}], ["ray://10.0.0.5:10001", "host:port"]),
+        ([{"address": "10.0.0.5:70000"}], ["70000", "host:port"]),
         ([{"address": "h:1", "gpus": -1}], ["engine-0", "-1", "gpus"]),
         ([{"address": "h:1", "gpus": 1.5}], ["1.5", "gpus", "whole number"]),
         ([{"address": "h:1", "resources": {"nvme": -2}}], ["-2", "nvme"]),
