@@ -8,13 +8,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from engines.interface import EngineBroken, LoadError
-from engines.ranks.world import World
+from engines.ranks.world import MEETING_S, World
 
 log = logging.getLogger("engines.ranks")
 
@@ -42,9 +43,11 @@ class Leader:
         try:
             self.world = World(Path(path), 0, size, timeout_s, devices[0])
         except (RuntimeError, ValueError) as error:
+            self._closing = True
             self._kill()
+            self._folder.cleanup()
             raise LoadError(
-                f"the {size} ranks did not find each other within {timeout_s:g} s: {error}; their log says why"
+                f"the {size} ranks did not find each other within {MEETING_S:g} s: {error}; their log says why"
             ) from error
 
     @property
@@ -87,25 +90,21 @@ class Leader:
                 self.world.tell(b"")
             except RuntimeError as error:
                 log.warning("the ranks are gone already: %s", error)
-        for child in self._children:
-            try:
-                child.wait(_FAREWELL_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-        self._kill()
-        self.world.close()
-        self._folder.cleanup()
+            for child in self._children:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(_FAREWELL_S)
+        self.abandon()
 
     def abandon(self) -> None:
         """End everything at once, whatever the followers are doing."""
         self._closing = True
         self._kill()
-        self.world.close()
         self._folder.cleanup()
+        self.world.close()
 
     def _watch(self, rank: int, child: subprocess.Popen[bytes]) -> None:
         status = child.wait()
-        if not self._closing:
+        if not self._closing and self._lost is None:
             self._lost = f"rank {rank} has ended with status {status}"
             log.error("%s; the others cannot go on without it", self._lost)
             self._kill()

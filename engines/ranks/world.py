@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 UNBOUNDED = timedelta(days=365)
+MEETING_S = 120.0
+"""How long the ranks wait for each other to start, on a busy machine too."""
 
 
 class World:
@@ -29,8 +31,11 @@ class World:
         bound = timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         meeting = dist.FileStore(str(store), size)  # type: ignore[attr-defined]  # missing in torch's own types
-        dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=bound)
+        dist.init_process_group(
+            backend, store=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=MEETING_S)
+        )
         self._calls = dist.new_group(backend="gloo", timeout=UNBOUNDED)
+        self.meet()
         self._bounded = dist.new_group(backend="gloo", timeout=bound)
 
     @property

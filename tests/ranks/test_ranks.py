@@ -1,0 +1,104 @@
+"""Groups of real processes; each test starts one of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from engines.interface import EngineBroken
+from engines.ranks.leading import Leader
+from tests.ranks.echo import answer, lead
+from tests.served import has_ended
+
+pytestmark = pytest.mark.slow
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+
+
+@contextmanager
+def leading(timeout_s: float = 30.0) -> Iterator[Leader]:
+    leader = lead(timeout_s)
+    try:
+        yield leader
+    finally:
+        leader.close()
+
+
+def asked(leader: Leader, word: bytes) -> list[bytes]:
+    return leader.call(word, lambda: answer(leader.world, word))
+
+
+def test_every_rank_hears_what_all_say() -> None:
+    with leading() as leader:
+        for word in (b"a", b"some words", bytes(100_000), b"b"):
+            assert asked(leader, word) == [b"", word, word * 2]
+        leader.check()
+        children = leader.children
+        assert not any(has_ended(child) for child in children)
+    assert all(has_ended(child) for child in children)
+
+
+@pytest.mark.parametrize("word", [b"die", b"raise"])
+def test_a_rank_that_ends_in_a_call_ends_all(word: bytes) -> None:
+    with leading() as leader:
+        with pytest.raises(EngineBroken):
+            asked(leader, word)
+        until(lambda: all(has_ended(child) for child in leader.children))
+        with pytest.raises(EngineBroken):
+            leader.check()
+
+
+def test_a_rank_that_hangs_is_noticed() -> None:
+    """A stopped process answers nothing and closes nothing."""
+    with leading(timeout_s=5.0) as leader:
+        with pytest.raises(EngineBroken):
+            asked(leader, b"stop")
+        until(lambda: all(has_ended(child) for child in leader.children))
+
+
+def test_a_rank_that_ends_while_nobody_calls_is_noticed() -> None:
+    with leading() as leader:
+        os.kill(leader.children[1], signal.SIGKILL)
+
+        def noticed() -> bool:
+            try:
+                leader.check()
+            except EngineBroken as error:
+                return "rank 2 has ended with status -9" in str(error)
+            return False
+
+        until(noticed)
+        with pytest.raises(EngineBroken, match="rank 2 has ended"):
+            asked(leader, b"a")
+
+
+def test_whatever_goes_wrong_on_rank_0_ends_all() -> None:
+    def fails() -> None:
+        raise ValueError("on rank 0 only")
+
+    with leading() as leader:
+        with pytest.raises(EngineBroken, match="on rank 0 only"):
+            leader.call(b"a", fails)
+        until(lambda: all(has_ended(child) for child in leader.children))
+
+
+def test_ranks_whose_leader_is_killed_end() -> None:
+    command = [sys.executable, "-m", "tests.ranks.echo", "--lead"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        children = [int(word) for word in process.stdout.readline().split()]
+        assert len(children) == 2 and not any(has_ended(child) for child in children)
+        process.kill()
+        until(lambda: all(has_ended(child) for child in children))
