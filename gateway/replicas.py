@@ -225,8 +225,12 @@ class Replicas:
             name = min(loads, key=lambda each: loads[each])
             loads[name] += 1
             shares[name].append(sample)
-        for taker in takers:
-            await self._move(shares[taker.name], source.name, taker, source)
+        moves = (self._move(shares[taker.name], source.name, taker, source) for taker in takers)
+        for failure in await asyncio.gather(
+            *moves, return_exceptions=True
+        ):  # one need not keep back the others
+            if failure is not None:
+                raise failure
 
     async def _move(
         self,

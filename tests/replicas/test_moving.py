@@ -135,3 +135,7 @@ async def test_what_cannot_be_moved_waits_where_it_was(place: Place, monkeypatch
     with pytest.raises(StoreUnavailable):
         await place.replicas._level()
     assert (place.one.sampling.waiting, place.other.sampling.waiting) == (40, 0)
+    takers = [cast(Dispatcher, Queue(name, place.store, Settings())) for name in ("e-2", "e-3")]
+    with pytest.raises(StoreUnavailable):
+        await place.replicas._share_out(place.one.sampling.take(40), cast(Dispatcher, place.one), takers)
+    assert place.one.sampling.waiting == 40  # both shares
