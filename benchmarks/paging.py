@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from benchmarks.alternating import Side, alternate, disturbance, engine_process, ratios, summary
 from benchmarks.measuring import KEY, RESULTS, Measured, gateway, keep, machine, median
 from benchmarks.training import RANK, SdkLoop
-from benchmarks.workload import TINY, Batch, model_folder, training_batches, vocabulary
+from benchmarks.workload import TINY, Batch, Shape, model_folder, shaped_batches, vocabulary
 
 TOLERANCE = 1e-5
 """Relative, between the losses of a run that was paged and of its twin that was not. For weights: relative to the
@@ -59,7 +59,7 @@ SMOKE = Plan(runs=4, places=2, steps=2, rows=2, length=16, repeats=2, patience_s
 class Crowd:
     """Runs that train at the same time, each by a client of its own."""
 
-    def __init__(self, service: tinker.ServiceClient, batches: list[Batch], runs: int) -> None:
+    def __init__(self, service: tinker.ServiceClient, batches: list[list[Batch]], runs: int) -> None:
         self.pool = ThreadPoolExecutor(runs)
         self.loops = list(self.pool.map(lambda _: SdkLoop(service, TINY, batches), range(runs)))
 
@@ -78,7 +78,7 @@ def counters(measured: Measured) -> dict[str, float]:
     return {name: engine[name] for name in names}
 
 
-def run_bytes(root: Path, engine: dict[str, Any], batches: list[Batch]) -> int:
+def run_bytes(root: Path, engine: dict[str, Any], batches: list[list[Batch]]) -> int:
     """What one run occupies, by the engine's account."""
     with gateway(root, engine) as measured, service_of(measured) as service:
         SdkLoop(service, TINY, batches)
@@ -92,7 +92,7 @@ def service_of(measured: Measured) -> tinker.ServiceClient:
 def measure(plan: Plan, threads: int, root: Path) -> dict[str, Any]:
     """Both sides, in turn."""
     folder = model_folder(TINY, root)
-    batches = training_batches(vocabulary(folder), 8, plan.rows, plan.length)
+    batches = shaped_batches(vocabulary(folder), 8, Shape(plan.rows, plan.length, plan.length))
     options = {"threads": threads, "device": "cpu"}
     engine = {"name": "engine", "base_model": TINY, "model": str(folder), "options": options}
     for name in ("size", "paging", "resident"):

@@ -15,16 +15,19 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import ROOT
-from benchmarks.workload import prompts, tenant_batches, training_batches, vocabulary
+from benchmarks.workload import Batch, Shape, prompts, shaped_batches, tenant_batches, vocabulary
 
 ADAM = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
 """Of both sides' optimizers."""
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 ALPHA = 32
+IGNORED = -100
+"""A target that `cross_entropy` takes for none."""
 PAGE_SIZE = 32
 CONTINUOUS_LIMIT_S = 120.0
 
@@ -117,11 +120,27 @@ def optimizer(model: Any) -> Any:
     )
 
 
+def padded(step: Sequence[Batch]) -> tuple[Any, Any, Any]:
+    """Inputs, targets and attention mask [rows, longest], of which nothing counts that pads a row on the right; no mask
+    where all rows are of one length."""
+    import torch
+
+    rows = [row for batch in step for row in zip(*batch, strict=True)]
+    longest = max(len(inputs) for inputs, _ in rows)
+    inputs = torch.zeros((len(rows), longest), dtype=torch.long)
+    targets = torch.full_like(inputs, IGNORED)
+    mask = torch.zeros_like(inputs)
+    for number, (own, wanted) in enumerate(rows):
+        inputs[number, : len(own)] = torch.from_numpy(own)
+        targets[number, : len(own)] = torch.from_numpy(wanted)
+        mask[number, : len(own)] = 1
+    return inputs, targets, None if mask.all() else mask
+
+
 class Training:
     """Adapter, data and optimizer, from one order to the next."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        import torch
         from peft import get_peft_model
 
         base = load(settings["folder"], settings["threads"])
@@ -133,8 +152,8 @@ class Training:
         start_like_tandem(self.model, "default", settings["rank"], settings["seed"])
         self.model.train()
         size = vocabulary(Path(settings["folder"]))
-        made = training_batches(size, settings["batches"], settings["rows"], settings["length"])
-        self.batches = [[torch.from_numpy(part).long() for part in batch] for batch in made]
+        shape = Shape(*(settings[name] for name in Shape._fields))
+        self.batches = [padded(step) for step in shaped_batches(size, settings["batches"], shape)]
         self.optimizer = optimizer(self.model)
         self.done = 0
 
@@ -145,8 +164,8 @@ class Training:
         losses = []
         started = time.perf_counter()
         for _ in range(order["steps"]):
-            inputs, targets = self.batches[self.done % len(self.batches)]
-            logits = self.model(input_ids=inputs, use_cache=False).logits
+            inputs, targets, mask = self.batches[self.done % len(self.batches)]
+            logits = self.model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             loss.backward()
             self.optimizer.step()

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.cells import disturbed, rate, span
 from benchmarks.measuring import RESULTS, ROOT, median
+from benchmarks.training_tables import (
+    hardware,
+    loss_memory,
+    scaling,
+    scaling_chart,
+    tenants,
+    training,
+    training_chart,
+)
 
 Results = Mapping[str, Any]
 Chart = Callable[[Results], str]
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-TRAINING_TARGETS = {"tandem/tiny": 0.6, "random/qwen3-34m": 0.95}
 SAMPLING_TARGET = 7.0
 _GENERATED = re.compile(r"<!-- results: (?P<name>[\w-]+) -->\n.*?<!-- end -->\n", re.DOTALL)
 
@@ -99,35 +107,6 @@ def placement(results: Results) -> list[str]:
     return [*rows, f"| ready again after a kill | {a:.1f} s | {b:.1f} s | {b - a:+.1f} s |"]
 
 
-def training(results: Results) -> list[str]:
-    """One row a model: both speeds, their ratio, and where the processor time of a step goes."""
-    rows = [
-        "| model | Tandem, tokens/s | plain loop, tokens/s | ratio | of the repeats | target |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for model, found in results["models"].items():
-        rows.append(
-            f"| {model} | {_rate(found['tandem'])} | {_rate(found['plain'])} | **{found['ratio']:.2f}** | "
-            f"{_range(found['ratios'])} | ≥ {TRAINING_TARGETS[model]} |"
-        )
-    rows += [
-        "",
-        "| processor time of a step, ms | client | gateway | engine | plain loop |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for model, found in results["models"].items():
-        spent = {**found["tandem"]["cpu_ms"], **found["plain"]["cpu_ms"]}
-        rows.append(
-            f"| {model} | " + " | ".join(f"{milliseconds:.1f}" for milliseconds in spent.values()) + " |"
-        )
-    worst = max(found["largest_difference_of_losses"] for found in results["models"].values())
-    return [
-        *rows,
-        "",
-        f"The losses of the two loops differ by at most {worst:.1g}, relatively. {_others(results)}",
-    ]
-
-
 def sampling(results: Results) -> list[str]:
     """One row a way of sampling each model: speed, and the ratios to the three ways of Transformers."""
     theirs = {
@@ -149,9 +128,10 @@ def sampling(results: Results) -> list[str]:
     for model, found in results["models"].items():
         for side, name in ours.items():
             compared = [found["ratios"][f"{side}_to_{other}"] for other in theirs]
-            ratios = " | ".join(f"**{median(them):.2f}** ({_range(them)})" for them in compared)
-            rows.append(f"| {model} | {name} | {_rate(found[side])} | {ratios} |")
-        rows += [f"| | {name} | {_rate(found[side])} | | | |" for side, name in theirs.items()]
+            ratios = " | ".join(f"**{median(them):.2f}** ({span(them)})" for them in compared)
+            rows.append(f"| {model} | {name} | {rate(found[side])} | {ratios} |")
+        rows += [f"| | {name} | {rate(found[side])} | | | |" for side, name in theirs.items()]
+    others = [share for found in results["models"].values() for share in found["others"]]
     same = min(share for found in results["models"].values() for share in found["same_tokens"].values())
     return [
         *rows,
@@ -160,7 +140,7 @@ def sampling(results: Results) -> list[str]:
         "",
         f"Wanted of random/qwen3-34m: on the base model {SAMPLING_TARGET:g} times one by one, 0.9 of the batch and 1.3 "
         f"times continuous; with adapters 0.65 of the batch. At least {same:.0%} of the compared prompts are continued "
-        f"with the same tokens. {_others(results)}",
+        f"with the same tokens. {disturbed(others)}",
     ]
 
 
@@ -193,62 +173,6 @@ def sharing(results: Results) -> list[str]:
     return rows
 
 
-def tenants(results: Results) -> list[str]:
-    """One row a model and span of lengths: the ways that were measured, and what common passes bring."""
-    spans = [
-        (model, span, found) for model, spans in results["models"].items() for span, found in spans.items()
-    ]
-    sides = [side for side in ("together", "apart", "http", "peft") if side in spans[0][2]]
-    pairs = sorted(spans[0][2]["ratios"])
-    heads = [f"{side}, tokens/s" for side in sides] + [pair.replace("_", " ") for pair in pairs]
-    rows = [
-        "| model | tokens a sequence | " + " | ".join(heads) + " |",
-        "|---|---|" + "---:|" * len(heads),
-    ]
-    for model, span, found in spans:
-        rates = " | ".join(_rate(found[side]) for side in sides)
-        compared = [found["ratios"][pair] for pair in pairs]
-        ratios = " | ".join(f"**{median(them):.2f}** ({_range(them)})" for them in compared)
-        rows.append(f"| {model} | {span} | {rates} | {ratios} |")
-    worst = max(found["largest_difference_of_losses"] for _, _, found in spans)
-    shares = [share for _, _, found in spans for share in found["others"]]
-    return [
-        *rows,
-        "",
-        f"{spans[0][2]['runs']} runs. Their losses differ from PEFT's by at most {worst:.1g}, relatively. Other "
-        f"processes used {median(shares):.0%} of the machine, at most {max(shares):.0%}.",
-    ]
-
-
-def loss_memory(results: Results) -> list[str]:
-    """One row a way: memory above what was there before, and time."""
-    rows = ["| | peak extra memory | seconds, there and back |", "|---|---:|---:|"]
-    for name, what in (("full logits", "full"), ("in chunks", "chunked")):
-        found = results[what]
-        rows.append(f"| {name} | {max(found['bytes']) / 2**30:.2f} GiB | {median(found['seconds']):.1f} |")
-    return [
-        *rows,
-        "",
-        f"Ratio of the times **{results['ratio']:.2f}** ({_range(results['ratios'])}); vocabulary "
-        f"{results['vocabulary']:,}, width {results['width']:,}, {results['tokens']:,} tokens. Log-probs differ by at "
-        f"most {results['largest_difference']:.1g}, gradients by {results['difference_of_gradients']:.1g}, relatively.",
-    ]
-
-
-def scaling(results: Results) -> list[str]:
-    """One table a quantity that grows."""
-    rows = []
-    for name, what in (("runs", "runs"), ("tokens a sequence", "length"), ("idle runs", "idle")):
-        points = results[what]
-        rows += [
-            f"| {name} | " + " | ".join(f"{at:,}" for at, _ in points) + " |",
-            "|---|" + "---:|" * len(points),
-            "| tokens/s | " + " | ".join(f"{rate:,.0f}" for _, rate in points) + " |",
-            "",
-        ]
-    return rows[:-1]
-
-
 def paging(results: Results) -> list[str]:
     """One row a side: speed, and where the processor time of a step goes; then the ratio."""
     runs, places = results["runs"], results["places"]
@@ -256,15 +180,15 @@ def paging(results: Results) -> list[str]:
     rows = ["| | tokens/s | client, ms a step | gateway, ms | engine, ms |", "|---|---:|---:|---:|---:|"]
     for side, name in names.items():
         spent = " | ".join(f"{spent:.1f}" for spent in results[side]["cpu_ms"].values())
-        rows.append(f"| {name} | {_rate(results[side])} | {spent} |")
+        rows.append(f"| {name} | {rate(results[side])} | {spent} |")
     changes = results["counters"]["restores"] / (runs * results["steps"] * (len(results["ratios"]) + 1))
     return [
         *rows,
         "",
-        f"Ratio **{results['ratio']:.2f}** ({_range(results['ratios'])}). A run occupies "
+        f"Ratio **{results['ratio']:.2f}** ({span(results['ratios'])}). A run occupies "
         f"{results['run_bytes'] / 1e6:.1f} MB; {changes:.2f} times a step one came back into memory. The losses differ "
         f"from those of a run that stayed by at most {results['largest_difference_of_losses']:.1g}, relatively. "
-        f"{_disturbed(results['others'])}",
+        f"{disturbed(results['others'])}",
     ]
 
 
@@ -288,30 +212,7 @@ def recovery(results: Results) -> list[str]:
     ]
 
 
-def _others(results: Results) -> str:
-    """How undisturbed the rounds of all models were."""
-    return _disturbed([share for found in results["models"].values() for share in found["others"]])
-
-
-def _disturbed(shares: Sequence[float]) -> str:
-    return f"Other processes used {median(shares):.0%} of the machine, at most {max(shares):.0%}."
-
-
-def _rate(side: Results) -> str:
-    return f"{median(side['tokens_per_second']):,.0f}"
-
-
-def _range(ratios: list[float]) -> str:
-    return f"{min(ratios):.2f}–{max(ratios):.2f}"
-
-
 # ---------------------------------------------------------------------------- charts
-
-
-def training_chart(results: Results) -> str:
-    series = {model: _by_repeat(found["ratios"]) for model, found in results["models"].items()}
-    wanted = {model: TRAINING_TARGETS[model] for model in series}
-    return plots.lines("Training through Tandem, against the plain loop", "repeat", "ratio", series, wanted)
 
 
 def sampling_chart(results: Results) -> str:
@@ -325,20 +226,6 @@ def sampling_chart(results: Results) -> str:
                 for count, rate in zip(found["curve"]["at_once"], rates, strict=True)
             ]
     return plots.lines("Prompts sampled at once", "prompts", "tokens/s, share of the best", series)
-
-
-def scaling_chart(results: Results) -> str:
-    """Speed against what grows, as a share of the best one, by powers of two."""
-    names = {"runs": "runs of 64 tokens", "length": "tokens a sequence", "idle": "idle runs"}
-    series = {}
-    for what, name in names.items():
-        best = max(rate for _, rate in results[what])
-        series[name] = [(math.log2(max(at, 1)), rate / best) for at, rate in results[what]]
-    return plots.lines("Training as the work grows", "log2", "tokens/s, share of the best", series)
-
-
-def _by_repeat(ratios: list[float]) -> list[tuple[float, float]]:
-    return [(float(repeat), ratio) for repeat, ratio in enumerate(ratios, start=1)]
 
 
 def pressure(results: Results) -> list[str]:
@@ -373,8 +260,8 @@ def full_table(results: Results) -> list[str]:
         calls, deleted = (median(pruned["rows_per_second"][kind]) for kind in ("calls", "results"))
         rows.append(
             f"| {name}, {found['futures']:,} calls | {full:.2f} ms | {empty:.2f} ms | **{trips['ratio']:.2f}** "
-            f"({_range(trips['ratios'])}) | {calls:,.0f} | {deleted:,.0f} | **{pruned['ratio']:.2f}** "
-            f"({_range(pruned['ratios'])}) |"
+            f"({span(trips['ratios'])}) | {calls:,.0f} | {deleted:,.0f} | **{pruned['ratio']:.2f}** "
+            f"({span(pruned['ratios'])}) |"
         )
     return rows
 
@@ -403,7 +290,7 @@ def vllm(results: Results) -> list[str]:
     return [
         *rows,
         "",
-        f"Ratio of the speeds **{results['throughput_ratio']:.2f}** ({_range([a / b for a, b in pairs])}), wanted ≥ "
+        f"Ratio of the speeds **{results['throughput_ratio']:.2f}** ({span([a / b for a, b in pairs])}), wanted ≥ "
         f"0.95. One token takes **{results['latency_more_ms']:+.1f} ms** ({min(differences):+.1f} to "
         f"{max(differences):+.1f}), wanted at most 3 ms more. Medians of {len(pairs)} repeats, {results['tokens']} "
         "tokens a request.",
@@ -418,6 +305,7 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "sampling": sampling,
     "sharing": sharing,
     "tenants": tenants,
+    "hardware": hardware,
     "loss_memory": loss_memory,
     "scaling": scaling,
     "paging": paging,

@@ -25,7 +25,7 @@ import tinker
 from benchmarks.measuring import KEY, RESULTS, gateway, keep, machine
 from benchmarks.training import DIFFERENT_BATCHES, SdkLoop
 from benchmarks.ways_to_sample import ThroughGateway
-from benchmarks.workload import TINY, model_folder, prompts, training_batches, vocabulary
+from benchmarks.workload import TINY, Shape, model_folder, prompts, shaped_batches, vocabulary
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def measure(share: float, plan: Plan, threads: int, root: Path) -> dict[str, flo
         gateway(data, engine) as measured,
         tinker.ServiceClient(base_url=measured.url, api_key=KEY) as service,
     ):
-        batches = training_batches(vocabulary(folder), DIFFERENT_BATCHES, plan.rows, plan.length)
+        shape = Shape(plan.rows, plan.length, plan.length)
+        batches = shaped_batches(vocabulary(folder), DIFFERENT_BATCHES, shape)
         trainer = SdkLoop(service, TINY, batches)
         sampler = ThroughGateway(
             [service.create_sampling_client(base_model=TINY).result()],

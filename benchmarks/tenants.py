@@ -68,7 +68,9 @@ class Together:
         )
         self.passes = [
             [
-                RunOperation(run, ForwardBackward([_datum(*batch)], "cross_entropy"))
+                RunOperation(
+                    run, ForwardBackward([_datum(*row) for row in zip(*batch, strict=True)], "cross_entropy")
+                )
                 for run, batch in zip(names, step, strict=True)
             ]
             for step in steps
@@ -132,10 +134,10 @@ def _datum(inputs: Any, targets: Any) -> Any:
     from engines.tensors import Tensor
 
     wanted = {
-        "target_tokens": Tensor.of(targets[0].astype(np.int64)),
-        "weights": Tensor.of(np.ones(targets.shape[1], np.float32)),
+        "target_tokens": Tensor.of(targets.astype(np.int64)),
+        "weights": Tensor.of(np.ones(targets.shape, np.float32)),
     }
-    return Datum(Tensor.of(inputs[0]), wanted)
+    return Datum(Tensor.of(inputs), wanted)
 
 
 def measure(model: str, span: tuple[int, int], plan: Plan, threads: int, root: Path) -> dict[str, Any]:

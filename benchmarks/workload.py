@@ -41,6 +41,14 @@ class Batch(NamedTuple):
     targets: Tokens
 
 
+class Shape(NamedTuple):
+    """What a step takes: so many sequences, of lengths from `shortest` to `longest`."""
+
+    rows: int
+    shortest: int
+    longest: int
+
+
 def model_folder(model: str, root: Path) -> Path:
     """Where a model lies; the random one is made under `root` when it is not there yet."""
     if model == TINY:
@@ -72,6 +80,14 @@ def tenant_batches(size: int, count: int, runs: int, shortest: int, longest: int
         rows = [rng.integers(0, size, (1, length + 1)).astype(np.int32) for length in lengths]
         steps.append([Batch(row[:, :-1], row[:, 1:]) for row in rows])
     return steps
+
+
+def shaped_batches(size: int, count: int, shape: Shape) -> list[list[Batch]]:
+    """`count` steps of such a shape: one batch each where lengths are equal, else a batch for each sequence."""
+    rows, shortest, longest = shape
+    if shortest == longest:
+        return [[batch] for batch in training_batches(size, count, rows, longest)]
+    return tenant_batches(size, count, rows, shortest, longest)
 
 
 def prompts(size: int, count: int, shortest: int, longest: int) -> list[list[int]]:

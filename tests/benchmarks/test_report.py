@@ -32,10 +32,13 @@ def training_results() -> dict[str, Any]:
         "plain": side(1000.0, 1000.0, 4000.0, loop=25.0),
         "ratios": [0.9, 1.1, 0.25],
         "ratio": 0.9,
+        "padding": 1.0,
+        "gateway_share": 0.0234,
         "others": [0.01, 0.2, 0.034],
         "largest_difference_of_losses": 1.5e-6,
     }
-    return {"machine": MACHINE, "threads": 2, "rank": 16, "batch": [8, 128], "models": {"tandem/tiny": model}}
+    shapes = {"8 × 128": model, "8 × 16–512": {**model, "padding": 1.5}, "1 × 2": model}
+    return {"machine": MACHINE, "threads": 2, "rank": 16, "models": {"tandem/tiny": shapes}}
 
 
 def sampling_results() -> dict[str, Any]:
@@ -91,8 +94,10 @@ def test_a_table_is_put_between_its_marks_and_all_else_stays(folder: Path) -> No
         "<!-- end -->\n\nProse.\n"
     )
     assert "old" not in made
-    assert "| tandem/tiny | 1,000 | 1,000 | **0.90** | 0.25–1.10 | ≥ 0.6 |" in made
-    assert "| tandem/tiny | 1.0 | 2.0 | 30.0 | 25.0 |" in made
+    assert "| tandem/tiny | 8 × 128 | 1,000 | 1,000 | **0.90** | 0.25–1.10 | ≥ 0.6 |" in made
+    assert "| tandem/tiny | 8 × 16–512 | 1,000 | 1,000 | **0.90** | 0.25–1.10 | ≥ 1.35 |" in made
+    assert "| tandem/tiny | 1 × 2 | 1,000 | 1,000 | **0.90** | 0.25–1.10 |  |" in made
+    assert "| tandem/tiny | 8 × 128 | 1.0 | 2.0 | 30.0 | 25.0 | 2.3% |" in made
     assert "differ by at most 2e-06" in made
     assert "used 3% of the machine, at most 20%." in made
     assert "2026-01-02 03:04 UTC on 2 cores of a processor, Python 3.11.7, 2 threads" in made
@@ -107,6 +112,24 @@ def test_sharing_tells_what_is_left_of_either() -> None:
     }
     rows = report.sharing({"shares": {"0.25": found}})
     assert rows[-1] == "| 0.25 | 1,000 | 700 | **0.70** | 400 | 100 | **0.25** |"
+
+
+def test_hardware_tells_the_share_and_where_the_time_goes() -> None:
+    model = {
+        "products": {"gflops": [100.0, 200.0, 110.0]},
+        "step": {"gflops": [80.0, 77.0, 70.0]},
+        "shares": [0.8, 0.385, 0.64],
+        "share": 0.64,
+        "seconds": {"products with frozen weights": 3.0, "attention": 1.0},
+        "others": [0.01, 0.03, 0.02],
+    }
+    models = {"random/qwen3-34m": model, "tandem/tiny": {**model, "seconds": {"attention": 1.0}}}
+    rows = report.TABLES["hardware"]({"models": models, "batch": [8, 512]})
+    assert "| random/qwen3-34m | 110 | 77 | **0.64** | 0.39–0.80 | ≥ 0.7 |" in rows
+    assert "| tandem/tiny | 110 | 77 | **0.64** | 0.39–0.80 |  |" in rows
+    assert "| random/qwen3-34m | 75.0 | 25.0 |" in rows
+    assert "| tandem/tiny | 0.0 | 100.0 |" in rows
+    assert rows[-1] == "One run, 8 × 512 tokens a step. Other processes used 2% of the machine, at most 3%."
 
 
 def test_renewing_twice_changes_nothing(folder: Path) -> None:

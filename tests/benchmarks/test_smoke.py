@@ -93,18 +93,21 @@ def test_roundtrip_on_postgres(tmp_path: Path, empty_pg_url: str) -> None:
 def test_training(tmp_path: Path) -> None:
     run_short("training", tmp_path, "--models", TINY, "--threads", "1")
     results = results_of("training", tmp_path)
-    assert (results["threads"], results["rank"], results["batch"]) == (1, 16, [2, 16])
-    found = results["models"][TINY]
-    assert found["parameters"] == pytest.approx(1.35e6, rel=0.01)
-    assert set(found["tandem"]["cpu_ms"]) == {"client", "gateway", "engine"}
-    for mine, other, ratio in zip(
-        found["tandem"]["tokens_per_second"],
-        found["plain"]["tokens_per_second"],
-        found["ratios"],
-        strict=True,
-    ):
-        assert ratio == pytest.approx(mine / other, rel=0.02)
-    assert found["largest_difference_of_losses"] < 1e-4
+    assert (results["threads"], results["rank"]) == (1, 16)
+    equal, mixed = results["models"][TINY]["2 × 16"], results["models"][TINY]["2 × 4–16"]
+    assert (equal["tokens_a_step"], equal["padding"]) == (32, 1) and mixed["padding"] > 1
+    for found in (equal, mixed):
+        assert found["parameters"] == pytest.approx(1.35e6, rel=0.01)
+        assert set(found["tandem"]["cpu_ms"]) == {"client", "gateway", "engine"}
+        assert 0 <= found["gateway_share"] < 2
+        for mine, other, ratio in zip(
+            found["tandem"]["tokens_per_second"],
+            found["plain"]["tokens_per_second"],
+            found["ratios"],
+            strict=True,
+        ):
+            assert ratio == pytest.approx(mine / other, rel=0.02)
+        assert found["largest_difference_of_losses"] < 1e-4
 
 
 def test_paging(tmp_path: Path) -> None:
@@ -165,13 +168,25 @@ def test_loss_memory(tmp_path: Path) -> None:
     assert results["difference_of_gradients"] < 1e-5
 
 
+def test_hardware(tmp_path: Path) -> None:
+    run_short("hardware", tmp_path, "--models", TINY, "--threads", "1")
+    results = results_of("hardware", tmp_path)
+    assert (results["threads"], results["rank"], results["batch"]) == (1, 16, [2, 8])
+    found = results["models"][TINY]
+    assert found["work"]["weights"] == 4 * 16 * (4 * 276_480 + 160 * 1536)
+    assert found["share"] == pytest.approx(
+        found["step"]["gflops"][0] / found["products"]["gflops"][0], rel=0.05, abs=0.01
+    )
+    assert found["seconds"]["attention"] > 0 and found["seconds"]["products with adapters"] > 0
+
+
 def test_scaling(tmp_path: Path) -> None:
     run_short("scaling", tmp_path, "--threads", "1")
     results = results_of("scaling", tmp_path)
     for what, points in {"runs": [1, 2], "length": [4, 8], "idle": [0, 2]}.items():
         assert [at for at, _ in results[what]] == points
         assert min(rate for _, rate in results[what]) > 0
-    assert "idle runs" in report.scaling_chart(results)
+    assert "idle runs" in report.CHARTS["scaling"](results)
 
 
 def test_tenants(tmp_path: Path) -> None:
