@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engines.megatron.megatron_core import MegatronModule, PackedSeqParams
-from engines.tuning.packed_attention import PackedLayout
+from engines.tuning.packed_attention import Layout as AttentionLayout
 
 
 class Packing(PackedSeqParams):  # type: ignore[misc]  # megatron-core has no types
     """Sequences that lie one after the other, as megatron-core is told of them, and who attends to whom among them."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        longest = max(lengths)
+    def __init__(self, layout: AttentionLayout, positions: Tensor) -> None:
+        """`positions` [T] of this rank's tokens. To megatron-core they are one sequence, each at a place of its own."""
+        count = positions.shape[0]
+        bounds = torch.tensor([0, count], dtype=torch.int32, device=positions.device)
         super().__init__(
             qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=count,
+            max_seqlen_kv=count,
         )
-        self.layout = PackedLayout(lengths)
+        self.positions = positions
+        self.layout = layout
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron-core has no types

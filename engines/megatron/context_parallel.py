@@ -142,7 +142,7 @@ class _GatherRows(torch.autograd.Function):
         ctx.group = group
         ctx.order = order.to(own.device)
         gathered = own.new_empty(group.size() * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own.contiguous(), group=group)
+        dist.all_gather_single(gathered, own.contiguous(), group=group)
         pack = torch.empty_like(gathered)
         pack[ctx.order] = gathered
         return pack
@@ -152,5 +152,5 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ordered = grad[ctx.order]
         own = grad.new_empty(ordered.shape[0] // ctx.group.size(), *ordered.shape[1:])
-        dist.reduce_scatter_tensor(own, ordered, group=ctx.group)
+        dist.reduce_scatter_single(own, ordered, group=ctx.group)
         return own, None, None

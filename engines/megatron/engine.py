@@ -241,8 +241,6 @@ def _refuse_what_is_not_there_yet(shape: ModelShape) -> None:
     """Models that a layout can be planned for, and that this engine does not compute so far."""
     if shape.experts:
         raise LoadError(f"the megatron engine does not train models with experts ({shape.family}) yet")
-    if shape.rope_scaling is not None:
-        raise LoadError("the megatron engine does not compute rope_scaling 'llama3' yet")
 
 
 def _devices(options: MegatronOptions, ranks: int) -> list[torch.device]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from engines.interface import LoadError
-from engines.megatron.attention import PackedAttention, Packing
+from engines.megatron.attention import PackedAttention
 from engines.megatron.linears import ColumnLinear, Part, QkvLinear, RowLinear, ShardedLinear
 from engines.megatron.logprobs import Unembedding
 from engines.megatron.megatron_core import (
@@ -23,23 +24,33 @@ from engines.megatron.megatron_core import (
     parallel_state,
 )
 from engines.megatron.places import Place
+from engines.megatron.portions import Portion
+from engines.megatron.rope import Rotary
 from engines.megatron.shapes import ModelShape
 from engines.megatron.sharding import Sharding
 from engines.megatron.weights import Checkpoint, stage_map
-from engines.tuning.collating import Batch
-from engines.tuning.lora import ANCHOR, Routing, Segment
+from engines.tuning.lora import ANCHOR, Routing
 
 
 class Stage:
     """The frozen layers that this rank holds. They apply the adapters that `routing` names."""
 
-    def __init__(self, shape: ModelShape, place: Place, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        place: Place,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+    ) -> None:
         self.shape = shape
         self.place = place
         self.device = device
         self.routing = Routing()
         self.sharding = Sharding(shape, place)
         self.passes = 0
+        self.recompute = recompute
         self.module = _build(shape, place, dtype).requires_grad_(False)
         self.unembedding: Unembedding | None = None
         """On the last stage."""
@@ -70,17 +81,18 @@ class Stage:
         if left:
             raise LoadError(f"the megatron engine reads no weights for {', '.join(sorted(left))}")
         self.module.to(self.device)
+        self.module.rotary_pos_emb = Rotary(shape, self.device)
         self._adapt()
+        if self.recompute:
+            for layer in self.module.decoder.layers:
+                layer.forward = _computed_again(layer.forward, self.routing)
 
-    def forward(self, batch: Batch, segments: Sequence[Segment]) -> Tensor:
-        """What the next stage takes, [T, 1, H]; of the last stage the hidden states [1, T, H] after the last norm."""
+    def forward(self, portion: Portion) -> Tensor:
+        """What the next stage takes, [t, 1, H]; of the last stage the hidden states [1, t, H] after the last norm."""
         self.passes += 1
-        with self.routing.along(segments):
+        with self.routing.along(portion.segments):
             out: Tensor = self.module(
-                batch.pack.tokens,
-                batch.pack.positions,
-                None,
-                packed_seq_params=Packing(batch.lengths, self.device),
+                portion.tokens, portion.positions, None, packed_seq_params=portion.packing
             )
         return out
 
@@ -127,6 +139,27 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Over the last axis."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def _computed_again(forward: Callable[..., Any], routing: Routing) -> Callable[..., Any]:
+    """A layer's forward pass, which keeps its inputs alone and is repeated on the way back, with the segments that were
+    in force; other micro-batches may have been under way since."""
+
+    def repeatable(*args: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **named)
+        segments = routing.segments
+
+        def run(*args: Any, **named: Any) -> Any:
+            before, routing.segments = routing.segments, segments
+            try:
+                return forward(*args, **named)
+            finally:
+                routing.segments = before
+
+        return recomputed(run, *args, use_reentrant=False, preserve_rng_state=False, **named)
+
+    return repeatable
 
 
 class _Passing(nn.Module):
@@ -208,6 +241,7 @@ def _config(shape: ModelShape, place: Place, dtype: torch.dtype) -> Any:
         pipeline_dtype=dtype,
         tensor_model_parallel_size=place.layout.tensor,
         pipeline_model_parallel_size=place.layout.pipeline,
+        sequence_parallel=place.layout.sequence,
         calculate_per_token_loss=True,  # losses are sums: nothing is divided by the number of micro-batches
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # which variable lengths demand, of a dense model too

@@ -18,7 +18,15 @@ class MegatronOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pipeline: int = 1
     """Stages, each of which holds as many layers as the others."""
     data: int = 1
-    """Copies of the model, among which the data of a call are divided. There are tensor x pipeline x data ranks."""
+    """Copies of the model, among which the data of a call are divided. There are tensor x pipeline x data x context
+    ranks."""
+    context: int = 1
+    """Ranks that share each sequence: of a pass each holds a part of the tokens."""
+    sequence: bool = False
+    """Sequence parallelism: tensor ranks share what a layer does between its matrices, too."""
+    recompute: bool = False
+    """Keep the inputs of layers alone during a training pass and compute the rest again on its way back: the same
+    numbers, for less memory and a third more time."""
     device: str = "auto"
     """`cuda` gives rank r the r-th CUDA device, `cpu` computes on processors; `auto` is `cuda` where there is one."""
     dtype: str = "auto"
@@ -40,7 +48,13 @@ class MegatronOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def layout(self) -> Layout:
         """How the model is cut."""
-        return Layout(self.tensor, self.pipeline, self.data)
+        return Layout(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            data=self.data,
+            context=self.context,
+            sequence=self.sequence,
+        )
 
 
 def read_options(options: dict[str, Any]) -> MegatronOptions:

@@ -1,6 +1,7 @@
 """Which part of the model a rank holds: its place among the tensor, data and pipeline ranks.
 
-Ranks are numbered as megatron-core does by default: tensor ranks are neighbours, then data ranks, then stages.
+Ranks are numbered as megatron-core does by default: tensor ranks are neighbours, then context ranks, then data ranks,
+then stages.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ class Place(NamedTuple):
 
     layout: Layout
     tensor: int
+    context: int
     data: int
     stage: int
 
@@ -22,8 +24,9 @@ class Place(NamedTuple):
     def of(cls, layout: Layout, rank: int) -> Place:
         """A rank's place in a layout."""
         rest, tensor = divmod(rank, layout.tensor)
+        rest, context = divmod(rest, layout.context)
         stage, data = divmod(rest, layout.data)
-        return cls(layout, tensor, data, stage)
+        return cls(layout, tensor, context, data, stage)
 
     @property
     def is_first_stage(self) -> bool:
@@ -38,12 +41,12 @@ class Place(NamedTuple):
     @property
     def speaks(self) -> bool:
         """Whether it tells the log-probs and losses of its data. Its tensor neighbours have computed the same ones."""
-        return self.is_last_stage and self.tensor == 0
+        return self.is_last_stage and self.tensor == 0 and self.context == 0
 
     @property
     def is_original(self) -> bool:
         """Whether it belongs to the first of the copies of the model, which speaks for all."""
-        return self.data == 0
+        return self.data == 0 and self.context == 0
 
     def layers(self, count: int) -> range:
         """The layers of a model of `count` layers that it holds."""

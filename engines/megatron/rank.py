@@ -34,6 +34,7 @@ from engines.megatron.calls import (
     decode_stored,
     encode,
 )
+from engines.megatron.groups import make_groups
 from engines.megatron.megatron_core import model_parallel_cuda_manual_seed, parallel_state
 from engines.megatron.model import Stage
 from engines.megatron.options import MegatronOptions, read_options
@@ -72,12 +73,19 @@ class Rank:
             self._join(options)
             folder = Path(config.model)
             place = Place.of(options.layout, world.rank)
-            self.stage = Stage(read_shape(folder), place, device, dtype_of(options, device))
+            dtype = dtype_of(options, device)
+            self.stage = Stage(read_shape(folder), place, device, dtype, recompute=options.recompute)
             self.stage.load(folder)
             self._undo = undo.pop_all()
         self.sharding = self.stage.sharding
-        together = not options.deterministic
-        self.trainer = Trainer(self.stage, world, without_cuda, options.pass_tokens, together=together)
+        self.trainer = Trainer(
+            self.stage,
+            world,
+            without_cuda,
+            make_groups(options.layout, world.rank),
+            options.pass_tokens,
+            together=not options.deterministic,
+        )
         self.runs: dict[str, Run] = {}
 
     def perform(self, call: Call) -> Any:

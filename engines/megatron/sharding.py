@@ -150,6 +150,6 @@ def sum_gradients(
             dist.all_reduce(together, group=tensor_group)
             for part, summed in zip(parts, together.split([part.numel() for part in parts]), strict=True):
                 part.copy_(summed.view_as(part))
-    if layout.data > 1:
+    if layout.data * layout.context > 1:
         for gradient in gradients:
             dist.all_reduce(gradient.values, group=data_group)

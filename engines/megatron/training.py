@@ -27,16 +27,18 @@ from engines.megatron.calls import (
     decode_verdicts,
     encode,
 )
+from engines.megatron.groups import Groups
 from engines.megatron.megatron_core import get_forward_backward_func, parallel_state
 from engines.megatron.model import Stage
 from engines.megatron.places import Place
+from engines.megatron.portions import Portion, portion
 from engines.megatron.sharding import sum_gradients
 from engines.megatron.without_cuda import WithoutCuda
 from engines.operations import ForwardResult, OptimStep
 from engines.ranks.world import World
 from engines.tensors import Tensor as Bytes
 from engines.tuning.collating import Batch, Operation, collate, width_of
-from engines.tuning.lora import Gradient, Segment
+from engines.tuning.lora import Gradient
 from engines.tuning.runs import Run, Share, check, judge, not_finite, optim_step, segments_of, settle
 
 
@@ -48,6 +50,7 @@ class Trainer:
         stage: Stage,
         world: World,
         without_cuda: WithoutCuda | None,
+        groups: Groups,
         pass_tokens: int,
         *,
         together: bool,
@@ -56,6 +59,7 @@ class Trainer:
         self._world = world
         self._without_cuda = without_cuda
         self._pass_tokens = pass_tokens
+        self._groups = groups
         self._together = together
 
     def forward(self, items: Sequence[tuple[Run, Operation]]) -> list[ForwardResult | UserError]:
@@ -109,8 +113,8 @@ class Trainer:
         def step(numbers: Iterator[int], module: Any) -> tuple[Tensor, Any]:
             batch = batches[next(numbers)]
             segments = segments_of(shares, batch, with_gradient=backward)
-            out = stage.forward(batch, segments)
-            return out, partial(self._loss, shares, batch, segments, passes, backward)
+            own = portion(batch, segments, self._groups.context, self._divisor)
+            return stage.forward(own), partial(self._loss, shares, batch, own, passes, backward)
 
         if batches:
             with self._around_schedule():
@@ -129,7 +133,7 @@ class Trainer:
         self,
         shares: Sequence[Share],
         batch: Batch,
-        segments: Sequence[Segment],
+        own: Portion,
         passes: list[Tensor],
         backward: bool,
         hidden: Tensor,
@@ -137,11 +141,18 @@ class Trainer:
         """On the last stage: judge a pass. The slope of the losses is the gradient of what is given back."""
         unembedding = self._stage.unembedding
         assert unembedding is not None
-        logprobs = unembedding.logprobs(hidden.flatten(0, -2), batch.targets, segments)
-        slope = judge(shares, batch, logprobs.detach(), len(passes), with_slope=backward)
-        passes.append(logprobs.detach())
-        total = (logprobs * slope).sum() if backward else logprobs.new_zeros(())
+        logprobs = unembedding.logprobs(hidden.flatten(0, -2), own.targets, own.segments)
+        whole = own.whole(logprobs.detach())
+        slope = judge(shares, batch, whole, len(passes), with_slope=backward)
+        passes.append(whole)
+        total = (logprobs * own.own(slope)).sum() if backward else logprobs.new_zeros(())
         return total, torch.zeros((), dtype=torch.int, device=hidden.device), {}
+
+    @property
+    def _divisor(self) -> int:
+        """What divides the tokens that a rank has of a pass."""
+        layout = self._stage.place.layout
+        return layout.tensor if layout.sequence else 1
 
     def _around_schedule(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._without_cuda is None else self._without_cuda.around_schedule()

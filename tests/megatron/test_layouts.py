@@ -24,8 +24,12 @@ LAYOUTS: list[dict[str, int]] = [
     {"pipeline": 2},
     {"data": 2},
     {"tensor": 2, "pipeline": 2},
+    {"tensor": 2, "sequence": True},
+    {"context": 2},
+    {"pipeline": 2, "recompute": True},
+    {"tensor": 2, "context": 2, "sequence": True},
 ]
-IDS = ["one rank", "tensor 2", "pipeline 2", "data 2", "tensor 2 pipeline 2"]
+IDS = [" ".join(f"{name} {size}" for name, size in layout.items()) or "one rank" for layout in LAYOUTS]
 
 
 def examples(caller: Caller, seed: int = 0) -> list[Datum]:

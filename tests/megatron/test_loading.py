@@ -70,19 +70,7 @@ def changed(model: str, folder: Path, **fields: Any) -> str:
     [
         ({"model_type": "mamba"}, "mamba"),
         ({"attention_bias": True}, "attention_bias"),
-        (
-            {
-                "rope_parameters": {
-                    "rope_theta": 1e4,
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 256,
-                }
-            },
-            "llama3",
-        ),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0}}, "yarn"),
         ({"intermediate_size": 64}, "linear_fc1"),
         ({"tie_word_embeddings": False}, "lm_head.weight"),
     ],

@@ -60,7 +60,8 @@ def test_ranks_are_numbered_as_megatron_does() -> None:
     """Tensor ranks are neighbours, then copies, then stages; each place is taken once."""
     layout = Layout(tensor=2, pipeline=3, data=2)
     places = [Place.of(layout, rank) for rank in range(layout.ranks)]
-    assert [place[1:] for place in places[:5]] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1)]
+    found = [(place.tensor, place.data, place.stage) for place in places[:5]]
+    assert found == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1)]
     assert len({place[1:] for place in places}) == 12
     assert [list(place.layers(6)) for place in places[::4]] == [[0, 1], [2, 3], [4, 5]]
     assert sum(place.speaks for place in places) == 2

@@ -1,0 +1,84 @@
+"""What one rank computes of a pass: its tokens, padded to what the ranks can divide, and which run each belongs to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from engines.megatron.attention import Packing
+from engines.megatron.context_parallel import ContextLayout, chunks_of, gather_rows, rows_of
+from engines.tuning.collating import Batch
+from engines.tuning.lora import Segment
+from engines.tuning.packed_attention import PackedLayout
+
+
+class Portion(NamedTuple):
+    """Int64 `tokens` and `positions` [1, t], `targets` [t, K] of the rank's tokens, and its `segments` among them.
+
+    `total` are the pass's tokens without padding. `order` says where the tokens of all context ranks, one rank's after
+    the other's, lie in the padded pass; `rows` where this rank's do.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    packing: Packing
+    segments: list[Segment]
+    total: int
+    rows: Tensor | None
+    order: Tensor | None
+    group: dist.ProcessGroup | None
+
+    def whole(self, logprobs: Tensor) -> Tensor:
+        """The pass's log-probs [total, K] of the ranks' own [t, K]; every context rank must call it."""
+        if self.group is not None and self.order is not None:
+            logprobs = gather_rows(logprobs, self.order, self.group)
+        return logprobs[: self.total]
+
+    def own(self, slope: Tensor) -> Tensor:
+        """What belongs to this rank's tokens of a slope [total, K]; zero where they are padding."""
+        count = self.tokens.shape[1] * (1 if self.group is None else self.group.size())
+        padded = F.pad(slope, (0, 0, 0, count - self.total))
+        return padded if self.rows is None else padded[self.rows]
+
+
+def portion(
+    batch: Batch, segments: Sequence[Segment], context: dist.ProcessGroup | None, divisor: int
+) -> Portion:
+    """This rank's part of a pass; its tokens on each context rank are a multiple of `divisor`."""
+    device = batch.pack.tokens.device
+    total = batch.pack.tokens.shape[1]
+    ranks = 1 if context is None else context.size()
+    multiple = ranks * math.lcm(divisor, 2) if ranks > 1 else divisor
+    padding = -total % multiple
+    lengths = [*batch.lengths, padding] if padding else list(batch.lengths)
+    tokens = F.pad(batch.pack.tokens, (0, padding))
+    places = F.pad(batch.pack.positions, (0, padding))
+    targets = F.pad(batch.targets, (0, 0, 0, padding))
+    if context is None or ranks == 1:
+        packing = Packing(PackedLayout(lengths), places[0])
+        return Portion(tokens, places, targets, packing, list(segments), total, None, None, None)
+    count, rank = total + padding, context.rank()
+    rows = rows_of(count, ranks, rank).to(device)
+    order = torch.cat([rows_of(count, ranks, one) for one in range(ranks)]).to(device)
+    own = list(_within(segments, chunks_of(count, ranks, rank)))
+    packing = Packing(ContextLayout(lengths, context), places[0, rows])
+    return Portion(tokens[:, rows], places[:, rows], targets[rows], packing, own, total, rows, order, context)
+
+
+def _within(segments: Sequence[Segment], chunks: Sequence[slice]) -> Iterator[Segment]:
+    """What of the segments lies in chunks of the pass that stand one after the other."""
+    before = 0
+    for chunk in chunks:
+        for segment in segments:
+            start, stop = max(segment.start, chunk.start), min(segment.stop, chunk.stop)
+            if start < stop:
+                shift = before - chunk.start
+                yield segment._replace(start=start + shift, stop=stop + shift)
+        before += chunk.stop - chunk.start
