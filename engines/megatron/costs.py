@@ -1,9 +1,8 @@
-"""What a layout costs a rank: memory, by what it is for, and the bytes that it hands to others in one training step.
+"""What a layout costs a rank in memory, by what it is for.
 
-Arithmetic on sizes alone; no torch. `tests/megatron` holds it against what ranks really hold and really send.
-A training step here is one forward and backward pass over `Workload.tokens` tokens on each data parallel rank, and the
-sum of the gradients over the ranks that share an adapter. The base model is frozen: it has neither gradients nor
-optimizer state, and a matrix needs no input of its own for its way back, only its adapters do.
+Arithmetic on sizes alone; no torch. Weights and adapters are counted, as tests check; activations and
+logits are estimated from the shapes that a layer computes, and have not been measured. The base model is frozen: it has
+neither gradients nor optimizer state, and a matrix needs no input of its own for its way back, only its adapters do.
 """
 
 from __future__ import annotations
@@ -47,25 +46,6 @@ class Memory(msgspec.Struct, frozen=True):
     @property
     def total(self) -> int:
         return self.weights + self.adapters + self.activations + self.logits
-
-
-class Traffic(msgspec.Struct, frozen=True):
-    """Bytes of the tensors that one rank hands to collective operations in one step, by the ranks that it does so with.
-
-    For a reduction this is the tensor that is reduced, for a gathering the rank's own part, for an exchange what it
-    sends. What then crosses a link depends on the algorithm: in a ring of n ranks 2(n-1)/n of a sum, (n-1)/n of the
-    whole for gathering and scattering.
-    """
-
-    tensor: int = 0
-    pipeline: int = 0
-    data: int = 0
-    context: int = 0
-    expert: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.tensor + self.pipeline + self.data + self.context + self.expert
 
 
 def memory(shape: ModelShape, layout: Layout, load: Workload) -> Memory:
