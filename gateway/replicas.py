@@ -20,7 +20,7 @@ from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
 from gateway.store.notices import Notice
 from gateway.store.records import Future
-from gateway.store.replicas import Change, Move, Wanted
+from gateway.store.replicas import Change, Move, Wanted, moved_to
 from gateway.supervisor import EngineState
 from gateway.troubles import Trouble
 
@@ -239,29 +239,31 @@ class Replicas:
         taker: Dispatcher,
         giver: Dispatcher | None = None,
     ) -> None:
-        """Have another engine draw some samples. `giver` had them in its queue, and has them again if that fails."""
+        """Have another engine draw some samples. `giver` had them in its queue. Where the database does not answer,
+        nobody knows whether that was stored: both have those then, and only the one that owes them can claim them."""
         notice = None if taker.supervisor.holding else taker.name
-        try:
-            moved = await asyncio.gather(
-                *(
-                    self._store.replicas.move(
-                        Move(future.request_id, source, taker.name),
-                        Notice("accepted", future.request_id, notice) if notice is not None else None,
-                    )
-                    for future, _ in samples
-                )
+        moves = (
+            self._store.replicas.move(
+                Move(future.request_id, source, taker.name),
+                Notice("accepted", future.request_id, notice) if notice is not None else None,
             )
-        except StoreUnavailable:
-            if giver is not None:
-                for future, body in samples:
+            for future, _ in samples
+        )
+        answers = await asyncio.gather(*moves, return_exceptions=True)
+        failures: list[BaseException] = []
+        for (future, body), there in zip(samples, answers, strict=True):
+            if isinstance(there, BaseException):
+                failures.append(there)
+                if giver is not None:
                     giver.accept(future, body)
-            raise
-        for (_, body), there in zip(samples, moved, strict=True):
-            if there is not None:
+                taker.accept(moved_to(taker.name, future), body)
+            elif there is not None:
                 self._on_opened(there)
                 taker.accept(there, body)
                 if giver is not None and giver.sampling.was_given_up(there.request_id):
                     await taker.give_up(there)
+        if failures:
+            raise failures[0]
 
 
 def _start(dispatcher: Dispatcher) -> None:

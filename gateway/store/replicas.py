@@ -7,7 +7,7 @@ claiming and settling compare the name, so whoever had it before can do nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from sqlalchemy import Connection, exists, insert, select, update
@@ -85,6 +85,11 @@ class ReplicaStore:
             return [future_of(row) for row in connection.execute(query.order_by(F.c.created_at).limit(limit))]
 
         return await self._database.read(read)
+
+
+def moved_to(engine: str, sample: Future) -> Future:
+    """The record of a sample once it has moved."""
+    return replace(sample, engine=engine, epoch=None, status=FutureStatus.QUEUED)
 
 
 def _put(connection: Connection, decisions: list[Wanted]) -> list[None]:

@@ -19,7 +19,7 @@ from gateway.replicas import HandOver, Replicas
 from gateway.settings import EngineSettings, Settings
 from gateway.store import Store
 from gateway.store.database import Database
-from gateway.store.futures import Submission
+from gateway.store.futures import Claim, Submission
 from gateway.store.notices import Notice
 from gateway.store.records import Future, FutureStatus
 from gateway.store.replicas import Move
@@ -134,8 +134,37 @@ async def test_what_cannot_be_moved_waits_where_it_was(place: Place, monkeypatch
     monkeypatch.setattr(place.store.replicas, "move", refused)
     with pytest.raises(StoreUnavailable):
         await place.replicas._level()
-    assert (place.one.sampling.waiting, place.other.sampling.waiting) == (40, 0)
+    assert place.one.sampling.waiting == 40
     takers = [cast(Dispatcher, Queue(name, place.store, Settings())) for name in ("e-2", "e-3")]
     with pytest.raises(StoreUnavailable):
         await place.replicas._share_out(place.one.sampling.take(40), cast(Dispatcher, place.one), takers)
     assert place.one.sampling.waiting == 40  # both shares
+
+
+@pytest.mark.parametrize("cut", [range(40), range(5)])
+async def test_what_has_moved_when_the_connection_is_cut_is_drawn_by_who_owes_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch, cut: range
+) -> None:
+    """Nobody is told then whether it was stored; some of a call may have been told, in the transaction before."""
+    move = place.store.replicas.move
+
+    async def stored(asked: Move, notice: Notice | None = None) -> Future | None:
+        moved = await move(asked, notice)
+        if asked.request_id in {f"s{number}" for number in cut}:
+            raise StoreUnavailable("the connection was cut")
+        return moved
+
+    monkeypatch.setattr(place.store.replicas, "move", stored)
+    with pytest.raises(StoreUnavailable):
+        await place.replicas._level()
+    claimed = [await claimed_by(queue, place.store) for queue in (place.one, place.other)]
+    assert [len(ids) for ids in claimed] == [20, 20]
+    assert len(set.union(*claimed)) == 40
+
+
+async def claimed_by(queue: Queue, store: Store) -> set[str]:
+    """What a queue can claim of all that waits in it."""
+    waiting = [future for future, _ in queue.sampling.take(40)]
+    assert {future.engine for future in waiting} == {queue.name}
+    claim = Claim(tuple(future.request_id for future in waiting), 1, queue.name)
+    return set(await store.futures.claim(claim))
