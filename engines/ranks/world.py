@@ -7,6 +7,7 @@ call; a follower whose leader dies meanwhile ends by its standard input (`engine
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from engines.environment import set_defaults
 
 UNBOUNDED = timedelta(days=365)
 MEETING_S = 120.0
@@ -28,6 +31,8 @@ class World:
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
+        # By itself gloo takes the interface of the machine's name, and lets in whoever reaches it.
+        set_defaults({"GLOO_SOCKET_IFNAME": _loopback()})
         bound = timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         meeting = dist.FileStore(str(store), size)  # type: ignore[attr-defined]  # missing in torch's own types
@@ -80,6 +85,12 @@ class World:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)]), group=self._bounded)
         return [int(size) for size in sizes]
+
+
+def _loopback() -> str:
+    """The interface that nobody else reaches; the ranks are all on this machine."""
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo" if "lo" in names else "lo0"
 
 
 def _padded(data: bytes, size: int) -> Tensor:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,8 @@ from tests.ranks.echo import answer, lead
 from tests.served import has_ended
 
 pytestmark = pytest.mark.slow
+
+LOOPBACK = "0100007F"
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -48,6 +51,27 @@ def test_every_rank_hears_what_all_say() -> None:
         children = leader.children
         assert not any(has_ended(child) for child in children)
     assert all(has_ended(child) for child in children)
+
+
+def test_ranks_listen_where_nobody_else_reaches_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is as before when the test is over
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    with leading() as leader:
+        for process in (os.getpid(), *leader.children):
+            addresses = listening(process)
+            assert addresses and {address.rpartition(":")[0] for address in addresses} == {LOOPBACK}
+    # The machine's name may be one of the loopback interface, and then that alone says nothing.
+    assert os.environ["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+
+
+def listening(process: int) -> list[str]:
+    """Addresses at which a process listens, as /proc has them."""
+    own = set()
+    for entry in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(OSError):  # it has been closed meanwhile
+            own.add(str(entry.readlink()))
+    rows = [line.split() for line in Path(f"/proc/{process}/net/tcp").read_text().splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
 
 
 @pytest.mark.parametrize("word", [b"die", b"raise"])
