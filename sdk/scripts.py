@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 
 import openai
@@ -28,6 +29,8 @@ def told(main: Callable[[], object]) -> int:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
+        # The SDK's call that was cut short may just have made a coroutine, about which Python would complain.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
