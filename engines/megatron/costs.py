@@ -1,8 +1,8 @@
 """What a layout costs a rank in memory, by what it is for.
 
-Arithmetic on sizes alone; no torch. Weights and adapters are counted, as tests check; activations and
-logits are estimated from the shapes that a layer computes, and have not been measured. The base model is frozen: it has
-neither gradients nor optimizer state, and a matrix needs no input of its own for its way back, only its adapters do.
+Arithmetic on sizes alone; no torch. Weights and adapters are counted exactly. Activations are what a layer keeps, by
+the tensors that real ranks were seen to keep (float32, CPU; of models without experts). Of logits two chunks are taken
+to be in memory. The base model is frozen: it has neither gradients nor optimizer state.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from engines.megatron.shapes import ModelShape
 ADAPTER_BYTES = 16
 """For each value of an adapter, all float32: the value, its gradient, and the optimizer's two moments."""
 FLOAT = 4
-LOGIT_ROWS = 256
-"""Tokens whose logits are in memory at once."""
+CHUNK_LOGITS = 2**25
+"""Logits of a chunk of rows, as `engines.megatron.logprobs` cuts them."""
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -60,16 +60,24 @@ def stage_memory(shape: ModelShape, layout: Layout, load: Workload, stage: int) 
     return Memory(
         weights=stage_weights(shape, layout, stage) * load.weight_bytes,
         adapters=stage_adapter(shape, layout, stage, load.adapter_rank) * load.runs * ADAPTER_BYTES,
-        activations=stage_activations(shape, layout, load),
-        logits=2 * FLOAT * min(LOGIT_ROWS, rank_tokens(layout, load)) * shape.vocabulary // layout.tensor
-        if last
-        else 0,
+        activations=stage_activations(shape, layout, load, stage),
+        logits=2 * FLOAT * chunk_logits(shape, layout, load) if last else 0,
     )
 
 
 def rank_tokens(layout: Layout, load: Workload) -> int:
     """Tokens of a pass that a rank attends from: those of its context parallel part, rounded up."""
     return -(-load.tokens // layout.context)
+
+
+def chunk_rows(shape: ModelShape, layout: Layout) -> int:
+    """Rows of which a rank has logits at once."""
+    return max(1, CHUNK_LOGITS // (shape.vocabulary // layout.tensor))
+
+
+def chunk_logits(shape: ModelShape, layout: Layout, load: Workload) -> int:
+    """Logits that a rank of the last stage has at once."""
+    return min(chunk_rows(shape, layout), rank_tokens(layout, load)) * shape.vocabulary // layout.tensor
 
 
 # ---------------------------------------------------------------------- numbers held
@@ -132,34 +140,40 @@ def stage_adapter(shape: ModelShape, layout: Layout, stage: int, rank: int) -> i
 # ---------------------------------------------------------------------- numbers kept for the way back
 
 
-def stage_activations(shape: ModelShape, layout: Layout, load: Workload) -> int:
-    """Bytes that a pass keeps on a rank until it goes back, all of its layers together."""
+def stage_activations(shape: ModelShape, layout: Layout, load: Workload, stage: int) -> int:
+    """Bytes that a rank of a pipeline stage keeps for the way back of all passes which are under way there: as many as
+    there are stages from this one on, for a pass comes back only when it has been through the last."""
     layers = shape.layers // layout.pipeline
     tokens = rank_tokens(layout, load)
     whole = layer_activation_bytes(shape, layout, load)
-    if not load.recompute:
-        return tokens * whole * layers
     stream = shape.hidden * load.weight_bytes // (layout.tensor if layout.sequence else 1)
-    return tokens * (stream * layers + whole)
+    ends = 1 + (stage == layout.pipeline - 1)  # what comes in, and what the last norm gives
+    under_way = layout.pipeline - stage
+    buffers = 2 if layout.pipeline > 1 else 0  # what is sent and received
+    if load.recompute:
+        return tokens * (under_way * (layers + ends) * stream + buffers * stream + whole)
+    return tokens * (under_way * (layers * whole + ends * stream) + buffers * stream)
 
 
 def layer_activation_bytes(shape: ModelShape, layout: Layout, load: Workload) -> int:
-    """Bytes for each token that one layer keeps on a rank.
+    """Bytes for each of its tokens that one layer keeps on a rank.
 
-    Inputs and outputs of both norms lie whole on each tensor parallel rank, or cut with sequence parallelism; queries,
-    keys and values before and after their norms and turning, what attention gave, and gate, up, their activation and
-    product are cut; an adapter keeps `rank` float32 for each matrix.
+    The sums behind attention and the feed-forward part (cut with sequence parallelism) and the matrices' normed inputs
+    (whole, for they are gathered); queries, keys and values, queries in order, both turned, what attention gave; gate
+    and up, their activation, its factor and product; cosines and sines twice; of context parallel ranks all keys and
+    values, and attention's stretches. In float32: the adapters' inner products, scales of norms, attention's sums.
     """
-    cut = layout.tensor
-    spread = layout.tensor if layout.sequence else 1
-    kept = 4 * shape.hidden // spread
-    kept += (3 * shape.query_width + 3 * shape.kv_width) // cut
-    floats = 6 * load.adapter_rank
+    cut, spread = layout.tensor, layout.tensor if layout.sequence else 1
+    kept = 2 * shape.hidden // spread + 2 * shape.hidden
+    kept += (4 * shape.query_width + 3 * shape.kv_width) // cut + 4 * shape.head_dim
+    if layout.context > 1:
+        kept += (2 * shape.kv_width * layout.context + shape.query_width) // cut
+    floats = 4 * load.adapter_rank + (2 * shape.heads + shape.kv_heads) // cut + 2
     if shape.experts:
         copies = shape.experts_per_token
-        kept += copies * (2 * shape.hidden + 4 * shape.ffn) // spread
+        kept += copies * (2 * shape.hidden + 5 * shape.ffn) // spread
         floats += (3 * copies * load.adapter_rank + 2 * shape.experts) // spread
     else:
-        kept += 4 * shape.ffn // cut
+        kept += 5 * shape.ffn // cut
         floats += 3 * load.adapter_rank
     return kept * load.weight_bytes + floats * FLOAT
