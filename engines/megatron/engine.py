@@ -100,7 +100,6 @@ class MegatronEngine(TrainingEngine):
         files = read_tokenizer_files(config.model)
         config = msgspec.structs.replace(config, model=str(folder_of(config.model)))
         shape = read_shape(Path(config.model))
-        _refuse_what_is_not_there_yet(shape)
         if options.max_context is not None and options.max_context > shape.max_context:
             raise LoadError(
                 f"options.max_context is {options.max_context}, but the model has {shape.max_context} positions"
@@ -235,12 +234,6 @@ def _describe(
         layers={each.site.name: each.site[1:] for each in model_sites(shape)},
         run_memory_bytes=run_memory,
     )
-
-
-def _refuse_what_is_not_there_yet(shape: ModelShape) -> None:
-    """Models that a layout can be planned for, and that this engine does not compute so far."""
-    if shape.experts:
-        raise LoadError(f"the megatron engine does not train models with experts ({shape.family}) yet")
 
 
 def _devices(options: MegatronOptions, ranks: int) -> list[torch.device]:

@@ -6,6 +6,7 @@ To megatron-core context parallel ranks are data parallel ones: what they add to
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -24,12 +25,14 @@ class Groups(NamedTuple):
     """Ranks that hold the same experts."""
 
 
-def make_groups(layout: Layout, rank: int) -> Groups:
-    """A rank's groups; every rank must call it, for every rank takes part in making each."""
+def make_groups(layout: Layout, rank: int, patience_s: float) -> Groups:
+    """A rank's groups; every rank must call it, for every rank takes part in making each. `patience_s` bounds how long
+    a rank waits for another in one of them."""
+    patience = timedelta(seconds=patience_s)
     return Groups(
-        _make(context_ranks(layout), rank),
-        _make(expert_ranks(layout), rank),
-        _make(expert_copies(layout), rank),
+        _make(context_ranks(layout), rank, patience),
+        _make(expert_ranks(layout), rank, patience),
+        _make(expert_copies(layout), rank, patience),
     )
 
 
@@ -53,11 +56,11 @@ def expert_copies(layout: Layout) -> Iterator[list[int]]:
             yield list(range(first + number, first + layout.stage_ranks, layout.expert))
 
 
-def _make(families: Iterator[list[int]], rank: int) -> dist.ProcessGroup | None:
+def _make(families: Iterator[list[int]], rank: int, patience: timedelta) -> dist.ProcessGroup | None:
     found = None
     for ranks in families:
         if len(ranks) > 1:
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=patience)
             if rank in ranks:
                 found = group
     return found

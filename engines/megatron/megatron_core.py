@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import mappings, model_parallel_cuda_manual_seed
     from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -25,6 +26,7 @@ VERSION: str = megatron.core.__version__
 __all__ = [
     "VERSION",
     "GPTModel",
+    "IdentityOp",
     "MegatronModule",
     "ModuleSpec",
     "PackedSeqParams",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from engines.interface import LoadError
 from engines.megatron.attention import PackedAttention
+from engines.megatron.experts import ExpertBlock
 from engines.megatron.linears import ColumnLinear, Part, QkvLinear, RowLinear, ShardedLinear
 from engines.megatron.logprobs import Unembedding
 from engines.megatron.megatron_core import (
     GPTModel,
+    IdentityOp,
     TransformerBlockSubmodules,
     TransformerConfig,
     get_gpt_layer_local_spec,
@@ -29,7 +31,7 @@ from engines.megatron.rope import Rotary
 from engines.megatron.shapes import ModelShape
 from engines.megatron.sharding import Sharding
 from engines.megatron.weights import Checkpoint, stage_map
-from engines.tuning.lora import ANCHOR, Routing
+from engines.tuning.lora import ANCHOR, Routing, Segment
 
 
 class Stage:
@@ -42,16 +44,22 @@ class Stage:
         device: torch.device,
         dtype: torch.dtype,
         *,
+        experts: torch.distributed.ProcessGroup | None = None,
         recompute: bool = False,
     ) -> None:
+        """`experts` are the ranks with which it shares the experts of its layers."""
         self.shape = shape
         self.place = place
         self.device = device
         self.routing = Routing()
+        self.expert_routing = Routing()
         self.sharding = Sharding(shape, place)
         self.passes = 0
         self.recompute = recompute
         self.module = _build(shape, place, dtype).requires_grad_(False)
+        if shape.experts:
+            for layer in self.module.decoder.layers:
+                layer.mlp = ExpertBlock(shape, len(place.experts(shape.experts)), dtype, experts)
         self.unembedding: Unembedding | None = None
         """On the last stage."""
 
@@ -63,6 +71,7 @@ class Stage:
             layers.start,
             len(layers),
             head_norms=shape.qk_norm,
+            experts=place.experts(shape.experts),
             is_first=place.is_first_stage,
             is_last=place.is_last_stage,
             tied=shape.tied,
@@ -85,12 +94,15 @@ class Stage:
         self._adapt()
         if self.recompute:
             for layer in self.module.decoder.layers:
-                layer.forward = _computed_again(layer.forward, self.routing)
+                layer.forward = _computed_again(layer.forward, self.routing, self.expert_routing)
 
-    def forward(self, portion: Portion) -> Tensor:
-        """What the next stage takes, [t, 1, H]; of the last stage the hidden states [1, t, H] after the last norm."""
+    def forward(self, portion: Portion, expert_segments: Sequence[Segment]) -> Tensor:
+        """What the next stage takes, [t, 1, H]; of the last stage the hidden states [1, t, H] after the last norm.
+
+        `expert_segments` are those among the rows of all ranks that share experts (`portions.pooled`).
+        """
         self.passes += 1
-        with self.routing.along(portion.segments):
+        with self.routing.along(portion.segments), self.expert_routing.along(expert_segments):
             out: Tensor = self.module(
                 portion.tokens, portion.positions, None, packed_seq_params=portion.packing
             )
@@ -101,14 +113,14 @@ class Stage:
         number = 0
         for layer in self.module.decoder.layers:
             attention, mlp = layer.self_attention, layer.mlp
-            for linear, count in (
-                (attention.linear_qkv, 3),
-                (attention.linear_proj, 1),
-                (mlp.linear_fc1, 2),
-                (mlp.linear_fc2, 1),
-            ):
+            linears = [(attention.linear_qkv, 3), (attention.linear_proj, 1)]
+            if not self.shape.experts:
+                linears += [(mlp.linear_fc1, 2), (mlp.linear_fc2, 1)]
+            for linear, count in linears:
                 self._adapt_linear(linear, number, count)
                 number += count
+            if self.shape.experts:
+                number += mlp.adapt(number, self.expert_routing)
         if self.place.is_first_stage:
             self.module.embedding.register_forward_hook(_anchored)
         if self.place.is_last_stage:
@@ -141,25 +153,31 @@ class RmsNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def _computed_again(forward: Callable[..., Any], routing: Routing) -> Callable[..., Any]:
+def _computed_again(forward: Callable[..., Any], *routings: Routing) -> Callable[..., Any]:
     """A layer's forward pass, which keeps its inputs alone and is repeated on the way back, with the segments that were
     in force; other micro-batches may have been under way since."""
 
     def repeatable(*args: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **named)
-        segments = routing.segments
+        segments = [routing.segments for routing in routings]
 
         def run(*args: Any, **named: Any) -> Any:
-            before, routing.segments = routing.segments, segments
+            before = [routing.segments for routing in routings]
+            _set(routings, segments)
             try:
                 return forward(*args, **named)
             finally:
-                routing.segments = before
+                _set(routings, before)
 
         return recomputed(run, *args, use_reentrant=False, preserve_rng_state=False, **named)
 
     return repeatable
+
+
+def _set(routings: Sequence[Routing], segments: Sequence[Sequence[Segment]]) -> None:
+    for routing, own in zip(routings, segments, strict=True):
+        routing.segments = own
 
 
 class _Passing(nn.Module):
@@ -195,7 +213,10 @@ def _build(shape: ModelShape, place: Place, dtype: torch.dtype) -> Any:
     attention.core_attention = PackedAttention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RmsNorm
-    mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
+    if shape.experts:
+        layer.submodules.mlp = IdentityOp  # until the experts are put there
+    else:
+        mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
     layers = [layer] * len(place.layers(shape.layers))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of its own calls to its own MLP

@@ -22,6 +22,8 @@ class MegatronOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks."""
     context: int = 1
     """Ranks that share each sequence: of a pass each holds a part of the tokens."""
+    expert: int = 1
+    """Ranks that share the experts of each layer, among those of a stage (tensor x data x context)."""
     sequence: bool = False
     """Sequence parallelism: tensor ranks share what a layer does between its matrices, too."""
     recompute: bool = False
@@ -53,6 +55,7 @@ class MegatronOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             pipeline=self.pipeline,
             data=self.data,
             context=self.context,
+            expert=self.expert,
             sequence=self.sequence,
         )
 

@@ -48,6 +48,29 @@ class Place(NamedTuple):
         """Whether it belongs to the first of the copies of the model, which speaks for all."""
         return self.data == 0 and self.context == 0
 
+    @property
+    def number_in_stage(self) -> int:
+        """Among the ranks that share the stage's layers."""
+        return self.tensor + self.layout.tensor * (self.context + self.layout.context * self.data)
+
+    @property
+    def has_original_experts(self) -> bool:
+        """Whether its experts are the first of their copies."""
+        return self.number_in_stage < self.layout.expert
+
+    def experts(self, count: int) -> range:
+        """The experts of a layer of `count` experts that it holds."""
+        each = count // self.layout.expert
+        first = self.number_in_stage % self.layout.expert * each
+        return range(first, first + each)
+
+    def expert_neighbours(self) -> list[Place]:
+        """Those with whom it shares the experts of its layers, itself among them, in the order of their ranks."""
+        layout = self.layout
+        rank = self.number_in_stage + layout.stage_ranks * self.stage
+        first = rank - rank % layout.expert
+        return [Place.of(layout, first + number) for number in range(layout.expert)]
+
     def layers(self, count: int) -> range:
         """The layers of a model of `count` layers that it holds."""
         each = count // self.layout.pipeline

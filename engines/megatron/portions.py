@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.megatron.attention import Packing
+from engines.megatron.constraints import Layout
 from engines.megatron.context_parallel import ContextLayout, chunks_of, gather_rows, rows_of
-from engines.tuning.collating import Batch
+from engines.megatron.places import Place
+from engines.tuning.collating import Batch, Pack
 from engines.tuning.lora import Segment
 from engines.tuning.packed_attention import PackedLayout
 
@@ -48,15 +50,28 @@ class Portion(NamedTuple):
         return padded if self.rows is None else padded[self.rows]
 
 
+def padded(layout: Layout, tokens: int) -> int:
+    """Tokens of a pass with so many as the ranks can divide; at least one for each."""
+    multiple = layout.tensor if layout.sequence else 1
+    if layout.context > 1:
+        multiple = layout.context * math.lcm(multiple, 2)
+    return max(multiple, tokens + -tokens % multiple)
+
+
+def empty(device: torch.device) -> Batch:
+    """What a rank has to do in a pass in which it has nothing to do."""
+    nothing = torch.zeros((1, 0), dtype=torch.int64, device=device)
+    return Batch(Pack(nothing, nothing), [], nothing.view(0, 1), [])
+
+
 def portion(
-    batch: Batch, segments: Sequence[Segment], context: dist.ProcessGroup | None, divisor: int
+    batch: Batch, segments: Sequence[Segment], context: dist.ProcessGroup | None, count: int
 ) -> Portion:
-    """This rank's part of a pass; its tokens on each context rank are a multiple of `divisor`."""
+    """This rank's part of a pass that is padded to `count` tokens."""
     device = batch.pack.tokens.device
     total = batch.pack.tokens.shape[1]
     ranks = 1 if context is None else context.size()
-    multiple = ranks * math.lcm(divisor, 2) if ranks > 1 else divisor
-    padding = -total % multiple
+    padding = count - total
     lengths = [*batch.lengths, padding] if padding else list(batch.lengths)
     tokens = F.pad(batch.pack.tokens, (0, padding))
     places = F.pad(batch.pack.positions, (0, padding))
@@ -64,12 +79,32 @@ def portion(
     if context is None or ranks == 1:
         packing = Packing(PackedLayout(lengths), places[0])
         return Portion(tokens, places, targets, packing, list(segments), total, None, None, None)
-    count, rank = total + padding, context.rank()
+    rank = context.rank()
     rows = rows_of(count, ranks, rank).to(device)
     order = torch.cat([rows_of(count, ranks, one) for one in range(ranks)]).to(device)
     own = list(_within(segments, chunks_of(count, ranks, rank)))
     packing = Packing(ContextLayout(lengths, context), places[0, rows])
     return Portion(tokens[:, rows], places[:, rows], targets[rows], packing, own, total, rows, order, context)
+
+
+def pooled(
+    segments: Mapping[int, Sequence[Segment]], members: Sequence[Place], count: int
+) -> Iterator[Segment]:
+    """The segments among the rows that `members` compute of a pass, one member's after the other's.
+
+    `segments` are those of each data rank's pass, which is padded to `count` tokens.
+    """
+    layout = members[0].layout
+    each = count // layout.context
+    own = each // layout.tensor if layout.sequence else each
+    for number, member in enumerate(members):
+        held: Sequence[Segment] = segments[member.data]
+        if layout.context > 1:
+            held = list(_within(held, chunks_of(count, layout.context, member.context)))
+        first = member.tensor * own if layout.sequence else 0
+        for segment in _within(held, [slice(first, first + own)]):
+            shift = number * own
+            yield segment._replace(start=segment.start + shift, stop=segment.stop + shift)
 
 
 def _within(segments: Sequence[Segment], chunks: Sequence[slice]) -> Iterator[Segment]:

@@ -74,7 +74,10 @@ class Rank:
             folder = Path(config.model)
             place = Place.of(options.layout, world.rank)
             dtype = dtype_of(options, device)
-            self.stage = Stage(read_shape(folder), place, device, dtype, recompute=options.recompute)
+            groups = make_groups(options.layout, world.rank, options.rank_timeout_s)
+            self.stage = Stage(
+                read_shape(folder), place, device, dtype, experts=groups.expert, recompute=options.recompute
+            )
             self.stage.load(folder)
             self._undo = undo.pop_all()
         self.sharding = self.stage.sharding
@@ -82,7 +85,7 @@ class Rank:
             self.stage,
             world,
             without_cuda,
-            make_groups(options.layout, world.rank),
+            groups,
             options.pass_tokens,
             together=not options.deterministic,
         )
@@ -163,7 +166,8 @@ class Rank:
 
     def _gather(self, run: Run) -> Run | None:
         """A copy of the whole run in main memory, on rank 0."""
-        mine = encode(_stored(run) if self.stage.place.is_original else Stored(0, []))
+        place = self.stage.place
+        mine = encode(_stored(run) if place.is_original or place.has_original_experts else Stored(0, []))
         heard = [decode_stored(said) for said in self.world.collect(mine)]
         if not heard:
             return None

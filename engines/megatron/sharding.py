@@ -5,6 +5,7 @@ The layout of values in memory is `engines.tuning.lora`'s, once for the whole mo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -16,27 +17,32 @@ from engines.adapters import initial_a
 from engines.megatron.places import Place
 from engines.megatron.shapes import ModelShape
 from engines.operations import LoraSpec
+from engines.tuning.experts import MATRICES
 from engines.tuning.lora import Adapter, Factors, Gradient, Site, size, views
 
 
 class ModelSite(NamedTuple):
-    """A linear layer of the whole model: in which decoder layer it is (the unembedding stands behind the last), and
-    what the tensor ranks divide of it."""
+    """A linear layer of the whole model: in which decoder layer it is (the unembedding stands behind the last), what
+    the tensor ranks divide of it, and which expert it belongs to; experts are not divided."""
 
     site: Site
     layer: int
-    divided: Literal["outputs", "inputs"]
+    divided: Literal["outputs", "inputs", "nothing"]
+    expert: int | None = None
 
     def share(self, ranks: int) -> Site:
         """What one of `ranks` ranks holds."""
         name, inputs, outputs = self.site
+        if self.divided == "nothing":
+            return self.site
         if self.divided == "outputs":
             return Site(name, inputs, outputs // ranks)
         return Site(name, inputs // ranks, outputs)
 
 
 def model_sites(shape: ModelShape) -> list[ModelSite]:
-    """All sites in the order of the layers: q, k, v, o, gate, up, down of each, the unembedding last."""
+    """All sites in the order of the layers: q, k, v, o, gate, up, down of each, these of each expert; the unembedding
+    last."""
     sites = []
     for layer in range(shape.layers):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
@@ -47,11 +53,21 @@ def model_sites(shape: ModelShape) -> list[ModelSite]:
         ):
             sites.append(ModelSite(Site(f"{attention}.{name}", shape.hidden, outputs), layer, "outputs"))
         sites.append(ModelSite(Site(f"{attention}.o_proj", shape.query_width, shape.hidden), layer, "inputs"))
+        if shape.experts:
+            sites.extend(_expert_sites(shape, layer, f"{mlp}.experts"))
+            continue
         for name in ("gate_proj", "up_proj"):
             sites.append(ModelSite(Site(f"{mlp}.{name}", shape.hidden, shape.ffn), layer, "outputs"))
         sites.append(ModelSite(Site(f"{mlp}.down_proj", shape.ffn, shape.hidden), layer, "inputs"))
     head = Site("lm_head", shape.hidden, shape.vocabulary)
     return [*sites, ModelSite(head, shape.layers, "outputs")]
+
+
+def _expert_sites(shape: ModelShape, layer: int, name: str) -> Iterator[ModelSite]:
+    for number in range(shape.experts):
+        for matrix in MATRICES:
+            sizes = (shape.ffn, shape.hidden) if matrix == "down_proj" else (shape.hidden, shape.ffn)
+            yield ModelSite(Site(f"{name}.{number}.{matrix}", *sizes), layer, "nothing", number)
 
 
 class Sharding:
@@ -62,11 +78,12 @@ class Sharding:
         self.place = place
         self.everything = model_sites(shape)
         self.whole = [each.site for each in self.everything]
-        layers = place.layers(shape.layers)
+        layers, experts = place.layers(shape.layers), place.experts(shape.experts)
         self.mine = [
             each
             for each in self.everything
-            if each.layer in layers or (each.layer == shape.layers and place.is_last_stage)
+            if (each.layer in layers or (each.layer == shape.layers and place.is_last_stage))
+            and (each.expert is None or each.expert in experts)
         ]
         self.sites = [each.share(place.layout.tensor) for each in self.mine]
 
@@ -99,20 +116,38 @@ class Sharding:
             self._cut_b(each, theirs.b).copy_(ours.b)
 
     def shared(self, gradient: Gradient) -> list[Tensor]:
-        """The factors that every tensor rank has: A of layers whose outputs are divided, B of the others."""
+        """The factors that every tensor rank has: A where outputs are divided, B where inputs are."""
         return [
             pair.a if each.divided == "outputs" else pair.b
             for each, pair in zip(self.mine, gradient.factors, strict=True)
-            if pair is not None
+            if pair is not None and each.divided != "nothing"
         ]
 
     def square(self, gradient: Gradient) -> float:
-        """This rank's part of the squared norm of a whole gradient: what every tensor rank has counts on the first."""
-        total = gradient.values.double().square().sum()
-        if self.place.tensor > 0:
+        """This rank's part of the squared norm of a whole gradient. What several ranks have counts once: on the first
+        copy of the model or of the experts, and what every tensor rank has on the first of them."""
+        dense, experts = self.parts(gradient)
+        place = self.place
+        counted = [*(dense if place.is_original else ()), *(experts if place.has_original_experts else ())]
+        total = torch.zeros((), dtype=torch.float64, device=gradient.values.device)
+        for part in counted:
+            total += part.double().square().sum()
+        if place.is_original and place.tensor > 0:
             for factor in self.shared(gradient):
                 total -= factor.double().square().sum()
         return max(0.0, float(total)) if torch.isfinite(total) else float(total)
+
+    def parts(self, gradient: Gradient) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of all values, in as few pieces as there are: those of experts apart from the others."""
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        attached = [each for each, pair in zip(self.mine, gradient.factors, strict=True) if pair is not None]
+        pairs = (pair for pair in gradient.factors if pair is not None)
+        start = 0
+        for of_experts, some in itertools.groupby(attached, lambda each: each.expert is not None):
+            width = sum(pair.a.numel() + pair.b.numel() for _, pair in zip(some, pairs, strict=False))
+            found[of_experts].append(gradient.values[start : start + width])
+            start += width
+        return found
 
     def _pairs(
         self, whole: Tensor, own: Tensor, spec: LoraSpec
@@ -125,10 +160,10 @@ class Sharding:
                 yield each, theirs, ours
 
     def _cut_a(self, each: ModelSite, a: Tensor) -> Tensor:
-        return a if each.divided == "outputs" else self._own(a, 1)
+        return self._own(a, 1) if each.divided == "inputs" else a
 
     def _cut_b(self, each: ModelSite, b: Tensor) -> Tensor:
-        return b if each.divided == "inputs" else self._own(b, 0)
+        return self._own(b, 0) if each.divided == "outputs" else b
 
     def _own(self, whole: Tensor, axis: int) -> Tensor:
         width = whole.shape[axis] // self.place.layout.tensor
@@ -140,16 +175,30 @@ def sum_gradients(
     gradients: Sequence[Gradient],
     tensor_group: dist.ProcessGroup,
     data_group: dist.ProcessGroup,
+    expert_copies: dist.ProcessGroup | None,
 ) -> None:
-    """Have every rank hold the sums that belong to its factors, over the ranks that have computed parts of them."""
+    """Have every rank hold the sums that belong to its factors, over the ranks that have computed parts of them.
+
+    Of experts these are all ranks that hold them: each has seen other tokens, tensor ranks among them.
+    """
     layout = sharding.place.layout
     if layout.tensor > 1:
-        parts = [factor for gradient in gradients for factor in sharding.shared(gradient)]
-        if parts:
-            together = torch.cat([part.flatten() for part in parts])
-            dist.all_reduce(together, group=tensor_group)
-            for part, summed in zip(parts, together.split([part.numel() for part in parts]), strict=True):
-                part.copy_(summed.view_as(part))
+        _sum([factor for gradient in gradients for factor in sharding.shared(gradient)], tensor_group)
+    parts = [sharding.parts(gradient) for gradient in gradients]
     if layout.data * layout.context > 1:
-        for gradient in gradients:
-            dist.all_reduce(gradient.values, group=data_group)
+        for dense, _ in parts:
+            _sum(dense, data_group)
+    if expert_copies is not None:
+        for _, experts in parts:
+            _sum(experts, expert_copies)
+
+
+def _sum(parts: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Of each part over the ranks of a group, in place, at once."""
+    if len(parts) == 1 and parts[0].is_contiguous():
+        dist.all_reduce(parts[0], group=group)
+    elif parts:
+        together = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(together, group=group)
+        for part, summed in zip(parts, together.split([part.numel() for part in parts]), strict=True):
+            part.copy_(summed.view_as(part))

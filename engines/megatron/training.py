@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from engines.megatron.groups import Groups
 from engines.megatron.megatron_core import get_forward_backward_func, parallel_state
 from engines.megatron.model import Stage
 from engines.megatron.places import Place
-from engines.megatron.portions import Portion, portion
+from engines.megatron.portions import Portion, empty, padded, pooled, portion
 from engines.megatron.sharding import sum_gradients
 from engines.megatron.without_cuda import WithoutCuda
 from engines.operations import ForwardResult, OptimStep
@@ -82,6 +83,7 @@ class Trainer:
             gradients,
             parallel_state.get_tensor_model_parallel_group(),
             parallel_state.get_data_parallel_group(),
+            self._groups.expert_copies,
         )
         outcomes = self._agree(shares, passes)
         settle(shares, outcomes)
@@ -92,42 +94,67 @@ class Trainer:
         return optim_step(items, self._norms)
 
     def _norms(self, gradients: Sequence[Gradient]) -> list[float]:
-        """Of whole gradients, from the squares of the parts that the ranks of one copy of the model hold."""
+        """Of whole gradients, from the squares of the parts that the ranks hold."""
         squares = [self._stage.sharding.square(gradient) for gradient in gradients]
         told = [decode_squares(said) for said in self._world.exchange(encode(squares))]
-        layout = self._stage.place.layout
-        originals = [said for rank, said in enumerate(told) if Place.of(layout, rank).is_original]
-        return [math.sqrt(sum(parts)) for parts in zip(*originals, strict=True)]
+        return [math.sqrt(sum(parts)) for parts in zip(*told, strict=True)]
 
     # ------------------------------------------------------------------ passes
 
     def _passes(self, shares: Sequence[Share], *, backward: bool) -> list[Tensor]:
         """Run this rank's data through the stages; gives the log-probs of each pass, on the last stage."""
-        stage, operations = self._stage, [share.operation for share in shares]
-        members = share_out(operations, stage.place.layout.data)[stage.place.data]
-        batches = list(
-            collate(stage.device, operations, self._pass_tokens, together=self._together, members=members)
-        )
+        stage, place = self._stage, self._stage.place
+        planned = self._plan([share.operation for share in shares])
+        neighbours = place.expert_neighbours()
         passes: list[Tensor] = []
 
         def step(numbers: Iterator[int], module: Any) -> tuple[Tensor, Any]:
-            batch = batches[next(numbers)]
-            segments = segments_of(shares, batch, with_gradient=backward)
-            own = portion(batch, segments, self._groups.context, self._divisor)
-            return stage.forward(own), partial(self._loss, shares, batch, own, passes, backward)
+            batches = planned[next(numbers)]
+            segments = {
+                rank: segments_of(shares, batch, with_gradient=backward) for rank, batch in batches.items()
+            }
+            count = padded(place.layout, max(batch.pack.tokens.shape[1] for batch in batches.values()))
+            own = portion(batches[place.data], segments[place.data], self._groups.context, count)
+            of_experts = list(pooled(segments, neighbours, count)) if stage.shape.experts else []
+            judged = partial(self._loss, shares, batches[place.data], own, passes, backward)
+            return stage.forward(own, of_experts), judged
 
-        if batches:
+        if planned:
             with self._around_schedule():
                 get_forward_backward_func()(
                     forward_step_func=step,
-                    data_iterator=iter(range(len(batches))),
+                    data_iterator=iter(range(len(planned))),
                     model=[stage.module],
-                    num_microbatches=len(batches),
+                    num_microbatches=len(planned),
                     seq_length=1,  # of no meaning where lengths vary
                     micro_batch_size=1,
                     forward_only=not backward,
                 )
         return passes
+
+    def _plan(self, operations: Sequence[Operation]) -> list[dict[int, Batch]]:
+        """For each pass what this data rank computes in it; what all do, where ranks that share experts compute each
+        other's tokens. These have as many passes, for they wait for each other in every layer."""
+        layout, own = self._stage.place.layout, self._stage.place.data
+        ranks = range(layout.data) if layout.expert > 1 else [own]
+        members = share_out(operations, layout.data, together=self._together)
+        batches = [
+            list(
+                collate(
+                    self._stage.device,
+                    operations,
+                    self._pass_tokens,
+                    together=self._together,
+                    members=members[rank],
+                )
+            )
+            for rank in ranks
+        ]
+        nothing = empty(self._stage.device)
+        return [
+            dict(zip(ranks, batch, strict=True))
+            for batch in beside(batches, nothing, together=self._together)
+        ]
 
     def _loss(
         self,
@@ -143,16 +170,12 @@ class Trainer:
         assert unembedding is not None
         logprobs = unembedding.logprobs(hidden.flatten(0, -2), own.targets, own.segments)
         whole = own.whole(logprobs.detach())
-        slope = judge(shares, batch, whole, len(passes), with_slope=backward)
+        slope = torch.zeros_like(whole)
+        if batch.pieces:
+            slope = judge(shares, batch, whole, len(passes), with_slope=backward)
         passes.append(whole)
         total = (logprobs * own.own(slope)).sum() if backward else logprobs.new_zeros(())
         return total, torch.zeros((), dtype=torch.int, device=hidden.device), {}
-
-    @property
-    def _divisor(self) -> int:
-        """What divides the tokens that a rank has of a pass."""
-        layout = self._stage.place.layout
-        return layout.tensor if layout.sequence else 1
 
     def _around_schedule(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._without_cuda is None else self._without_cuda.around_schedule()
@@ -179,20 +202,39 @@ class Trainer:
         return outcomes
 
 
-def share_out(operations: Sequence[Operation], ranks: int) -> list[list[list[int]]]:
-    """For each data rank and each operation the positions of its data: the longest first, to whom has fewest tokens.
+def share_out(operations: Sequence[Operation], ranks: int, *, together: bool = True) -> list[list[list[int]]]:
+    """For each data rank and each operation the positions of its data: the longest first, to whom has fewest tokens; of
+    its own operation, if they are not computed together.
 
     A function of the data alone, so that every rank comes to the same.
     """
     shares: list[list[list[int]]] = [[[] for _ in operations] for _ in range(ranks)]
     loads = [0] * ranks
     for number, operation in enumerate(operations):
+        if not together:
+            loads = [0] * ranks
         lengths = [datum.tokens.shape[0] for datum in operation.data]
         for member in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             rank = loads.index(min(loads))
             shares[rank][number].append(member)
             loads[rank] += lengths[member]
     return shares
+
+
+def beside(batches: Sequence[Sequence[Batch]], nothing: Batch, *, together: bool) -> list[tuple[Batch, ...]]:
+    """The passes of several ranks side by side, `nothing` where one has fewer; without `together` those of one
+    operation beside those of the same."""
+    if together:
+        return list(zip_longest(*batches, fillvalue=nothing))
+    numbers = dict.fromkeys(batch.pieces[0].operation for own in batches for batch in own)
+    return [
+        passes
+        for number in numbers
+        for passes in zip_longest(
+            *([batch for batch in own if batch.pieces[0].operation == number] for own in batches),
+            fillvalue=nothing,
+        )
+    ]
 
 
 def _verdict(share: Share) -> Verdict:

@@ -30,16 +30,17 @@ class Source(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A parameter of this rank: the cut tensors one below the other."""
+    """A parameter of this rank [rows, columns]: the cut tensors one below the other."""
 
     name: str
     sources: Sequence[Source]
 
 
-def layer_map(layer: int, local: int, *, head_norms: bool) -> Iterator[Parameter]:
+def layer_map(layer: int, local: int, *, head_norms: bool, experts: range) -> Iterator[Parameter]:
     """The parameters of one decoder layer: number `layer` of the checkpoint, `local` of this rank's stage.
 
-    Fused layers keep their parts one below the other: q, k, v, and gate, up, each of them this rank's share.
+    Fused layers keep their parts one below the other: q, k, v, and gate, up, each of them this rank's share. Of
+    `experts` the rank holds the matrices, whole and one expert's below the other's.
     """
     theirs, ours = f"model.layers.{layer}", f"decoder.layers.{local}"
     attention = f"{theirs}.self_attn"
@@ -53,20 +54,41 @@ def layer_map(layer: int, local: int, *, head_norms: bool) -> Iterator[Parameter
     if head_norms:
         yield _whole(f"{ours}.self_attention.q_layernorm.weight", f"{attention}.q_norm.weight")
         yield _whole(f"{ours}.self_attention.k_layernorm.weight", f"{attention}.k_norm.weight")
+    if experts:
+        yield from _experts_map(f"{theirs}.mlp", f"{ours}.mlp", experts)
+        return
     gated = [Source(f"{theirs}.mlp.{part}_proj.weight", "rows") for part in ("gate", "up")]
     yield Parameter(f"{ours}.mlp.linear_fc1.weight", gated)
     yield Parameter(f"{ours}.mlp.linear_fc2.weight", [Source(f"{theirs}.mlp.down_proj.weight", "columns")])
 
 
+def _experts_map(theirs: str, ours: str, experts: range) -> Iterator[Parameter]:
+    yield _whole(f"{ours}.router", f"{theirs}.gate.weight")
+    for name, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):
+        sources = [
+            Source(f"{theirs}.experts.{number}.{part}_proj.weight", "whole")
+            for number in experts
+            for part in parts
+        ]
+        yield Parameter(f"{ours}.{name}", sources)
+
+
 def stage_map(
-    first_layer: int, layers: int, *, head_norms: bool, is_first: bool, is_last: bool, tied: bool
+    first_layer: int,
+    layers: int,
+    *,
+    head_norms: bool,
+    experts: range,
+    is_first: bool,
+    is_last: bool,
+    tied: bool,
 ) -> Iterator[Parameter]:
     """The parameters of a pipeline stage."""
     if is_first:
         name = "embedding.word_embeddings.weight"
         yield Parameter(name, [Source("model.embed_tokens.weight", "rows")])
     for local in range(layers):
-        yield from layer_map(first_layer + local, local, head_norms=head_norms)
+        yield from layer_map(first_layer + local, local, head_norms=head_norms, experts=experts)
     if is_last:
         yield _whole("decoder.final_layernorm.weight", "model.norm.weight")
         head = "model.embed_tokens.weight" if tied else "lm_head.weight"

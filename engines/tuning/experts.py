@@ -32,11 +32,11 @@ class Gathered(NamedTuple):
 
 
 def gather(chosen: Tensor, experts: int) -> Gathered:
-    """By expert, what the tokens have chosen: int64 [T, choices]."""
+    """By expert, what the tokens have chosen: int64 [T, choices]. Choices from `experts` on are left out."""
     flat = chosen.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=experts).cumsum(0).tolist()
-    return Gathered(order // chosen.shape[1], order, [0, *counts])
+    bounds = [0, *torch.bincount(flat, minlength=experts)[:experts].cumsum(0).tolist()]
+    order = torch.argsort(flat, stable=True)[: bounds[-1]]
+    return Gathered(order // chosen.shape[1], order, bounds)
 
 
 class Experts(nn.Module):
@@ -52,7 +52,10 @@ class Experts(nn.Module):
         self.routing = routing
 
     def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """States [T, H], what each token chose and with which weights, both [T, choices]; gives [T, H]."""
+        """States [T, H], what each token chose and with which weights, both [T, choices]; gives [T, H].
+
+        What the tokens chose of experts that are not here is left out of the sum.
+        """
         found = gather(chosen, self.gate_up.shape[0])
         rows = states[found.tokens]
         segments = self.routing.segments
@@ -62,7 +65,8 @@ class Experts(nn.Module):
             for number, (start, stop) in enumerate(zip(found.bounds, found.bounds[1:], strict=False))
             if start < stop
         ]
-        weighted = torch.cat(parts) * weights.reshape(-1)[found.slots].unsqueeze(-1)
+        outputs = torch.cat(parts) if parts else rows
+        weighted = outputs * weights.reshape(-1)[found.slots].unsqueeze(-1)
         return torch.zeros_like(states).index_add(0, found.tokens, weighted.to(states.dtype))
 
     def expert(self, number: int, rows: Tensor, segments: Sequence[Segment]) -> Tensor:

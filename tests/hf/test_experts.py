@@ -222,6 +222,13 @@ def test_rows_are_gathered_by_expert() -> None:
     assert chosen.reshape(-1)[found.slots].tolist() == [0, 0, 2, 2, 3, 3]
 
 
+def test_choices_of_experts_that_are_elsewhere_are_left_out() -> None:
+    found = gather(torch.tensor([[2, 0], [0, 1]]), experts=2)
+    assert found.bounds == [0, 2, 3]
+    assert found.tokens.tolist() == [0, 1, 1]
+    assert found.slots.tolist() == [1, 2, 3]
+
+
 def test_only_what_computes_the_same_is_replaced() -> None:
     module = Qwen3MoeExperts(Qwen3MoeConfig(**SHAPE, **EXPERTS))
     with torch.no_grad():

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from engines.contract.material import supervised
 from engines.megatron.constraints import Layout
+from engines.megatron.context_parallel import rows_of
 from engines.megatron.groups import context_ranks, expert_copies, expert_ranks, make_groups
 from engines.megatron.places import Place
-from engines.megatron.portions import portion
+from engines.megatron.portions import empty, padded, pooled, portion
 from engines.operations import ForwardBackward, LoraSpec
 from engines.tuning.collating import Batch, collate
 from engines.tuning.lora import Adapter, Segment, Site, size
@@ -39,16 +40,61 @@ def segments() -> list[Segment]:
 
 def test_a_pass_is_padded_to_what_the_ranks_divide() -> None:
     batch = one_pass()
-    plain = portion(batch, segments(), None, 1)
+    plain = portion(batch, segments(), None, padded(Layout(), 11))
     assert plain.tokens.shape == (1, 11)
     assert plain.total == 11
-    padded = portion(batch, segments(), None, 4)
-    assert padded.tokens.shape == (1, 12)
-    assert padded.tokens[0, :11].tolist() == batch.pack.tokens[0].tolist()
-    assert padded.targets.shape == (12, 1)
-    assert [segment.stop for segment in padded.segments] == [6, 11]
-    assert padded.own(torch.ones(11, 1)).flatten().tolist() == [1.0] * 11 + [0.0]
-    assert padded.whole(torch.arange(12.0)[:, None]).flatten().tolist() == list(range(11))
+    longer = portion(batch, segments(), None, padded(Layout(tensor=4, sequence=True), 11))
+    assert longer.tokens.shape == (1, 12)
+    assert longer.tokens[0, :11].tolist() == batch.pack.tokens[0].tolist()
+    assert longer.targets.shape == (12, 1)
+    assert [segment.stop for segment in longer.segments] == [6, 11]
+    assert longer.own(torch.ones(11, 1)).flatten().tolist() == [1.0] * 11 + [0.0]
+    assert longer.whole(torch.arange(12.0)[:, None]).flatten().tolist() == list(range(11))
+    assert padded(Layout(context=3), 13) == 18
+    assert padded(Layout(tensor=3, context=2, sequence=True), 13) == 24
+
+
+def test_a_pass_without_data_is_padding_alone() -> None:
+    own = portion(empty(torch.device("cpu")), [], None, 4)
+    assert own.tokens.shape == own.positions.shape == (1, 4)
+    assert own.targets.shape == (4, 1)
+    assert own.whole(torch.ones(4, 1)).shape == (0, 1)
+    assert own.own(torch.ones(0, 1)).flatten().tolist() == [0.0] * 4
+
+
+POOLED = [
+    Layout(data=2, expert=2),
+    Layout(tensor=2, data=2, expert=4, sequence=True),
+    Layout(tensor=2, data=2, expert=2, sequence=True),
+    Layout(context=2, data=2, expert=4),
+    Layout(tensor=2, context=2, data=1, expert=4, sequence=True),
+]
+
+
+@pytest.mark.parametrize("layout", POOLED, ids=str)
+def test_pooled_rows_are_those_of_the_members(layout: Layout) -> None:
+    """Against a table of who owns which token of each data rank's pass, cut as the ranks cut it."""
+    adapters = [Adapter(SITES, SPEC, torch.zeros(size(SITES, SPEC))) for _ in range(3)]
+    held = {
+        0: [Segment(adapters[0], 0, 5), Segment(adapters[1], 5, 11)],
+        1: [Segment(adapters[1], 0, 2), Segment(adapters[2], 2, 7)],
+    }
+    count = padded(layout, 11)
+    for rank in range(layout.ranks):
+        members = Place.of(layout, rank).expert_neighbours()
+        wanted: list[int] = []
+        for member in members:
+            owner = torch.full((count,), -1)
+            for segment in held[member.data]:
+                owner[segment.start : segment.stop] = adapters.index(segment.adapter)
+            own = owner[rows_of(count, layout.context, member.context)] if layout.context > 1 else owner
+            wanted += own.chunk(layout.tensor)[member.tensor].tolist() if layout.sequence else own.tolist()
+        found = [-1] * len(wanted)
+        for segment in pooled(held, members, count):
+            for row in range(segment.start, segment.stop):
+                assert found[row] == -1
+                found[row] = adapters.index(segment.adapter)
+        assert found == wanted
 
 
 def spread() -> None:
@@ -56,7 +102,7 @@ def spread() -> None:
     group = dist.group.WORLD
     assert group is not None
     batch = one_pass()
-    own = portion(batch, segments(), group, 2)
+    own = portion(batch, segments(), group, padded(Layout(context=2), 11))
     assert own.rows is not None
     assert own.tokens.shape == (1, 6)  # of 12 tokens, one of them padding
     wanted = [row for row in own.rows.tolist() if row < 11]
@@ -97,7 +143,12 @@ def test_experts_are_spread_within_a_stage_and_copied_across() -> None:
     layout = Layout(tensor=2, pipeline=2, data=2, expert=2, sequence=True)
     assert list(expert_ranks(layout)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert list(expert_copies(layout)) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    places = [Place.of(layout, rank) for rank in range(layout.ranks)]
+    assert [place.experts(6).start for place in places] == [0, 3] * 4
+    assert [place.has_original_experts for place in places] == [True, True, False, False] * 2
+    for ranks in expert_ranks(layout):
+        assert all(places[rank].expert_neighbours() == [places[one] for one in ranks] for rank in ranks)
 
 
 def test_a_rank_alone_needs_no_groups() -> None:
-    assert make_groups(Layout(), 0) == (None, None, None)
+    assert make_groups(Layout(), 0, 30.0) == (None, None, None)

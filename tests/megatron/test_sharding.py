@@ -34,10 +34,20 @@ SHAPE = ModelShape(
     norm_eps=1e-6,
     rope_theta=1e4,
 )
+MOE = msgspec.structs.replace(SHAPE, family="qwen3_moe", ffn=16, experts=4, experts_per_token=2)
 CPU = torch.device("cpu")
 LAYOUTS = [
     Layout(tensor, pipeline, data) for tensor, pipeline, data in itertools.product((1, 2), (1, 2), (1, 2))
 ]
+CUTS = [
+    *((SHAPE, layout) for layout in LAYOUTS),
+    (MOE, Layout()),
+    (MOE, Layout(tensor=2, sequence=True)),
+    (MOE, Layout(data=2, expert=2)),
+    (MOE, Layout(tensor=2, data=2, expert=2, sequence=True)),
+    (MOE, Layout(tensor=2, pipeline=2, data=2, expert=4, sequence=True)),
+]
+CUT_IDS = [f"{shape.family} {layout}" for shape, layout in CUTS]
 SPECS = [
     LoraSpec(3, 5),
     LoraSpec(2, 6, train_attn=False),
@@ -45,14 +55,14 @@ SPECS = [
 ]
 
 
-def shardings(layout: Layout) -> list[Sharding]:
+def shardings(layout: Layout, shape: ModelShape = SHAPE) -> list[Sharding]:
     """Of every rank."""
-    return [Sharding(SHAPE, Place.of(layout, rank)) for rank in range(layout.ranks)]
+    return [Sharding(shape, Place.of(layout, rank)) for rank in range(layout.ranks)]
 
 
-def whole(spec: LoraSpec, seed: int = 0) -> torch.Tensor:
+def whole(spec: LoraSpec, seed: int = 0, shape: ModelShape = SHAPE) -> torch.Tensor:
     """Random values of an adapter on the whole model."""
-    count = size([each.site for each in model_sites(SHAPE)], spec)
+    count = size([each.site for each in model_sites(shape)], spec)
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
 
 
@@ -67,12 +77,15 @@ def test_ranks_are_numbered_as_megatron_does() -> None:
     assert sum(place.speaks for place in places) == 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), CUTS, ids=CUT_IDS)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"seed {spec.seed}")
-def test_parts_put_together_are_the_whole(layout: Layout, spec: LoraSpec) -> None:
-    values = whole(spec)
+def test_parts_put_together_are_the_whole(shape: ModelShape, layout: Layout, spec: LoraSpec) -> None:
+    """Those that are first of what there are copies of."""
+    values = whole(spec, shape=shape)
     again = torch.full_like(values, torch.nan)
-    for sharding in shardings(layout):
+    for sharding in shardings(layout, shape):
+        if not (sharding.place.is_original or sharding.place.has_original_experts):
+            continue
         sharding.put(sharding.share_of(values, spec, CPU), again, spec)
     assert torch.equal(again, values)
 
@@ -90,17 +103,17 @@ def test_fresh_parts_put_together_are_the_shared_initial_numbers(layout: Layout)
         assert not factors.b.any()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), CUTS, ids=CUT_IDS)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"seed {spec.seed}")
-def test_squares_add_up_to_the_whole_norm(layout: Layout, spec: LoraSpec) -> None:
-    """Of the ranks of one copy: what several of them have counts once."""
-    values = whole(spec, 1)
+def test_squares_add_up_to_the_whole_norm(shape: ModelShape, layout: Layout, spec: LoraSpec) -> None:
+    """Of all ranks: what several of them have counts once."""
+    values = whole(spec, 1, shape)
     total = 0.0
-    for sharding in shardings(layout):
+    for sharding in shardings(layout, shape):
         adapter = Adapter(sharding.sites, spec, sharding.share_of(values, spec, CPU))
         gradient = Gradient(adapter)
         gradient.values.copy_(adapter.values)
-        total += sharding.square(gradient) if sharding.place.is_original else 0.0
+        total += sharding.square(gradient)
     assert total == pytest.approx(float(values.double().square().sum()), rel=1e-12)
 
 
@@ -134,6 +147,14 @@ def test_sites_are_the_layers_of_transformers() -> None:
 def forward(lengths: list[int]) -> Forward:
     """An operation with data of these lengths."""
     return Forward([Datum(Tensor.of(np.zeros(length, np.int32)), {}) for length in lengths], "cross_entropy")
+
+
+def test_data_fall_to_the_same_ranks_whatever_runs_beside() -> None:
+    """Where operations are not computed together."""
+    operations = [forward([9, 1]), forward([3, 4])]
+    alone = [share[0] for share in share_out(operations[1:], 2, together=False)]
+    assert [share[1] for share in share_out(operations, 2, together=False)] == alone
+    assert [share[1] for share in share_out(operations, 2)] != alone
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
