@@ -67,11 +67,10 @@ class Unembedding:
             apply: Callable[..., Tensor] = _Logprobs.apply
             return apply(hidden, ANCHOR, targets, self.weight, self.bias, chunks)
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        memory = _room(chunks, hidden, self.vocabulary)
         for chunk in chunks:
-            logits, _ = _chunk_logits(chunk, hidden[chunk.rows], self.weight, self.bias)
-            own = logits.gather(1, targets[chunk.rows])
-            peak, total = exponentials_(logits)
-            out[chunk.rows] = own.sub_(peak).sub_(total.log_())
+            logits, _ = _chunk_logits(chunk, hidden[chunk.rows], self.weight, self.bias, memory)
+            out[chunk.rows] = logprobs_(logits, targets[chunk.rows])
         return out
 
 
@@ -107,17 +106,29 @@ def rows_per_chunk(vocabulary: int) -> int:
     return max(1, CHUNK_LOGITS // vocabulary)
 
 
-def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace each row by exp(row - its maximum); gives the maxima and the sums of the exponentials, both [T, 1]."""
-    peak = logits.amax(1, keepdim=True)
-    return peak, logits.sub_(peak).exp_().sum(1, keepdim=True)
+def logprobs_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs [T, K] of `targets` [T, K]; each row of `logits` [T, V] is replaced by its softmax.
+
+    The softmax of the largest logit is one by the sum of exp(logit - largest), so its logarithm is what the row lacks;
+    a target's own may be too small for a logarithm.
+    """
+    own = logits.gather(1, targets)
+    own.sub_(logits.amax(1, keepdim=True))
+    torch.softmax(logits, 1, out=logits)
+    return own.add_(logits.amax(1, keepdim=True).log_())
+
+
+def _room(chunks: Sequence[_Chunk], hidden: Tensor, vocabulary: int) -> Tensor:
+    """Memory for the logits of any of the chunks, which take turns."""
+    most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    return hidden.new_empty((most, vocabulary), dtype=torch.float32)
 
 
 def _chunk_logits(
-    chunk: _Chunk, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    chunk: _Chunk, hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits float32 of one chunk, and `hidden @ A.T` of its pieces."""
-    logits = project(hidden, weight, bias)
+    """Logits float32 of one chunk, in `memory` if given, and `hidden @ A.T` of its pieces."""
+    logits = project(hidden, weight, bias, None if memory is None else memory[: hidden.shape[0]])
     return logits, add_deltas(logits, hidden, chunk.pieces)
 
 
@@ -138,44 +149,42 @@ class _Logprobs(torch.autograd.Function):
         chunks: list[_Chunk],
     ) -> Tensor:
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        norm = torch.empty((hidden.shape[0], 1), dtype=torch.float32, device=hidden.device)
         keep = hidden.shape[0] * weight.shape[0] <= KEPT_LOGITS
         direct = not keep and targets.shape[1] == 1 and not any(chunk.pieces for chunk in chunks)
         ctx.kept = []
         ctx.slopes = torch.empty_like(hidden) if direct else None
+        memory = None if keep else _room(chunks, hidden, weight.shape[0])
         for chunk in chunks:
-            logits, inner = _chunk_logits(chunk, hidden[chunk.rows], weight, bias)
-            own = logits.gather(1, targets[chunk.rows])
-            peak, total = exponentials_(logits)
-            norm[chunk.rows] = total.log() + peak
-            out[chunk.rows] = own.sub_(peak).sub_(total.log())  # as without gradient, to the last bit
+            shares, inner = _chunk_logits(chunk, hidden[chunk.rows], weight, bias, memory)
+            out[chunk.rows] = logprobs_(shares, targets[chunk.rows])  # as without gradient, to the last bit
             if keep:
-                ctx.kept.append((logits, total, inner))
+                ctx.kept.append((shares, inner))
             elif direct:
-                _slopes(logits.div_(-total), targets[chunk.rows], weight, ctx.slopes[chunk.rows])
+                _slopes(shares, targets[chunk.rows], weight, ctx.slopes[chunk.rows])
         ctx.chunks = chunks
-        ctx.save_for_backward(hidden, targets, norm, weight, bias)
+        ctx.save_for_backward(hidden, targets, weight, bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets, norm, weight, bias = ctx.saved_tensors
+        hidden, targets, weight, bias = ctx.saved_tensors
         if ctx.slopes is not None:
             grad_hidden = ctx.slopes.mul_(grad)
             ctx.slopes = None
             return (grad_hidden, None, None, None, None, None)
         grad_hidden = torch.empty_like(hidden)
+        memory = None if ctx.kept else _room(ctx.chunks, hidden, weight.shape[0])
         kept = iter(ctx.kept or [None] * len(ctx.chunks))
         for chunk, held in zip(ctx.chunks, kept, strict=True):
             rows = chunk.rows
             share = -grad[rows].sum(1, keepdim=True)
             if held is None:
-                logits, inner = _chunk_logits(chunk, hidden[rows], weight, bias)
-                grad_logits = logits.sub_(norm[rows]).exp_().mul_(share)
+                logits, inner = _chunk_logits(chunk, hidden[rows], weight, bias, memory)
+                shares = torch.softmax(logits, 1, out=logits)
             else:
-                exponentials, total, inner = held
-                grad_logits = exponentials.mul_(share / total)
+                shares, inner = held
+            grad_logits = shares.mul_(share)
             grad_logits.scatter_add_(1, targets[rows], grad[rows])
             torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
             _add_adapters(chunk, grad_logits, hidden[rows], inner, grad_hidden[rows])
@@ -184,9 +193,9 @@ class _Logprobs(torch.autograd.Function):
 
 
 def _slopes(shares: Tensor, targets: Tensor, weight: Tensor, out: Tensor) -> None:
-    """d logprob[t] / d hidden[t] of rows with one target [T, 1] each, given `shares`, the negative softmax [T, V]."""
-    shares.scatter_add_(1, targets, torch.ones_like(targets, dtype=shares.dtype))
-    torch.mm(shares.to(weight.dtype), weight, out=out)
+    """d logprob[t] / d hidden[t] of rows with one target [T, 1] each, given `shares`, their softmax [T, V]."""
+    shares.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=shares.dtype))
+    torch.mm(shares.to(weight.dtype), weight, out=out).neg_()
 
 
 def _add_adapters(

@@ -82,9 +82,9 @@ def test_a_long_batch_without_an_adapter_here_has_the_gradient_of_full_logits(
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
     computed: list[int] = []
 
-    def counted(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def counted(rows: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
         computed.append(len(rows))
-        return project(rows, weight, bias)
+        return project(rows, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "project", counted)
     generator = torch.Generator().manual_seed(width)
@@ -132,3 +132,12 @@ def test_bfloat16_logits_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> Non
         expected = hidden.double() @ weight.double().t() + (0 if own is None else own.double())
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_of_no_measurable_probability_has_its_log_prob_still() -> None:
+    """exp(-300) is zero in float32; the log-prob against a sum in float64. The rows become their softmax."""
+    logits = torch.tensor([[0.0, 300.0, 299.0], [-1e4, 5.0, -1e4]])
+    wanted = logits.double().log_softmax(1)
+    found = module.logprobs_(logits, torch.tensor([[0, 2], [2, 1]]))
+    torch.testing.assert_close(found.double(), torch.stack([wanted[0, [0, 2]], wanted[1, [2, 1]]]))
+    torch.testing.assert_close(logits.double(), wanted.exp(), rtol=1e-5, atol=1e-30)
