@@ -211,9 +211,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     settings = {name: getattr(found.layout, name) for name in Layout.__struct_fields__}
-    print(msgspec.json.encode({**settings, "recompute": found.recompute}).decode())
+    print(_as_settings({**settings, "recompute": found.recompute}))
     print(found.reason)
     return 0
+
+
+def _as_settings(options: dict[str, int | bool]) -> str:
+    """The line for an engine's table in the settings file; numbers and truth are written alike in JSON and TOML."""
+    parts = (f"{name} = {msgspec.json.encode(value).decode()}" for name, value in options.items())
+    return f"options = {{ {', '.join(parts)} }}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The ranks of one engine and what they say to each other: bytes over gloo, in main memory.
 
 A rank that ends closes its connections, which fails what the others are doing with it at once. One that hangs is
-noticed where they wait for it: after `timeout_s` seconds. Only waiting for the next call has no end, for nobody may
-call; a follower whose leader dies meanwhile ends by its standard input (`engines.ranks.following`).
+noticed where they wait for it: after `timeout_s` seconds, by rank 0 also when it calls. Only a follower's waiting for
+the next call has no end, for nobody may call; when its leader dies meanwhile it ends by its standard input
+(`engines.ranks.following`).
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ class World:
         return self.rank == 0
 
     def tell(self, data: bytes = b"") -> bytes:
-        """What rank 0 says, on every rank; waits for it without a bound."""
+        """What rank 0 says, on every rank. Rank 0 waits `timeout_s` until all have heard it, the others without a
+        bound until there is something to hear."""
         size = torch.tensor([len(data)])
-        dist.broadcast(size, 0, group=self._calls)
+        self._broadcast(size)
         content = _tensor(data) if self.leads else torch.empty(int(size), dtype=torch.uint8)
         if content.numel():
-            dist.broadcast(content, 0, group=self._calls)
+            self._broadcast(content)
         return data if self.leads else _bytes(content)
 
     def exchange(self, data: bytes) -> list[bytes]:
@@ -80,6 +82,10 @@ class World:
     def close(self) -> None:
         """Leave; no call follows."""
         dist.destroy_process_group()
+
+    def _broadcast(self, content: Tensor) -> None:
+        bound = timedelta(seconds=self.timeout_s) if self.leads else UNBOUNDED
+        dist.broadcast(content, 0, group=self._calls, async_op=True).wait(bound)
 
     def _sizes(self, data: bytes) -> Sequence[int]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import msgspec
@@ -14,6 +14,7 @@ from engines.interface import LoadError
 from engines.megatron.constraints import Layout, refuse_impossible
 from engines.megatron.costs import Workload, memory
 from engines.megatron.layout import GIB, Asked, main, propose
+from engines.megatron.options import MegatronOptions
 from engines.megatron.shapes import ModelShape, parse_shape
 from tests.megatron.shapes import QWEN3_8B, QWEN3_235B, encoded
 
@@ -141,9 +142,10 @@ def test_too_little_memory_says_how_much_is_needed() -> None:
 def test_the_command_prints_settings_and_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(TINY), "--devices", "4", "--memory-gib", "16", "--tensor", "2", "--no-sequence"]) == 0
     settings, reason = capsys.readouterr().out.splitlines()
-    assert json.loads(settings) == {
+    assert tomllib.loads(settings)["options"] == {
         "tensor": 2, "pipeline": 1, "data": 2, "context": 1, "expert": 1, "sequence": False, "recompute": False,
     }  # fmt: skip
+    assert set(tomllib.loads(settings)["options"]) <= set(MegatronOptions.__struct_fields__)
     assert reason.startswith("tensor 2, data 2 needs ")
     assert main([str(TINY), "--devices", "4", "--memory-gib", "16", "--tensor", "4"]) == 1
     assert "2 key and value heads" in capsys.readouterr().err
@@ -159,4 +161,4 @@ def test_the_command_needs_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("{")
+    assert done.stdout.startswith("options = { tensor = 1")

@@ -92,6 +92,16 @@ def test_a_rank_that_hangs_is_noticed() -> None:
         until(lambda: all(has_ended(child) for child in leader.children))
 
 
+def test_a_rank_that_hangs_while_nobody_calls_is_noticed_by_the_next_call() -> None:
+    """It is rank 0 that waits then, until all have heard the call."""
+    with leading(timeout_s=3.0) as leader:
+        asked(leader, b"a")
+        os.kill(leader.children[1], signal.SIGSTOP)
+        with pytest.raises(EngineBroken):
+            asked(leader, b"a")
+        until(lambda: all(has_ended(child) for child in leader.children))
+
+
 def test_a_rank_that_ends_while_nobody_calls_is_noticed() -> None:
     with leading() as leader:
         os.kill(leader.children[1], signal.SIGKILL)
