@@ -96,12 +96,12 @@ def step(folder: str, model: str, told: str) -> None:
     watch = Watch()
     forward = rank.stage.forward
 
-    def looking(portion: Any) -> Any:
-        out = forward(portion)
+    def looking(portion: Any, segments: Any) -> Any:
+        out = forward(portion, segments)
         watch.look()
         return out
 
-    rank.stage.forward = looking  # type: ignore[method-assign]
+    rank.stage.forward = looking  # type: ignore[method-assign, assignment]
     train = Train([("run", ForwardBackward(data, "cross_entropy", {}))])
     rank.perform(train)  # what the first pass alone makes is not counted
     with watch:

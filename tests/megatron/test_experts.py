@@ -64,7 +64,7 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_what_cannot_be_cut_is_refused_by_name(
-    moe_folder: str, tmp_path: Path, options: dict[str, int], told: str
+    moe_folder: str, tmp_path: Path, options: dict[str, Any], told: str
 ) -> None:
     assert told in refused(moe_folder, tmp_path, **options)
 
