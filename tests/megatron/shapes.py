@@ -1,43 +1,9 @@
-"""Shapes of public models, as numbers, and configurations of tiny ones."""
+"""Configurations of tiny models."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
-
-from engines.megatron.shapes import ModelShape
-
-QWEN3_8B = ModelShape(
-    family="qwen3",
-    layers=36,
-    hidden=4096,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    ffn=12288,
-    vocabulary=151_936,
-    tied=False,
-    max_context=40_960,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-)
-QWEN3_235B = ModelShape(
-    family="qwen3_moe",
-    layers=94,
-    hidden=4096,
-    heads=64,
-    kv_heads=4,
-    head_dim=128,
-    ffn=1536,
-    vocabulary=151_936,
-    tied=False,
-    max_context=40_960,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    experts=128,
-    experts_per_token=8,
-    normalize_expert_weights=True,
-)
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engines.adapters import part_of
 from engines.megatron.constraints import Layout
+from engines.megatron.cost_table import QWEN3_8B, QWEN3_235B
 from engines.megatron.costs import ADAPTER_BYTES, Workload, memory, stage_adapter, stage_memory, stage_weights
 from engines.megatron.shapes import FAMILIES, parse_shape
-from tests.megatron.shapes import QWEN3_8B, QWEN3_235B, encoded, tiny_config
+from tests.megatron.shapes import encoded, tiny_config
 
 
 def built(family: str, tied: bool) -> PreTrainedModel:

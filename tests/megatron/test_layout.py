@@ -12,11 +12,12 @@ import pytest
 
 from engines.interface import LoadError
 from engines.megatron.constraints import Layout, refuse_impossible
+from engines.megatron.cost_table import QWEN3_8B, QWEN3_235B
 from engines.megatron.costs import Workload, memory
 from engines.megatron.layout import GIB, Asked, main, propose
 from engines.megatron.options import MegatronOptions
 from engines.megatron.shapes import ModelShape, parse_shape
-from tests.megatron.shapes import QWEN3_8B, QWEN3_235B, encoded
+from tests.megatron.shapes import encoded
 
 DENSE = parse_shape(encoded("qwen3"))
 MOE = parse_shape(encoded("qwen3_moe"))
