@@ -13,10 +13,11 @@ from engines.interface import EngineInfo
 from engines.operations import SampleRequest
 from gateway.dispatch import Dispatcher
 from gateway.dispatch.blame import Blame
+from gateway.engine_settings import EngineSettings
 from gateway.errors import NotFound
 from gateway.replicas import HandOver, Replicas
 from gateway.routing import Router, beginnings
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.records import Future, Run, Settled
 from gateway.supervisor import EngineState, Supervisor

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from gateway.settings import EngineSettings, engine_environment
+from gateway.engine_settings import EngineSettings
+from gateway.settings import engine_environment
 
 
 class Launch(NamedTuple):

@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from gateway.dispatch import Dispatcher
 from gateway.dispatch.blame import Blame
+from gateway.engine_settings import EngineSettings
 from gateway.errors import StoreUnavailable
 from gateway.replica_bounds import LARGEST, ReplicaBounds
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.notices import Notice
 from gateway.store.records import Future

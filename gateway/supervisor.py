@@ -13,10 +13,11 @@ import logging
 
 from engines.interface import EngineConfig, EngineInfo
 from gateway.engine_process import EngineProcess, EngineStartFailed, ModelRefused
+from gateway.engine_settings import EngineSettings
 from gateway.engine_watch import Patience
 from gateway.errors import EngineElsewhere, EngineUnavailable, ModelNotLoadable, StoreUnavailable
 from gateway.launching import launch_of
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.engine_facts import EngineFacts
 from gateway.store.leases import Lease, LeaseRequest

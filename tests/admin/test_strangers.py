@@ -12,7 +12,8 @@ import pytest_asyncio
 from fastapi import FastAPI
 
 from gateway.app import create_app
-from gateway.settings import EngineSettings, Settings
+from gateway.engine_settings import EngineSettings
+from gateway.settings import Settings
 from gateway.store.keys import KeyStore
 from gateway.store.records import ApiKey
 from gateway.supervisor import EngineState

@@ -10,8 +10,9 @@ import httpx
 
 from gateway.app import running_gateway
 from gateway.checkpoints import delete_expired
+from gateway.engine_settings import EngineSettings
 from gateway.migrate import upgrade
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.database import Database
 from tests.admin.conftest import save

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import BUILT_IN, load_settings
+from gateway.engine_settings import BUILT_IN
+from gateway.settings import load_settings
 from sdk import AdminClient
 from tests.docs.pages import ROOT, blocks
 from tests.official import LEAVE

@@ -13,9 +13,10 @@ import pytest
 from engines.hf.options import HfOptions
 from engines.megatron.options import MegatronOptions
 from engines.vllm.options import VllmOptions
+from gateway.engine_settings import EngineSettings
 from gateway.errors import ConfigurationError
 from gateway.ray_place import RayPlace
-from gateway.settings import EngineSettings, Settings, load_settings
+from gateway.settings import Settings, load_settings
 from tests.docs.pages import ROOT, blocks, page, rows, section
 
 TABLES: list[tuple[type[msgspec.Struct], str]] = [

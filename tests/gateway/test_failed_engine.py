@@ -18,8 +18,9 @@ import tinker
 
 import gateway.supervisor
 from gateway.app import running_gateway
+from gateway.engine_settings import EngineSettings
 from gateway.errors import EngineUnavailable, ModelNotLoadable
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 from gateway.supervisor import EngineState
 from tests.gateway.conftest import KEY, begin_run, clean, outcome
 from tests.served import FAKE_ENGINE, ServedGateway

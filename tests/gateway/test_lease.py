@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from gateway.app import running_gateway
-from gateway.settings import EngineSettings, Settings
+from gateway.engine_settings import EngineSettings
+from gateway.settings import Settings
 from gateway.state import Gateway
 from gateway.store.leases import LeaseRequest, LeaseStore
 from gateway.supervisor import EngineState, Supervisor

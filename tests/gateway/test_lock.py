@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from gateway.app import running_gateway
+from gateway.engine_settings import EngineSettings
 from gateway.errors import ConfigurationError
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 
 FAKE = EngineSettings(name="fake", plugin="fake", base_model="fake/model")
 

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import Connection, update
 
 from gateway.app import create_app
-from gateway.settings import EngineSettings, Settings
+from gateway.engine_settings import EngineSettings
+from gateway.settings import Settings
 from gateway.state import Gateway
 from gateway.store import schema
 from gateway.store.records import DutyRecord

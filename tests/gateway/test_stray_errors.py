@@ -12,8 +12,9 @@ from starlette.requests import Request
 
 from gateway.app import running_gateway
 from gateway.auth import Keys, hash_key
+from gateway.engine_settings import EngineSettings
 from gateway.errors import StoreUnavailable
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.keys import KeyStore
 from gateway.store.leases import LeaseRequest, LeaseStore

@@ -14,10 +14,10 @@ from engines.interface import EngineInfo
 from engines.operations import LoraSpec, SampleRequest
 from engines.tensors import Matrix, Tensor
 from gateway.dispatch import Dispatcher
+from gateway.engine_settings import EngineSettings
 from gateway.errors import NotFound
 from gateway.fleet import Fleet, Needs
 from gateway.replicas import Replicas
-from gateway.settings import EngineSettings
 from gateway.submit import lora_json
 from gateway.supervisor import EngineState
 from tests.gateway.conftest import KEY, begin_run, outcome

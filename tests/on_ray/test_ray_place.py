@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from gateway.engine_settings import EngineSettings
 from gateway.errors import ConfigurationError
 from gateway.launching import launch_of
 from gateway.ray_place import RayPlace
-from gateway.settings import EngineSettings, load_settings
+from gateway.settings import load_settings
 from tests.on_ray.standing_in import refused
 
 

@@ -13,10 +13,11 @@ import pytest
 from gateway.dispatch import Dispatcher
 from gateway.dispatch.blame import Blame
 from gateway.dispatch.sampling import GIVEN_UP, SamplingLane
+from gateway.engine_settings import EngineSettings
 from gateway.errors import StoreUnavailable
 from gateway.migrate import upgrade
 from gateway.replicas import HandOver, Replicas
-from gateway.settings import EngineSettings, Settings
+from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.database import Database
 from gateway.store.futures import Claim, Submission

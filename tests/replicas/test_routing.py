@@ -11,10 +11,11 @@ import pytest
 
 from engines.operations import AdapterRef, SampleRequest
 from engines.tensors import Tensor
+from gateway.engine_settings import EngineSettings
 from gateway.errors import ConfigurationError
 from gateway.replica_bounds import ReplicaBounds
 from gateway.routing import Router, beginnings
-from gateway.settings import EngineSettings, load_settings
+from gateway.settings import load_settings
 
 IDLE = dict.fromkeys(("a", "b", "c"), 0)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.settings import BUILT_IN
+from gateway.engine_settings import BUILT_IN
 from tests.served import ServedGateway
 
 ROOT = Path(__file__).parents[2]
