@@ -20,6 +20,8 @@ from engines.operations import LoraSpec
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+GRADIENT = "gradient.safetensors"
+"""Of snapshots alone: the sum of gradients since the last step, where there is one."""
 """Step count and moments, only in checkpoints that training can continue from."""
 
 Part = Literal["attn", "mlp", "unembed"]

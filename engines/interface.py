@@ -231,18 +231,18 @@ class Engine(ABC):
 
     @abstractmethod
     def snapshot(self, run_id: str) -> PendingSnapshot:
-        """A copy of everything that the run's next operations depend on: adapter, optimizer, step count, randomness.
+        """A copy of everything that the run's next operations depend on: adapter, optimizer, step count, randomness,
+        and the pending gradient, if there is one.
 
-        Quick, for the engine does nothing else meanwhile. Raises UserError for an unknown run and while gradients are
-        pending.
+        Quick, for the engine does nothing else meanwhile. Raises UserError for an unknown run.
         """
 
     def restore(self, run_id: str, operation: CreateRun, folder: str) -> CreateRunResult | UserError:
         """Have the run as it was when the snapshot under the storage key `folder` was taken, bit for bit, whatever is
         there of it; `operation` is the run's first.
 
-        This is for snapshots in the layout of a checkpoint with optimizer state, which `create_runs` begins at. An
-        engine whose runs hold more than that has its own.
+        This is for snapshots in the layout of a checkpoint with optimizer state, which `create_runs` begins at, and
+        whose `create_runs` finds a pending gradient beside it. An engine whose runs hold more than that has its own.
         """
         begun = msgspec.structs.replace(operation, folder=folder, optimizer_state=True)
         return self.create_runs([RunOperation(run_id, begun)])[0]

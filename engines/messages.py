@@ -81,8 +81,7 @@ class Perform(msgspec.Struct, frozen=True, tag="perform"):
 class TakeSnapshot(msgspec.Struct, frozen=True, tag="take_snapshot"):
     """Write a run's state to the storage key `folder`. It is copied between two calls and written beside them.
 
-    `seq_id` is the last operation that has changed the run; when that is another one, or gradients are pending, the
-    snapshot is refused.
+    `seq_id` is the last operation that has changed the run; when that is another one, the snapshot is refused.
     """
 
     call_id: int

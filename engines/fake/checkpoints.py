@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, part_of, peft_config, peft_key
+from engines.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    GRADIENT,
+    OPTIMIZER,
+    part_of,
+    peft_config,
+    peft_key,
+)
 from engines.fake.model import Adapter, size
 from engines.fake.optimizer import AdamW
 from engines.fake.training import Run
@@ -80,7 +88,7 @@ def _write_files(folder: Path, base_model: str, run: Run, optimizer_state: bool)
 
 
 class RunSnapshot(PendingSnapshot):
-    """A copy of a run without pending gradients, written as a checkpoint with optimizer state."""
+    """A copy of a run, written as a checkpoint with optimizer state, and its pending gradient beside it."""
 
     def __init__(self, base_model: str, run: Run) -> None:
         optimizer = run.optimizer
@@ -89,15 +97,21 @@ class RunSnapshot(PendingSnapshot):
         )
         self._base_model = base_model
         self._run = Run(
-            Adapter(run.adapter.spec, run.adapter.values.copy()), AdamW(optimizer.steps, *moments)
+            Adapter(run.adapter.spec, run.adapter.values.copy()),
+            AdamW(optimizer.steps, *moments),
+            None if run.pending is None else run.pending.copy(),
         )
 
     def write(self, folder: Path) -> None:
-        _write_files(folder, self._base_model, self._run, optimizer_state=True)
+        run = self._run
+        _write_files(folder, self._base_model, run, optimizer_state=True)
+        if run.pending is not None:
+            (folder / GRADIENT).write_bytes(_encode(_named(Adapter(run.adapter.spec, run.pending))))
 
 
 def read_run(storage: FolderStorage, key: str, spec: LoraSpec, optimizer_state: bool) -> Run:
-    """A run that begins at stored weights; its moments and step count too when asked, else zero.
+    """A run that begins at stored weights; its moments and step count too when asked, else zero. With these comes a
+    pending gradient, which only snapshots have.
 
     Raises DamagedWeights, and UserError when the folder holds an adapter of another shape or no optimizer state.
     """
@@ -106,8 +120,12 @@ def read_run(storage: FolderStorage, key: str, spec: LoraSpec, optimizer_state: 
     alpha = _read_config(folder).lora_alpha
     if alpha != spec.alpha:
         raise UserError(f"the checkpoint's adapter has alpha {alpha}, the run {spec.alpha}")
-    adapter = _assemble(_decode(folder / ADAPTER_WEIGHTS), spec)
-    return Run(adapter, _read_optimizer(folder / OPTIMIZER, spec) if optimizer_state else AdamW())
+    run = Run(_assemble(_decode(folder / ADAPTER_WEIGHTS), spec))
+    if optimizer_state:
+        run.optimizer = _read_optimizer(folder / OPTIMIZER, spec)
+        if (folder / GRADIENT).exists():
+            run.pending = _assemble(_decode(folder / GRADIENT), spec).values
+    return run
 
 
 def _read_config(folder: Path) -> _PeftConfig:

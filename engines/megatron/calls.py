@@ -67,10 +67,12 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """A run of the whole model: float32 bytes of its values, and of both moments once there are any."""
+    """A run of the whole model, or a rank's part: float32 bytes of its values, of the pending gradient if there is one
+    (`pending`), and of both moments once there are any."""
 
     steps: int
     vectors: list[bytes]
+    pending: bool = False
 
 
 class Verdict(msgspec.Struct, frozen=True):

@@ -183,11 +183,8 @@ class MegatronEngine(TrainingEngine):
         return [result if isinstance(result, UserError) else LoadWeightsResult() for result in found]
 
     def snapshot(self, run_id: str) -> RunSnapshot:
-        run = self.rank.runs.get(run_id)
-        if run is None:
+        if run_id not in self.rank.runs:
             raise _unknown(run_id)
-        if run.pending is not None:
-            raise UserError(f"run {run_id} has pending gradients")
         return RunSnapshot(self.config.base_model, self._call(GatherRun(run_id)))
 
     # ------------------------------------------------------------------ state

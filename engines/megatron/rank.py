@@ -46,7 +46,7 @@ from engines.operations import CreateRunResult, LoraSpec
 from engines.ranks.following import Perform, follow
 from engines.ranks.world import World
 from engines.tuning.checkpoints import read_run
-from engines.tuning.lora import Adapter, size
+from engines.tuning.lora import Adapter, Gradient, Site, size
 from engines.tuning.optimizer import AdamW
 from engines.tuning.runs import Run
 
@@ -158,10 +158,8 @@ class Rank:
         said = self.world.tell(said)
         if said:
             stored = decode_stored(said)
-            values, *moments = [
-                self.sharding.share_of(_vector(vector), spec, self.device) for vector in stored.vectors
-            ]
-            self.runs[run_id] = Run(Adapter(self.sharding.sites, spec, values), AdamW(stored.steps, *moments))
+            own = [self.sharding.share_of(_vector(vector), spec, self.device) for vector in stored.vectors]
+            self.runs[run_id] = _run_of(stored, self.sharding.sites, spec, own)
         return refusal or CreateRunResult(parameters=size(self.sharding.whole, spec))
 
     def _gather(self, run: Run) -> Run | None:
@@ -177,8 +175,7 @@ class Rank:
             sharding = self.sharding.of(Place.of(self.stage.place.layout, rank))
             for vector, target in zip(said.vectors, whole, strict=False):  # copies of the model say nothing
                 sharding.put(_vector(vector), target, spec)
-        values, *moments = whole
-        return Run(Adapter(self.sharding.whole, spec, values), AdamW(heard[0].steps, *moments))
+        return _run_of(heard[0], self.sharding.whole, spec, whole)
 
 
 def load_rank(config: EngineConfig, world: World, device: torch.device) -> Rank:
@@ -207,7 +204,19 @@ def dtype_of(options: MegatronOptions, device: torch.device) -> torch.dtype:
 
 def _stored(run: Run) -> Stored:
     moments = [each for each in (run.optimizer.exp_avg, run.optimizer.exp_avg_sq) if each is not None]
-    return Stored(run.optimizer.steps, [_bytes(vector) for vector in (run.adapter.values, *moments)])
+    pending = [] if run.pending is None else [run.pending.values]
+    vectors = [_bytes(vector) for vector in (run.adapter.values, *pending, *moments)]
+    return Stored(run.optimizer.steps, vectors, bool(pending))
+
+
+def _run_of(stored: Stored, sites: Sequence[Site], spec: LoraSpec, vectors: Sequence[Tensor]) -> Run:
+    """A run of the sites, of vectors in the order that `Stored` has."""
+    values, *others = vectors
+    run = Run(Adapter(sites, spec, values), AdamW(stored.steps, *others[stored.pending :]))
+    if stored.pending:
+        run.pending = Gradient(run.adapter)
+        run.pending.values.copy_(others[0])
+    return run
 
 
 def _bytes(vector: Tensor) -> bytes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from engines.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    GRADIENT,
     OPTIMIZER,
     attaches,
     part_of,
@@ -24,7 +25,7 @@ from engines.interface import EngineConfig, PendingSnapshot, UserError
 from engines.operations import LoraSpec
 from engines.saved_weights import open_weights, unreadable
 from engines.storage import write_folder
-from engines.tuning.lora import Adapter, Site, size, views
+from engines.tuning.lora import Adapter, Gradient, Site, size, views
 from engines.tuning.optimizer import AdamW
 from engines.tuning.runs import Run
 
@@ -66,7 +67,7 @@ def _files(base_model: str, run: Run, optimizer_state: bool) -> dict[str, bytes]
 
 
 class RunSnapshot(PendingSnapshot):
-    """A run without pending gradients, copied to main memory; written as a checkpoint with optimizer state."""
+    """A run, copied to main memory; written as a checkpoint with optimizer state, its pending gradient beside it."""
 
     def __init__(self, base_model: str, run: Run) -> None:
         adapter, optimizer = run.adapter, run.optimizer
@@ -77,9 +78,14 @@ class RunSnapshot(PendingSnapshot):
         self._run = Run(
             Adapter(adapter.sites, adapter.spec, _copy(adapter.values)), AdamW(optimizer.steps, *moments)
         )
+        self._pending = None if run.pending is None else _copy(run.pending.values)
 
     def write(self, folder: Path) -> None:
-        for name, data in _files(self._base_model, self._run, optimizer_state=True).items():
+        adapter = self._run.adapter
+        files = _files(self._base_model, self._run, optimizer_state=True)
+        if self._pending is not None:
+            files[GRADIENT] = _encode(dict(named(adapter.sites, adapter.spec, self._pending)))
+        for name, data in files.items():
             (folder / name).write_bytes(data)
 
 
@@ -106,7 +112,8 @@ def read_run(
     spec: LoraSpec,
     optimizer_state: bool,
 ) -> Run:
-    """A run that begins at stored weights; its moments and step count too when asked, else zero.
+    """A run that begins at stored weights; its moments and step count too when asked, else zero. With these comes a
+    pending gradient, which only snapshots have.
 
     Raises DamagedWeights, and UserError when the folder holds an adapter of another shape or no optimizer state.
     """
@@ -115,8 +122,11 @@ def read_run(
     stored = read_spec(path)
     if _shape(stored) != _shape(spec):
         raise UserError(f"the checkpoint's adapter has {_shape(stored)}, the run's {_shape(spec)}")
-    adapter = Adapter(sites, spec, read_values(path, sites, device, spec))
-    return Run(adapter, _read_optimizer(path, sites, device, spec) if optimizer_state else AdamW())
+    run = Run(Adapter(sites, spec, read_values(path, sites, device, spec)), AdamW())
+    if optimizer_state:
+        run.optimizer = _read_optimizer(path, sites, device, spec)
+        run.pending = _read_gradient(path, run.adapter)
+    return run
 
 
 def _shape(spec: LoraSpec) -> str:
@@ -150,6 +160,15 @@ def _read_optimizer(path: Path, sites: Sequence[Site], device: torch.device, spe
         for moment in MOMENTS
     ]
     return AdamW(int(tensors["step"]), *moments)
+
+
+def _read_gradient(path: Path, adapter: Adapter) -> Gradient | None:
+    if not (path / GRADIENT).exists():
+        return None
+    gradient = Gradient(adapter)
+    values = gradient.values
+    values.copy_(_assemble(_decode(path / GRADIENT), GRADIENT, adapter.sites, values.device, adapter.spec))
+    return gradient
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -133,12 +133,19 @@ class Restoration:
                 continue
             if problem is None:
                 self.progress.changed = self.progress.kept = snapshot.seq_id
+                self.progress.boundary = await self._is_boundary(snapshot)
                 return snapshot.seq_id
             problems.append(f"that after operation {snapshot.seq_id}: {problem}")
         if outage is not None and run.pruned_seq:
             raise outage
         self._require_whole_log(run, problems)
         return -1
+
+    async def _is_boundary(self, snapshot: Snapshot) -> bool:
+        """Whether it has no pending gradient."""
+        number, kinds = snapshot.seq_id, sorted(CHANGES_STATE)
+        [last] = await self._store.futures.applied_to_run(self._run_id, number - 1, number + 1, kinds, 1)
+        return last.kind != "forward_backward"
 
     async def _candidates(self) -> list[Snapshot]:
         """Those known to be damaged last, else the newest first."""

@@ -1,8 +1,9 @@
 """When snapshots of an engine's runs are taken, and what becomes of them: taken → kept → registered.
 
 A run goes on while its snapshot is written. One that fails costs nothing but a longer replay: no input is given up for
-it. Snapshots are taken where no gradients are pending: every `snapshot_steps` optimizer steps, at the next step after
-`snapshot_s` seconds, when somebody asks for one, and of a run that leaves memory, which need not wait for it.
+it. Snapshots are taken every `snapshot_steps` optimizer steps, at the next step after `snapshot_s` seconds, when
+somebody asks for one, and of a run that leaves memory, which need not wait for it. A run that takes no step has one
+with its pending gradient after so many passes, or its inputs would be kept for ever.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _AT_A_TIME = 2
 """Snapshots of one engine that are under way: each is a copy of a run in memory."""
 _MOST = 4
 """The same, with those of runs that leave: no more leave until one is there."""
+_STEPLESS = 64
+"""Operations that change a run, since its last step and snapshot, after which one is taken without a step."""
 _PATIENCE_S = 30.0
 """Seconds after which a run that has left comes back from an older snapshot, though its last one is not there yet."""
 
@@ -41,14 +44,15 @@ class Progress:
 
     `changed` is the last operation that has changed it, `kept` the one that its newest snapshot contains (its creation
     needs none), `taken` the one that the newest contains that was begun, `steps` the optimizer steps since then, at
-    `since`. `boundary`: no gradients are pending. `left` is there when the run has left memory, and done when its
-    snapshots are.
+    `since`, `stepless` what else has changed it since then and since the last step. `boundary`: no gradients are
+    pending. `left` is there when the run has left memory, and done when its snapshots are.
     """
 
     changed: int = 0
     kept: int = 0
     taken: int = 0
     steps: int = 0
+    stepless: int = 0
     boundary: bool = True
     since: float = 0.0
     moving: bool = False
@@ -63,6 +67,7 @@ class Progress:
             self.changed = seq_id
             self.boundary = kind != "forward_backward"
             self.steps += kind == "optim_step"
+            self.stepless = 0 if kind in ("create_run", "optim_step") else self.stepless + 1
 
 
 class Snapshots:
@@ -201,11 +206,15 @@ class Snapshots:
     # ------------------------------------------------------------------ taken → kept → registered
 
     def _due(self, progress: Progress) -> bool:
-        if progress.moving or progress.taking or not progress.boundary or progress.changed <= progress.kept:
+        if progress.moving or progress.taking or progress.changed <= progress.kept:
+            return False
+        steps, seconds = self._settings.snapshot_steps, self._settings.snapshot_s
+        if progress.stepless >= _STEPLESS and (steps > 0 or seconds > 0):
+            return True
+        if not progress.boundary:
             return False
         if progress.asked is not None:
             return True
-        steps, seconds = self._settings.snapshot_steps, self._settings.snapshot_s
         late = time.monotonic() - progress.since >= seconds
         return 0 < steps <= progress.steps or (seconds > 0 and progress.steps > 0 and late)
 
@@ -233,7 +242,7 @@ class Snapshots:
         self._under_way += 1
         progress.taking += 1
         progress.taken = progress.changed
-        progress.steps, progress.since = 0, time.monotonic()
+        progress.steps, progress.stepless, progress.since = 0, 0, time.monotonic()
         place, key = RunAddress(run_id, progress.changed), self._files.new_key(database)
         answer = await engine.begin_snapshot(place, key)
         self._spawn(self._finish(engine, place, key, progress, answer))

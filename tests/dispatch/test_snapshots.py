@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from engines.messages import Failure, Outcome, Performed
+from gateway.pacing import Pace
+from gateway.snapshot_duties import prune_inputs
 from gateway.store.leases import LeaseRequest
 from tests.dispatch.snapshotting import SnapshotPlace, fed, until
 
@@ -60,6 +62,81 @@ async def test_a_snapshot_is_taken_at_the_first_step_after_some_time(tmp_path: P
         await place.registered(run, 4)
         await place.steps(run, 1)
         assert place.engine.snapshots(run) == [4]
+
+
+@pytest.fixture
+async def slow_place(tmp_path: Path) -> AsyncIterator[SnapshotPlace]:
+    """Snapshots after so many steps that nobody takes them."""
+    async with fed(tmp_path, snapshot_steps=100, snapshot_s=0.0) as place:
+        yield place
+
+
+async def test_passes_without_a_step_are_bounded_by_snapshots_with_their_gradient(
+    slow_place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.dispatch.snapshots._STEPLESS", 4)
+    place = slow_place
+    run = await place.begin("alice")
+    numbers = iter(range(1, 99))
+
+    async def passes(count: int, kind: str = "forward_backward") -> None:
+        for _ in range(count):
+            await place.outcome(await place.submit(run, next(numbers), kind))
+
+    await passes(3)
+    await passes(5, "forward")
+    assert place.engine.snapshots(run) == []
+    await passes(5)
+    await place.registered(run, 13, 9)
+    await passes(3)
+    assert await prune_inputs(place.store, Pace()) > 0
+    there = [number for number in range(17) if await place.store.futures.input_at(run.run_id, number)]
+    assert there == [0, 10, 11, 12, 13, 14, 15, 16]
+    place.leave_memory(run)
+    await passes(1)
+    assert (place.engine.restored, place.engine.replayed(run)) == ([13], [14, 15, 16])
+    await place.registered(run, 17, 13)  # those that were replayed count
+    await passes(1, "optim_step")
+    await passes(3)
+    assert await place.kept(run) == [17, 13]  # a step ends the count
+    await passes(1, "load_weights")  # does not: what it needs is an input too
+    await place.registered(run, 22, 17)
+
+
+async def test_a_run_that_was_restored_with_a_gradient_stays_like_one_in_the_middle_of_a_step(
+    slow_place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.dispatch.snapshots._STEPLESS", 2)
+    place = slow_place
+    run = await place.begin("alice")
+    restored: list[bool] = []
+    note = place.lane.residency.restored
+
+    def noting(run_id: str, size: int | None, seconds: float, *, pending: bool) -> None:
+        restored.append(pending)
+        note(run_id, size, seconds, pending=pending)
+
+    monkeypatch.setattr(place.lane.residency, "restored", noting)
+    for number, kind in enumerate(["forward_backward", "forward_backward", "optim_step"], 1):
+        await place.outcome(await place.submit(run, number, kind))
+        if number == 2:
+            await place.registered(run, 2)
+            place.leave_memory(run)
+    assert (place.engine.restored, place.engine.replayed(run), restored) == ([2], [], [True])
+    assert await asyncio.wait_for(place.lane.snapshots.request(run.run_id), 5)
+    place.leave_memory(run)
+    await place.outcome(await place.submit(run, 4, "forward_backward"))
+    assert (place.engine.restored, restored) == ([2, 3], [True, False])
+
+
+async def test_where_none_are_wanted_none_are_taken_without_a_step(
+    quiet_place: SnapshotPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.dispatch.snapshots._STEPLESS", 2)
+    run = await quiet_place.begin("alice")
+    for number in range(1, 5):
+        await quiet_place.outcome(await quiet_place.submit(run, number, "forward_backward"))
+    assert quiet_place.engine.snapshots(run) == []
 
 
 async def test_failed_steps_do_not_count(place: SnapshotPlace) -> None:

@@ -90,7 +90,6 @@ def test_operations_that_only_read_do_not_move_the_run_on(owner: Owner) -> None:
     ("numbers", "seq_id", "words"),
     [
         ((1, 2, 3, 4), 2, "stands after operation 4"),
-        ((1, 2, 3), 3, "pending"),
         ((1, 2), 4, "stands after operation 2"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -215,6 +216,41 @@ def test_the_database_keeps_the_inputs_of_few_steps_however_long_a_run_is(traine
     assert len(folders(trainer.gateway)) <= 4
     kill_engine(trainer.gateway)
     trainer.step()
+
+
+def test_a_run_that_takes_no_step_keeps_few_inputs_and_its_gradient(trainer: Trainer) -> None:
+    """As an evaluation does that calls forward_backward alone."""
+    passes = 140
+
+    def kept() -> int:
+        with contextlib.closing(sqlite3.connect(trainer.gateway.data_dir / "tandem.db")) as database:
+            query = "select count(*) from futures join inputs using (request_id) where run_id = ?"
+            return int(database.execute(query, (trainer.run_id,)).fetchone()[0])
+
+    def evaluate() -> None:
+        for number in range(1, passes + 1):
+            promise = send_pass(trainer.http, trainer.run_id, number, [number % 250, 1, 2, 3]).json()
+            assert "error" not in outcome(trainer.http, promise["request_id"])
+
+    def step() -> tuple[dict[str, Any], float]:
+        trainer.next = passes + 2
+        taken = outcome(
+            trainer.http, send_step(trainer.http, trainer.run_id, passes + 1).json()["request_id"]
+        )
+        return taken["metrics"], trainer.step()
+
+    evaluate()
+    expected = step()
+    trainer.run_id = begin_run(trainer.http)
+    evaluate()
+    for _ in range(600):
+        if kept() <= 1 + passes - 64:
+            break
+        time.sleep(0.05)
+    assert kept() == 1 + passes - 64  # the creation, and what came after the older of two snapshots
+    kill_engine(trainer.gateway)
+    assert step() == expected
+    assert "the snapshot after operation 128: 12 operations applied again" in trainer.gateway.log.read_text()
 
 
 # ---------------------------------------------------------------------------- damaged
