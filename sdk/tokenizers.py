@@ -15,6 +15,7 @@ import logging
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,6 +30,8 @@ _MARK = ".from-tandem"
 """Stands in a folder of the hub's cache that was made here, and has the revisions that were put there, one a line."""
 _CONFIG = "config.json"
 _folders: dict[str, Path] = {}
+_preferring = threading.Lock()
+"""Threads that look at `transformers` for the first time at once find it half imported."""
 
 
 class _Tokenizer(msgspec.Struct):
@@ -135,15 +138,20 @@ def _write(target: Path, content: bytes) -> None:
 
 def _prefer(model: str, folder: Path) -> None:
     """Have AutoTokenizer load this name from the folder, in this process."""
+    with _preferring:
+        if not _folders:
+            _look_there_first()
+        _folders[model] = folder
+
+
+def _look_there_first() -> None:
     from transformers import AutoTokenizer
 
-    if not _folders:
-        original = AutoTokenizer.from_pretrained
+    original = AutoTokenizer.from_pretrained
 
-        @functools.wraps(original)
-        def from_pretrained(pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
-            name = pretrained_model_name_or_path
-            return original(_folders.get(str(name), name), *arguments, **options)
+    @functools.wraps(original)
+    def from_pretrained(pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
+        name = pretrained_model_name_or_path
+        return original(_folders.get(str(name), name), *arguments, **options)
 
-        AutoTokenizer.from_pretrained = from_pretrained
-    _folders[model] = folder
+    AutoTokenizer.from_pretrained = from_pretrained

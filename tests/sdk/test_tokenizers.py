@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,48 @@ def test_programs_that_connect_at_once_all_get_it(preferred: dict[str, Path], tm
         thread.join()
     assert failed == []
     assert contents(preferred["a/b"]) == FILES
+
+
+class _HalfImported(types.ModuleType):
+    """Like `transformers`: a name that is not there yet is imported when it is first asked for, and whoever asks
+    meanwhile is told that there is none."""
+
+    def __init__(self) -> None:
+        super().__init__("transformers")
+        self.importing = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "AutoTokenizer" or self.importing:
+            raise AttributeError(name)
+        self.importing = True
+        time.sleep(0.1)
+        self.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda name: [name])
+        return self.AutoTokenizer
+
+
+def test_threads_that_ask_for_the_first_time_at_once_all_get_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = _HalfImported()
+    monkeypatch.setitem(sys.modules, "transformers", transformers)
+    monkeypatch.setattr(tokenizers, "_folders", {})
+    names = [f"a/b{number}" for number in range(8)]
+    together = threading.Barrier(len(names))
+    failed: list[Exception] = []
+
+    def ask(name: str) -> None:
+        together.wait(30)
+        try:
+            tokenizers._prefer(name, Path("/folders") / name)
+        except ImportError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failed == []
+    loaded = [transformers.AutoTokenizer.from_pretrained(name) for name in [*names, "other"]]
+    assert loaded == [*([Path("/folders") / name] for name in names), ["other"]]
 
 
 def test_what_the_gateway_serves_is_described_truly(place: Place) -> None:
