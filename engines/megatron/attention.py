@@ -17,7 +17,7 @@ class Packing(PackedSeqParams):  # type: ignore[misc]  # megatron-core has no ty
     def __init__(self, layout: AttentionLayout, positions: Tensor) -> None:
         """`positions` [T] of this rank's tokens. To megatron-core they are one sequence, each at a place of its own."""
         count = positions.shape[0]
-        bounds = torch.tensor([0, count], dtype=torch.int32, device=positions.device)
+        bounds = torch.tensor([0, count], dtype=torch.int32)  # in main memory: each layer reads them there
         super().__init__(
             qkv_format="thd",
             cu_seqlens_q=bounds,

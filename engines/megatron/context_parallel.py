@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
+from engines.ranks.collectives import gather, scatter_sum
 from engines.tuning.packed_attention import fits_varlen
+
+_CPU = torch.device("cpu")
 
 
 def chunks_of(total: int, ranks: int, rank: int) -> tuple[slice, slice]:
@@ -64,13 +67,13 @@ class ContextLayout:
     A `engines.tuning.packed_attention.Layout` of the rank's own tokens; every rank of the group must call it.
     """
 
-    def __init__(self, lengths: Sequence[int], group: dist.ProcessGroup) -> None:
-        """`lengths` fill the pack; their sum is a multiple of twice the ranks."""
+    def __init__(self, lengths: Sequence[int], group: dist.ProcessGroup, device: torch.device = _CPU) -> None:
+        """`lengths` fill the pack; their sum is a multiple of twice the ranks. `device` is the tokens'."""
         self.group = group
         ranks = group.size()
         total = sum(lengths)
         self.stretches = list(stretches(lengths, ranks, group.rank()))
-        self.order = torch.cat([rows_of(total, ranks, rank) for rank in range(ranks)])
+        self.order = torch.cat([rows_of(total, ranks, rank) for rank in range(ranks)]).to(device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """`query` [1, heads, t, dim], `key` and `value` [1, key/value heads, t, dim] of the rank's own tokens; gives
@@ -140,17 +143,13 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        ctx.order = order.to(own.device)
-        gathered = own.new_empty(group.size() * own.shape[0], *own.shape[1:])
-        dist.all_gather_single(gathered, own.contiguous(), group=group)
+        ctx.order = order
+        gathered = gather(own, group)
         pack = torch.empty_like(gathered)
-        pack[ctx.order] = gathered
+        pack[order] = gathered
         return pack
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ordered = grad[ctx.order]
-        own = grad.new_empty(ordered.shape[0] // ctx.group.size(), *ordered.shape[1:])
-        dist.reduce_scatter_single(own, ordered, group=ctx.group)
-        return own, None, None
+        return scatter_sum(grad[ctx.order], ctx.group), None, None

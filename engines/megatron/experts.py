@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engines.megatron.megatron_core import mappings
 from engines.megatron.shapes import ModelShape
+from engines.ranks.collectives import gather
 from engines.tuning.experts import MATRICES, Experts
 from engines.tuning.lora import Routing
 
@@ -80,7 +81,5 @@ class ExpertBlock(nn.Module):
 
     def _held(self, chosen: Tensor, group: dist.ProcessGroup) -> Tensor:
         """What the rows of all ranks chose, counted from this rank's first expert; `held` stands for others'."""
-        gathered = chosen.new_empty(group.size() * chosen.shape[0], chosen.shape[1])
-        dist.all_gather_single(gathered, chosen.contiguous(), group=group)
-        own = gathered - group.rank() * self.held
+        own = gather(chosen, group) - group.rank() * self.held
         return own.masked_fill((own < 0) | (own >= self.held), self.held)

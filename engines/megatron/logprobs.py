@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engines.megatron.megatron_core import mappings
+from engines.ranks.collectives import combine
 from engines.tuning.lora import ANCHOR, Piece, Segment, add_deltas, add_gradients, add_product, pieces_at
 from engines.tuning.projection import project
 
@@ -58,10 +59,10 @@ class Unembedding:
             place, held = self.places(targets[rows])
             chosen = logits.gather(1, place).masked_fill_(~held, 0.0)
             peak = logits.amax(1, keepdim=True)
-            dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
+            combine(peak, self.group, dist.ReduceOp.MAX)
             total = logits.sub_(peak).exp_().sum(1, keepdim=True)
             both = torch.cat([chosen, total], dim=1)
-            dist.all_reduce(both, group=self.group)
+            combine(both, self.group)
             chosen, total = both[:, :-1], both[:, -1:].log()
             norm[rows] = total + peak
             out[rows] = chosen - peak - total

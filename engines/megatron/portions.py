@@ -81,10 +81,12 @@ def portion(
         return Portion(tokens, places, targets, packing, list(segments), total, None, None, None)
     rank = context.rank()
     rows = rows_of(count, ranks, rank).to(device)
-    order = torch.cat([rows_of(count, ranks, one) for one in range(ranks)]).to(device)
+    layout = ContextLayout(lengths, context, device)
     own = list(_within(segments, chunks_of(count, ranks, rank)))
-    packing = Packing(ContextLayout(lengths, context), places[0, rows])
-    return Portion(tokens[:, rows], places[:, rows], targets[rows], packing, own, total, rows, order, context)
+    packing = Packing(layout, places[0, rows])
+    return Portion(
+        tokens[:, rows], places[:, rows], targets[rows], packing, own, total, rows, layout.order, context
+    )
 
 
 def pooled(

@@ -64,6 +64,8 @@ class Rank:
         torch.set_num_threads(options.threads)
         torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # megatron-core makes its tensors on the current one
         self.config = config
         self.world = world
         self.device = device

@@ -131,10 +131,10 @@ class Sharding:
         counted = [*(dense if place.is_original else ()), *(experts if place.has_original_experts else ())]
         total = torch.zeros((), dtype=torch.float64, device=gradient.values.device)
         for part in counted:
-            total += part.double().square().sum()
+            total += _square(part)
         if place.is_original and place.tensor > 0:
             for factor in self.shared(gradient):
-                total -= factor.double().square().sum()
+                total -= _square(factor)
         return max(0.0, float(total)) if torch.isfinite(total) else float(total)
 
     def parts(self, gradient: Gradient) -> tuple[list[Tensor], list[Tensor]]:
@@ -168,6 +168,12 @@ class Sharding:
     def _own(self, whole: Tensor, axis: int) -> Tensor:
         width = whole.shape[axis] // self.place.layout.tensor
         return whole.narrow(axis, self.place.tensor * width, width)
+
+
+def _square(part: Tensor) -> Tensor:
+    """Its squared norm, float64 []; nothing of the part's size is made for it."""
+    norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float64)
+    return norm.square()
 
 
 def sum_gradients(
