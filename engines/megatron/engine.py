@@ -26,11 +26,11 @@ from engines.megatron.calls import (
     Train,
     encode,
 )
-from engines.megatron.constraints import refuse_impossible
 from engines.megatron.folders import eos_tokens, folder_of
 from engines.megatron.megatron_core import VERSION
 from engines.megatron.options import MegatronOptions, read_options
 from engines.megatron.places import Place
+from engines.megatron.planning import plan
 from engines.megatron.rank import Rank, dtype_of, load_rank
 from engines.megatron.shapes import ModelShape, read_shape
 from engines.megatron.sharding import Sharding, model_sites
@@ -68,13 +68,18 @@ class MegatronEngine(TrainingEngine):
     """Runs are on the ranks. What is kept here of each is its configuration and whether gradients are pending."""
 
     def __init__(
-        self, config: EngineConfig, options: MegatronOptions, shape: ModelShape, files: dict[str, bytes]
+        self,
+        config: EngineConfig,
+        options: MegatronOptions,
+        shape: ModelShape,
+        files: dict[str, bytes],
+        devices: list[torch.device],
     ) -> None:
+        """`options` have every part of the layout; `devices` are the ranks'."""
         self.config = config
         self.options = options
         self.files = files
         layout = options.layout
-        devices = _devices(options, layout.ranks)
         self.shardings = [Sharding(shape, Place.of(layout, rank)) for rank in range(layout.ranks)]
         self.leader = Leader("engines.megatron.rank", layout.ranks, options.rank_timeout_s, devices)
         try:
@@ -104,8 +109,10 @@ class MegatronEngine(TrainingEngine):
             raise LoadError(
                 f"options.max_context is {options.max_context}, but the model has {shape.max_context} positions"
             )
-        refuse_impossible(shape, options.layout, options.layout.ranks)
-        return cls(config, options, shape, files)
+        planned = plan(options, shape)
+        log.info("layout: %s", planned.reason)
+        config = msgspec.structs.replace(config, options={**config.options, **planned.parts})
+        return cls(config, planned.decided(options), shape, files, planned.devices)
 
     def _load(self, device: torch.device) -> Rank:
         call = encode(Load(self.config, device.type))
@@ -226,27 +233,11 @@ def _describe(
             "python": platform.python_version(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": str(options.threads),
-            "layout": str(options.layout),
+            "layout": f"{options.layout}{', recompute' if options.recompute else ''}",
         },
         layers={each.site.name: each.site[1:] for each in model_sites(shape)},
         run_memory_bytes=run_memory,
     )
-
-
-def _devices(options: MegatronOptions, ranks: int) -> list[torch.device]:
-    """Of each rank."""
-    kind = options.device
-    there = torch.cuda.device_count()
-    if kind == "auto":
-        kind = "cuda" if there else "cpu"
-    if kind == "cpu":
-        return [torch.device("cpu")] * ranks
-    if there < ranks:
-        raise LoadError(
-            f"the layout takes {ranks} CUDA devices (tensor {options.tensor} x pipeline {options.pipeline} x data "
-            f"{options.data}), this machine has {there}"
-        )
-    return [torch.device("cuda", number) for number in range(ranks)]
 
 
 def _free_bytes(device: torch.device, ranks: int) -> int | None:

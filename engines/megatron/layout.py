@@ -20,6 +20,7 @@ import msgspec
 from engines.interface import LoadError
 from engines.megatron.constraints import DEGREES, Layout, divisors, failures, possible
 from engines.megatron.costs import Memory, Workload, memory
+from engines.megatron.options import MegatronOptions
 from engines.megatron.shapes import ModelShape, read_shape
 
 GIB = 2**30
@@ -37,6 +38,11 @@ class Asked(msgspec.Struct, frozen=True):
     expert: int | None = None
     sequence: bool | None = None
     recompute: bool | None = None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it says how the model is cut and what is kept: what is left open changes no rank's memory much."""
+        return None not in (self.tensor, self.pipeline, self.recompute)
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -59,7 +65,7 @@ def propose(
     """The layout for `devices` of `memory_bytes` each, `node` of them in one machine.
 
     Raises LoadError which names the constraint when what was asked is impossible, and what is lacking when it is
-    possible but fits no memory.
+    possible but fits no memory. Somebody who has set tensor, pipeline and recompute knows: then it is only told.
     """
     if devices < 1 or memory_bytes < 1:
         raise LoadError(
@@ -76,11 +82,12 @@ def propose(
     ]
     tried.sort(key=_burden)
     fitting = [(layout, way) for layout, way in tried if memory(shape, layout, way).total <= usable]
-    if not fitting:
+    if not fitting and not asked.cuts:
         raise LoadError(_too_little(shape, tried, memory_bytes))
-    layout, way = fitting[0]
+    taken = fitting[0] if fitting else tried[0]
+    layout, way = taken
     found = memory(shape, layout, way)
-    return Proposal(layout, way.recompute, found, _reason(shape, tried, fitting[0], memory_bytes))
+    return Proposal(layout, way.recompute, found, _reason(shape, tried, taken, memory_bytes))
 
 
 def _possible(shape: ModelShape, devices: int, asked: Asked, node: int) -> Iterator[Layout]:
@@ -154,6 +161,8 @@ def _reason(
     sentence = (
         f"{layout}{again} needs {_gib(needs.total)} of {_gib(memory_bytes)} on a device ({_parts(needs)})"
     )
+    if needs.total > memory_bytes * USABLE:
+        return f"{sentence}, which is more than the {USABLE:.0%} that can be planned with; it was asked for"
     before = tried[: tried.index(taken)]
     once = [one for one in before if one[0] == layout]
     if once:
@@ -191,7 +200,9 @@ def parser() -> argparse.ArgumentParser:
     for name in ("sequence", "recompute"):
         made.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None)
     load = Workload()
-    made.add_argument("--tokens", type=int, default=load.tokens, help="of the longest datum or pass")
+    made.add_argument(
+        "--tokens", type=int, default=MegatronOptions().pass_tokens, help="of a pass (options.pass_tokens)"
+    )
     made.add_argument("--adapter-rank", type=int, default=load.adapter_rank)
     made.add_argument("--runs", type=int, default=load.runs, help="in memory at once")
     made.add_argument("--float32", action="store_true", help="base weights in float32, not bfloat16")

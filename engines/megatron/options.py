@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -13,20 +14,25 @@ from engines.megatron.constraints import Layout
 class MegatronOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options of the Megatron engine; unknown names and wrong types are refused."""
 
-    tensor: int = 1
-    """Ranks that share each layer: heads, the MLP's inner width and the vocabulary are divided among them."""
-    pipeline: int = 1
+    devices: int | None = None
+    """Devices to run on, a rank on each; all CUDA devices there are when not given."""
+    device_memory_gib: float | None = None
+    """Memory of each that the layout is chosen for; what the device has when not given."""
+    tensor: int | None = None
+    """Ranks that share each layer: heads, the MLP's inner width and the vocabulary are divided among them. This and the
+    parts up to `recompute` are chosen (`engines.megatron.layout`) where they are not given."""
+    pipeline: int | None = None
     """Stages, each of which holds as many layers as the others."""
-    data: int = 1
+    data: int | None = None
     """Copies of the model, among which the data of a call are divided. There are tensor x pipeline x data x context
     ranks."""
-    context: int = 1
+    context: int | None = None
     """Ranks that share each sequence: of a pass each holds a part of the tokens."""
-    expert: int = 1
+    expert: int | None = None
     """Ranks that share the experts of each layer, among those of a stage (tensor x data x context)."""
-    sequence: bool = False
+    sequence: bool | None = None
     """Sequence parallelism: tensor ranks share what a layer does between its matrices, too."""
-    recompute: bool = False
+    recompute: bool | None = None
     """Keep the inputs of layers alone during a training pass and compute the rest again on its way back: the same
     numbers, for less memory and a third more time."""
     device: str = "auto"
@@ -49,14 +55,14 @@ class MegatronOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def layout(self) -> Layout:
-        """How the model is cut."""
+        """How the model is cut; what is not given counts as not cut."""
         return Layout(
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            data=self.data,
-            context=self.context,
-            expert=self.expert,
-            sequence=self.sequence,
+            tensor=self.tensor or 1,
+            pipeline=self.pipeline or 1,
+            data=self.data or 1,
+            context=self.context or 1,
+            expert=self.expert or 1,
+            sequence=bool(self.sequence),
         )
 
 
@@ -78,8 +84,22 @@ def read_options(options: dict[str, Any]) -> MegatronOptions:
     for name, value in msgspec.structs.asdict(read).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise LoadError(f"options.{name} is {value}; it must be at least 1")
+    if read.device_memory_gib is not None and not 0 < read.device_memory_gib < math.inf:
+        raise LoadError(f"options.device_memory_gib is {read.device_memory_gib:g}; it must be above 0")
     if not 1 <= read.rank_timeout_s <= 3600:
         raise LoadError(
             f"options.rank_timeout_s is {read.rank_timeout_s:g}; it must be from 1 to 3600 seconds"
         )
     return read
+
+
+def dtype_name(options: MegatronOptions, kind: str) -> str:
+    """`float32` or `bfloat16`: of the frozen weights on devices of a kind, `cuda` or `cpu`."""
+    if options.dtype == "auto":
+        return "bfloat16" if kind == "cuda" else "float32"
+    return options.dtype
+
+
+def width_of(options: MegatronOptions, kind: str) -> int:
+    """Bytes of each of them."""
+    return 2 if dtype_name(options, kind) == "bfloat16" else 4

@@ -37,7 +37,7 @@ from engines.megatron.calls import (
 from engines.megatron.groups import make_groups
 from engines.megatron.megatron_core import model_parallel_cuda_manual_seed, parallel_state
 from engines.megatron.model import Stage
-from engines.megatron.options import MegatronOptions, read_options
+from engines.megatron.options import MegatronOptions, dtype_name, read_options
 from engines.megatron.places import Place
 from engines.megatron.shapes import read_shape
 from engines.megatron.training import Trainer
@@ -78,7 +78,12 @@ class Rank:
             dtype = dtype_of(options, device)
             groups = make_groups(options.layout, world.rank, options.rank_timeout_s)
             self.stage = Stage(
-                read_shape(folder), place, device, dtype, experts=groups.expert, recompute=options.recompute
+                read_shape(folder),
+                place,
+                device,
+                dtype,
+                experts=groups.expert,
+                recompute=bool(options.recompute),
             )
             self.stage.load(folder)
             self._undo = undo.pop_all()
@@ -126,8 +131,8 @@ class Rank:
     def _join(self, options: MegatronOptions) -> None:
         """Have megatron-core make its groups of ranks."""
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=options.tensor,
-            pipeline_model_parallel_size=options.pipeline,
+            tensor_model_parallel_size=options.layout.tensor,
+            pipeline_model_parallel_size=options.layout.pipeline,
             distributed_timeout_minutes=options.rank_timeout_s / 60,
         )
         model_parallel_cuda_manual_seed(0)  # nothing is drawn; megatron-core asks for the state
@@ -198,10 +203,7 @@ def load_rank(config: EngineConfig, world: World, device: torch.device) -> Rank:
 
 def dtype_of(options: MegatronOptions, device: torch.device) -> torch.dtype:
     """Of the frozen weights."""
-    name = options.dtype
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    return torch.bfloat16 if dtype_name(options, device.type) == "bfloat16" else torch.float32
 
 
 def _stored(run: Run) -> Stored:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from engines.hf.options import HfOptions
+from engines.megatron.layout import Asked
 from engines.megatron.options import MegatronOptions
 from engines.vllm.options import VllmOptions
 from gateway.engine_settings import EngineSettings
@@ -34,7 +35,10 @@ SPOKEN = {
     ("HfOptions", "threads"): "all cores it may use",
     ("HfOptions", "max_context"): "the model's",
     ("HfOptions", "pass_tokens"): "what memory holds",
+    ("MegatronOptions", "devices"): "all",
+    ("MegatronOptions", "device_memory_gib"): "the device's",
     ("MegatronOptions", "max_context"): "the model's",
+    **{("MegatronOptions", part): "chosen" for part in Asked.__struct_fields__},
     ("VllmOptions", "max_context"): "the model's",
 }
 """Defaults that the page tells in words."""

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.slow
 STEPS = 10
 LAYOUTS: list[dict[str, int]] = [
     {},
-    {"tensor": 2},
+    {"tensor": 2, "sequence": False},
     {"pipeline": 2},
-    {"data": 2},
-    {"tensor": 2, "pipeline": 2},
+    {"devices": 2},  # which makes two copies of what fits one
+    {"tensor": 2, "pipeline": 2, "sequence": False},
     {"tensor": 2, "sequence": True},
     {"context": 2},
     {"pipeline": 2, "recompute": True},

@@ -1,0 +1,75 @@
+"""From an engine's options and the devices that are at hand to the layout that it runs under."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from engines.interface import LoadError
+from engines.megatron.constraints import Layout
+from engines.megatron.costs import Workload
+from engines.megatron.layout import GIB, Asked, propose
+from engines.megatron.options import MegatronOptions, width_of
+from engines.megatron.shapes import ModelShape
+
+
+class Plan(NamedTuple):
+    """Every part of the layout, by the names of the options; the device of each rank; and why it is this layout."""
+
+    parts: dict[str, Any]
+    devices: list[torch.device]
+    reason: str
+
+    def decided(self, options: MegatronOptions) -> MegatronOptions:
+        """The options with nothing left open."""
+        return msgspec.structs.replace(options, **self.parts)
+
+
+def plan(options: MegatronOptions, shape: ModelShape) -> Plan:
+    """What was set stays; the rest is what the command `engines.megatron.layout` proposes for the same devices.
+
+    Raises LoadError that names the constraint which fails, or the devices or the memory that are lacking.
+    """
+    asked = Asked(**{name: getattr(options, name) for name in Asked.__struct_fields__})
+    kind = device_kind(options)
+    count = _count(options, asked, kind)
+    load = Workload(tokens=options.pass_tokens, weight_bytes=width_of(options, kind))
+    found = propose(shape, count, _memory_bytes(options, kind, count), asked, load)
+    parts = {name: getattr(found.layout, name) for name in Layout.__struct_fields__}
+    devices = [
+        torch.device(kind, number) if kind == "cuda" else torch.device(kind) for number in range(count)
+    ]
+    return Plan({**parts, "recompute": found.recompute}, devices, found.reason)
+
+
+def device_kind(options: MegatronOptions) -> str:
+    """`cuda` or `cpu`."""
+    if options.device == "auto":
+        return "cuda" if torch.cuda.device_count() else "cpu"
+    return options.device
+
+
+def _count(options: MegatronOptions, asked: Asked, kind: str) -> int:
+    """Ranks. Of CUDA devices all there are, unless fewer are to be used; processors are as many as are asked for."""
+    if kind == "cpu":
+        parts = (asked.tensor, asked.pipeline, asked.data, asked.context)
+        return options.devices or math.prod(part or 1 for part in parts)
+    there = torch.cuda.device_count()
+    count = options.devices or max(1, there)
+    if count > there:
+        raise LoadError(f"{count} CUDA devices are wanted (options.devices), this machine has {there}")
+    return count
+
+
+def _memory_bytes(options: MegatronOptions, kind: str, count: int) -> int:
+    """Of one device: its own, the smallest one's where they differ; of main memory a rank's share. All of it, and not
+    what happens to be free, so that a start leads to the same layout as the one before."""
+    if options.device_memory_gib is not None:
+        return int(options.device_memory_gib * GIB)
+    if kind == "cuda":
+        return min(int(torch.cuda.get_device_properties(number).total_memory) for number in range(count))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
