@@ -22,8 +22,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import zmq
 
+from engines.distant_folders import StorageUnreachable
 from engines.interface import Engine, EngineBroken, EngineConfig, EngineInfo, LoadError
 from engines.messages import (
     EXIT_OWNER_GONE,
@@ -52,6 +54,7 @@ from engines.performing import TrainingCalls, failure_of_engine
 from engines.registry import engine_class
 from engines.sampling_calls import SamplingCalls
 from engines.snapshot_writing import SnapshotWriter
+from engines.storage import FolderStorage
 from engines.vitals import Doing, Heart, Vitals
 
 log = logging.getLogger("engines.host")
@@ -82,7 +85,7 @@ class Host:
         self._engine = engine
         self._owner_timeout_s = config.owner_timeout_s
         self._training = TrainingCalls(engine, info, config)
-        self._snapshots = SnapshotWriter(config.storage)
+        self._snapshots = SnapshotWriter(FolderStorage.of(config))
         self._samples = SamplingCalls(engine, info, self._send)
         self._news = engine.news
         self._told = False
@@ -206,13 +209,14 @@ class Host:
 # ---------------------------------------------------------------------------- from greeting to exit
 
 
-def run(socket: Socket, heart: Heart) -> int:
-    """A process's whole life on a connected socket; gives its exit status."""
+def run(socket: Socket, heart: Heart, storage: str = "") -> int:
+    """A process's whole life on a connected socket; gives its exit status. `storage` is a folder of this machine, if it
+    is another one than the owner's."""
     socket.send_multipart(pack(Hello(PROTOCOL, os.getpid(), platform.python_version())))
     said = _await_load(socket)
     if not isinstance(said, Load):
         return EXIT_STOPPED if isinstance(said, Stop) else EXIT_OWNER_GONE
-    config = said.config
+    config = msgspec.structs.replace(said.config, storage=storage) if storage else said.config
     start_logging(config.name)
     with heart.vitals.during(Doing.LOADING):
         engine = _load(socket, config)
@@ -245,6 +249,7 @@ def _await_load(socket: Socket) -> Load | Stop | None:
 def _load(socket: Socket, config: EngineConfig) -> Engine | None:
     """The loaded engine, after telling the owner; None when it cannot be loaded, which the owner is told too."""
     try:
+        require_storage(config)
         engine = engine_class(config.plugin).load(config)
         files = engine.tokenizer_files()
         socket.send_multipart(pack(Ready(engine.info(), list(files)), *files.values()))
@@ -252,11 +257,28 @@ def _load(socket: Socket, config: EngineConfig) -> Engine | None:
         log.error("%s cannot be loaded: %s", config.base_model, error)
         socket.send_multipart(pack(LoadFailed(str(error), final=True)))
         return None
+    except StorageUnreachable as error:
+        message = f"storage_url cannot be written to from {platform.node()}: {error}"
+        log.error("%s", message)
+        socket.send_multipart(pack(LoadFailed(message)))
+        return None
     except Exception as error:  # the process boundary: a plugin may raise anything while it loads
         failure = failure_of_engine(error, "loading the model", f"loading {config.base_model}")
         socket.send_multipart(pack(LoadFailed(failure.message)))
         return None
     return engine
+
+
+def require_storage(config: EngineConfig) -> None:
+    """See that a storage elsewhere can be used here. Raises LoadError and StorageUnreachable."""
+    try:
+        FolderStorage.of(config).check()
+    except (ImportError, ValueError) as error:
+        kind = config.storage_url.partition("://")[0]
+        raise LoadError(
+            f"storage_url begins with {kind!r}, for which something is missing in the engine's interpreter: {error}; "
+            "for S3: pip install fsspec s3fs"
+        ) from error
 
 
 def exit_with_owner(timeout_s: float | None = None, on_sign: Callable[[], None] = lambda: None) -> None:
@@ -322,6 +344,9 @@ def main() -> int:
         help="silence on standard input after which to exit, once something has come by it",
     )
     parser.add_argument(
+        "--storage", default="", metavar="FOLDER", help="for copies of what is stored; not given: the owner's"
+    )
+    parser.add_argument(
         "--die-with-parent", action="store_true", help="be killed by the system when the parent is killed"
     )
     arguments = parser.parse_args()
@@ -339,7 +364,7 @@ def main() -> int:
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.connect(address)
     try:
-        return run(socket, heart)
+        return run(socket, heart, arguments.storage)
     except EngineBroken:
         log.critical("the engine is broken; only a new process helps", exc_info=True)
         os._exit(EXIT_BROKEN)  # at once: what would tidy up may need the device

@@ -74,7 +74,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     """What an engine process is started with.
 
     `model` is a local folder or a hub name; `base_model` the name it is served under; `storage` the folder that
-    storage keys are relative to; `options` belong to the plugin, which refuses unknown ones with LoadError.
+    storage keys are relative to, or with a `storage_url` that of copies of what is stored there; `options` belong to
+    the plugin, which refuses unknown ones with LoadError.
     `run_memory_bytes` and `adapter_memory_bytes` are limits that somebody has set; `engines.memory.limits` has others.
     `sampling_share` is the part of the time, between 0 and 1, in which an engine samples while it has training to do
     too.
@@ -92,6 +93,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     run_memory_bytes: int | None = None
     adapter_memory_bytes: int | None = None
     sampling_share: float = 0.5
+    storage_url: str = ""
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from engines.checks import check_operation
+from engines.distant_folders import StorageUnreachable
 from engines.interface import (
     DamagedWeights,
     Engine,
@@ -45,7 +46,7 @@ from engines.operations import (
     decode_operation,
     encode,
 )
-from engines.storage import verify
+from engines.storage import FolderStorage, verify
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class TrainingCalls:
         self._engine = engine
         self._info = info
         self._epoch = config.epoch
-        self._storage = config.storage
+        self._storage = FolderStorage.of(config)
         self._memory = RunMemory(info.run_memory_bytes)
         self._applied: dict[str, int] = {}
         self._changed: dict[str, int] = {}
@@ -367,7 +368,9 @@ def refused(error: UserError, what: str, *, replay: bool = False) -> Failure:
 
 
 def cause_of(error: OSError) -> str:
-    """Why the operating system refused, in its own words."""
+    """Why the operating system refused, in its own words; a distant storage's are for the log."""
+    if isinstance(error, StorageUnreachable):
+        return "it is out of reach"
     return "the operating system refused" if error.errno is None else os.strerror(error.errno)
 
 

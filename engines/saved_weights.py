@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import msgspec
@@ -10,14 +11,20 @@ from engines.adapters import OPTIMIZER
 from engines.interface import DamagedWeights, UserError
 from engines.storage import CHECKSUMS, FolderStorage, sha256_of
 
+log = logging.getLogger(__name__)
 
-def open_weights(root: str | Path, key: str, *names: str) -> Path:
+
+def open_weights(storage: FolderStorage, key: str, *names: str) -> Path:
     """The folder of a key, whose files of the given names are compared with the checksums beside them.
 
     A folder without checksums is older than they are; its files are taken as they are. Raises DamagedWeights for what
     is missing, cannot be read or differs, and UserError when weights were saved without the optimizer's state.
     """
-    folder = FolderStorage(root).path(key)
+    try:
+        folder = storage.bring(key)
+    except OSError as error:
+        log.error("%s cannot be read: %s", key, error)
+        raise DamagedWeights("the stored weights are out of reach", storage.path(key)) from error
     if not folder.is_dir():
         raise DamagedWeights("the stored weights are not there any more", folder)
     written = _written(folder)

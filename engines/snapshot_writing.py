@@ -14,8 +14,8 @@ from engines.storage import FolderStorage, checksums
 class SnapshotWriter:
     """Writes one snapshot after the other. What has become of them is asked for, in the engine's own thread."""
 
-    def __init__(self, storage: str) -> None:
-        self._storage = FolderStorage(storage)
+    def __init__(self, storage: FolderStorage) -> None:
+        self._storage = storage
         self._thread = ThreadPoolExecutor(1, "snapshots")
         self._under_way: list[Future[SnapshotTaken]] = []
 

@@ -1,5 +1,7 @@
 """Stored folders by key: either complete and synced, or not there at all.
 
+With a URL they are stored where it says, and a folder of this machine holds copies of what was written or used lately.
+
 A key is a relative path such as `checkpoints/0f3a`, decided when an operation is accepted. A folder is written once.
 Only a save that was cut short may come again with its key; nobody has been told of the first one, so it is replaced.
 """
@@ -11,14 +13,16 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from engines.interface import UserError
+from engines.distant_folders import DistantFolders
+from engines.interface import EngineConfig, UserError
 
 CHECKSUMS = "checksums.json"
 """Beside saved weights: the SHA-256, hex, of each file by its name."""
@@ -26,13 +30,31 @@ CHECKSUMS = "checksums.json"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _RANDOM = "[0-9a-f]" * 32
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+UNUSED_S = 3600.0
+"""Seconds after which a copy of what is stored elsewhere goes, if nobody has used it."""
+MARK = ".database"
+"""Beside stored folders: whose they are."""
+_PROBE = ".written-by-engines"
 
 
 class FolderStorage:
-    """Folders below `root`, which is made when the first one is written."""
+    """Folders below `root`, which is made when the first one is written; with a `url` they are stored there, and `root`
+    has copies. What cannot be reached raises an OSError."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, url: str = "") -> None:
         self.root = Path(root)
+        self._distant = DistantFolders(url) if url else None
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> FolderStorage:
+        """An engine's."""
+        return cls(config.storage, config.storage_url)
+
+    def check(self) -> None:
+        """See that there can be written to where a URL says. Raises ImportError, ValueError and OSError."""
+        if self._distant is not None:
+            self._distant.check()
+            self._distant.write(_PROBE, b"")
 
     def path(self, key: str) -> Path:
         """Where a key lies, whether it exists or not.
@@ -64,15 +86,75 @@ class FolderStorage:
             for path in sorted(partial.rglob("*"), reverse=True):
                 _sync(path)
             _sync(partial)
+            if self._distant is not None:
+                self._distant.push(key, partial)
             _move(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _sync(target.parent)
+        self._drop_unused()
+
+    def bring(self, key: str) -> Path:
+        """Where the folder of a key is on this machine now, if it is stored. What is there is not changed: what is
+        stored under a key stays the same."""
+        folder = self.path(key)
+        if self._distant is None:
+            return folder
+        with suppress(FileNotFoundError):
+            os.utime(folder)
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        coming = _sibling(folder)
+        coming.mkdir()
+        try:
+            if self._distant.pull(key, coming):
+                coming.rename(folder)
+        except OSError as error:
+            if error.errno not in _TAKEN:  # else somebody else has brought the same meanwhile
+                raise
+        finally:
+            shutil.rmtree(coming, ignore_errors=True)
+        self._drop_unused()
+        return folder
+
+    def remove(self, key: str) -> None:
+        """Remove what is stored under a key, or what was left half written. Raises FileNotFoundError when there is
+        nothing, unless it is stored elsewhere."""
+        if self._distant is not None:
+            self._distant.remove(key)
+            shutil.rmtree(self.root / key, ignore_errors=True)
+        else:
+            shutil.rmtree(self.root / key)
+
+    def older_than(self, below: str, moment: float) -> list[str]:
+        """Keys of the folders in the folder `below` that nobody has written to since a moment, in seconds since 1970;
+        those too that are half written."""
+        if self._distant is not None:
+            return self._distant.older_than(below, moment)
+        folder = self.root / below
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(
+            f"{below}/{path.name}" for path in found if path.is_dir() and _written_at(path) < moment
+        )
+
+    def owner(self) -> str:
+        """Whose folders these are, as `claim` has said it; empty: nobody has."""
+        if self._distant is not None:
+            return (self._distant.read(MARK) or b"").decode(errors="replace")
+        mark = self.root / MARK
+        return mark.read_text() if mark.exists() else ""
+
+    def claim(self, owner: str) -> None:
+        """Say whose folders these are."""
+        if self._distant is not None:
+            self._distant.write(MARK, owner.encode())
+        else:
+            (self.root / MARK).write_text(owner)
 
     def open(self, key: str, *names: str) -> Path:
         """The folder of a key, which holds files of the given names. Raises UserError naming what is missing."""
-        folder = self.path(key)
+        folder = self.bring(key)
         if not folder.is_dir():
             raise UserError(
                 f"there is nothing stored under {key}; it has been deleted, or its save did not finish"
@@ -88,19 +170,23 @@ class FolderStorage:
         files = (path for path in folder.rglob("*") if path.is_file())
         return sum(path.stat().st_size for path in files if path.name != CHECKSUMS)
 
+    def _drop_unused(self) -> None:
+        """Remove copies that nobody has used for a while, and what was left half written."""
+        if self._distant is None:
+            return
+        for place, folders, files in os.walk(self.root):
+            path = Path(place)
+            if files and not folders and _written_at(path) < time.time() - UNUSED_S:
+                shutil.rmtree(path, ignore_errors=True)
 
-def write_folder(root: str | Path, key: str, files: Mapping[str, bytes]) -> int:
+
+def write_folder(storage: FolderStorage, key: str, files: Mapping[str, bytes]) -> int:
     """Store files by name under a key, sealed, complete and synced; gives the bytes written, its checksums apart."""
-    with FolderStorage(root).write(key) as folder:
+    with storage.write(key) as folder:
         for name, data in files.items():
             (folder / name).write_bytes(data)
         seal(folder)
     return sum(len(data) for data in files.values())
-
-
-def open_folder(root: str | Path, key: str, *names: str) -> Path:
-    """The folder of a key, with files of the given names in it. Raises UserError naming what is missing."""
-    return FolderStorage(root).open(key, *names)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -114,9 +200,9 @@ def seal(folder: Path) -> None:
     (folder / CHECKSUMS).write_bytes(msgspec.json.encode(checksums(folder)))
 
 
-def verify(root: str | Path, key: str, expected: Mapping[str, str]) -> None:
+def verify(storage: FolderStorage, key: str, expected: Mapping[str, str]) -> None:
     """See that a folder holds the files that were written to it. Raises UserError naming what is missing or differs."""
-    folder = open_folder(root, key, *expected)
+    folder = storage.open(key, *expected)
     for name, wanted in expected.items():
         try:
             found = sha256_of(folder / name)
@@ -151,6 +237,14 @@ def _move(partial: Path, target: Path) -> None:
         old = _sibling(target)
         target.rename(old)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _written_at(folder: Path) -> float:
+    """When a folder, or a file in it, was changed last; what is being removed meanwhile was just now."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:
+        return time.time()
 
 
 def _make_synced(folder: Path) -> None:

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engines.distant_folders import StorageUnreachable
 from engines.interface import UserError
 from gateway import admin, openai, tinker
 from gateway.auth import Keys
@@ -24,7 +25,7 @@ from gateway.checkpoints import FolderRemovals
 from gateway.completions import Completions
 from gateway.data_folder import lock, make_private
 from gateway.duties import Duties, standing_duties
-from gateway.errors import ConfigurationError, StoreUnavailable, TandemError
+from gateway.errors import ConfigurationError, StorageUnavailable, StoreUnavailable, TandemError
 from gateway.fleet import Fleet
 from gateway.futures import Futures
 from gateway.health import router as health
@@ -94,6 +95,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.router.routes.extend(tinker.last_routes)
     app.add_exception_handler(TandemError, _answer_error)
     app.add_exception_handler(UserError, _answer_user_error)
+    app.add_exception_handler(StorageUnreachable, _answer_unreachable)
     app.add_exception_handler(RequestValidationError, _answer_bad_parameter)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -256,6 +258,13 @@ def _answer_error(request: Request, error: Exception) -> Response:
     if error.param is not None:
         body["param"] = error.param
     return JSONResponse(body, error.status, dict(error.headers))
+
+
+def _answer_unreachable(request: Request, error: Exception) -> Response:
+    error_id = secrets.token_hex(6)
+    log.error("error %s: %s %s: the storage: %s", error_id, request.method, request.url.path, error)
+    sentence = f"the storage cannot be reached; the server's log says why under {error_id}"
+    return _answer_error(request, StorageUnavailable(sentence))
 
 
 def _answer_user_error(request: Request, error: Exception) -> Response:

@@ -36,12 +36,12 @@ async def files_of(settings: Settings, checkpoint: Checkpoint) -> list[StoredFil
 
     Raises NotFound when its folder is gone.
     """
-    return await asyncio.to_thread(_list, settings.storage_dir, checkpoint)
+    return await asyncio.to_thread(_list, settings.storage, checkpoint)
 
 
-def _list(storage_dir: Path, checkpoint: Checkpoint) -> list[StoredFile]:
+def _list(storage: FolderStorage, checkpoint: Checkpoint) -> list[StoredFile]:
     try:
-        folder = FolderStorage(storage_dir).open(checkpoint.folder)
+        folder = storage.open(checkpoint.folder)
     except UserError as error:
         raise NotFound(f"the files of {checkpoint.path} are gone") from error
     kept_back = (OPTIMIZER, CHECKSUMS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import shutil
-from pathlib import Path
 
 from gateway.errors import BadRequest, NotFound
 from gateway.settings import Settings
@@ -150,9 +148,8 @@ async def delete_expired(store: Store, settings: Settings) -> int:
 
 async def remove_folder(settings: Settings, folder: str) -> None:
     """Remove a stored folder that nothing refers to."""
-    place = settings.storage_dir / Path(folder)
     try:
-        await asyncio.to_thread(shutil.rmtree, place)
+        await asyncio.to_thread(settings.storage.remove, folder)
     except FileNotFoundError:
         log.info("folder %s was gone already", folder)
     except OSError as error:

@@ -175,5 +175,12 @@ class StoreUnavailable(Passing):
     code = "store_unavailable"
 
 
+class StorageUnavailable(Passing):
+    """The storage at `storage_url` does not answer; its log says why, under the id in the message."""
+
+    status = 503
+    code = "storage_unavailable"
+
+
 class ConfigurationError(Exception):
     """The gateway cannot start with these settings; the message says which one and what is allowed."""

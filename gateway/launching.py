@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from gateway.engine_settings import EngineSettings
-from gateway.settings import engine_environment
+from gateway.settings import Settings, engine_environment
 
 
 class Launch(NamedTuple):
@@ -19,14 +18,14 @@ class Launch(NamedTuple):
     environment: dict[str, str]
 
 
-def launch_of(engine: EngineSettings, storage: Path) -> Launch:
+def launch_of(engine: EngineSettings, settings: Settings) -> Launch:
     """To have one replica of an engine."""
     environment = engine_environment(next(iter(engine.devices), None))
     if engine.ray is None:
         return Launch([engine.python, "-m", "engines.host"], environment)
     wanted = {
         **msgspec.to_builtins(engine.ray),
-        "storage": str(storage.resolve()),
+        "storage": "" if settings.storage_url else str(settings.storage_dir.resolve()),
         "python": "" if engine.python == sys.executable else engine.python,
     }
     command = [sys.executable, "-m", "engines.on_ray", "--wanted", msgspec.json.encode(wanted).decode()]

@@ -5,9 +5,7 @@ Who has a recipient's private key decrypts a file with `age -d -i KEY FILE.age`;
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyrage
@@ -51,15 +49,14 @@ def _recipient(text: str, place: int) -> Recipient:
         ) from error
 
 
-def seal_folder(storage_dir: Path, folder: str, recipients: Sequence[str]) -> int:
+def seal_folder(storage: FolderStorage, folder: str, recipients: Sequence[str]) -> int:
     """Encrypt every file of the plain folder into `folder`, then remove the plain one; gives the bytes written.
 
     What is there afterwards is complete and synced. It may be repeated, also after it has ended.
     Raises UserError, and OSError as storage does.
     """
-    storage = FolderStorage(storage_dir)
     parsed = parse_recipients(recipients)
-    if storage.path(folder).is_dir() and not storage.path(plain_folder(folder)).is_dir():
+    if storage.bring(folder).is_dir() and not storage.bring(plain_folder(folder)).is_dir():
         return storage.size(storage.open(folder))
     plain = storage.open(plain_folder(folder))
     with storage.write(folder) as sealed:
@@ -68,5 +65,5 @@ def seal_folder(storage_dir: Path, folder: str, recipients: Sequence[str]) -> in
             with path.open("rb") as source, (sealed / f"{path.name}{SUFFIX}").open("wb") as target:
                 pyrage.encrypt_io(source, target, parsed)
         size = storage.size(sealed)
-    shutil.rmtree(plain)
+    storage.remove(plain_folder(folder))
     return size

@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from engines.environment import for_engine
+from engines.storage import FolderStorage
 from gateway.engine_settings import BUILT_IN, EngineSettings, check_engines
 from gateway.errors import ConfigurationError
 
@@ -121,6 +122,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds for which older snapshots stay, for backups that copy the database first and the files after it."""
     snapshot_url: str = ""
     """Where snapshots are kept, as a URL of fsspec: `s3://bucket/prefix`; empty: in `data_dir`, beside checkpoints."""
+    storage_url: str = ""
+    """Where checkpoints, samplers' weights and snapshots are stored, as a URL of fsspec, for engines and gateways that
+    have no folder in common; empty: in `data_dir`."""
     lease_s: float = 15.0
     """Seconds for which a gateway holds an engine's lease; renewed three times in each."""
     session_timeout_s: float = 86400.0
@@ -140,8 +144,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def storage_dir(self) -> Path:
-        """The folder that storage keys are relative to."""
-        return self.data_dir / "storage"
+        """The folder that storage keys are relative to; with `storage_url` that of this machine's copies."""
+        return self.data_dir / ("copies" if self.storage_url else "storage")
+
+    @property
+    def storage(self) -> FolderStorage:
+        """What is stored, by keys."""
+        return FolderStorage(self.storage_dir, self.storage_url)
 
     @property
     def url(self) -> str:
@@ -233,6 +242,11 @@ def _checked(settings: Settings) -> Settings:
     _check_retention(settings)
     _check_leases(settings)
     _check_what_clients_meet(settings)
+    if settings.snapshot_url and settings.storage_url:
+        raise ConfigurationError(
+            "snapshot_url and storage_url are both set: with storage_url snapshots are stored there too; leave "
+            "snapshot_url out"
+        )
     return settings
 
 

@@ -1,7 +1,7 @@
-"""Where snapshots lie in the long run: in the engines' storage folder, or where a URL of fsspec's says.
+"""Where snapshots lie in the long run: with all that is stored, or where a URL of their own says.
 
-An engine writes to its own folder, and reads from there. With a URL the files are moved to it before a snapshot is
-registered, and brought back before one is restored. There need be no renaming there: what has not been registered
+An engine writes to its storage, and reads from there. With a `snapshot_url` the files are moved to it before a snapshot
+is registered, and brought back before one is restored. There need be no renaming there: what has not been registered
 counts for nothing, and the engine compares every file with its checksum before it uses it.
 """
 
@@ -15,12 +15,12 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import unquote
 
-import fsspec
-
+from engines.distant_folders import DistantFolders
+from engines.storage import FolderStorage
 from gateway.errors import ConfigurationError
 from gateway.settings import Settings
 
@@ -46,14 +46,15 @@ class SnapshotFiles:
 
     def __init__(self, settings: Settings) -> None:
         self._local = settings.storage_dir
-        self._url = settings.snapshot_url.rstrip("/")
+        self._elsewhere = DistantFolders(settings.snapshot_url) if settings.snapshot_url else None
+        self._kept = FolderStorage(settings.storage_dir, settings.snapshot_url or settings.storage_url)
         self.fetches = asyncio.Semaphore(_FETCHES)
         self._threads = ThreadPoolExecutor(_THREADS, "snapshots")
 
     @property
     def distant(self) -> bool:
         """Whether a snapshot has to be brought before an engine can read it."""
-        return bool(self._url)
+        return self._elsewhere is not None
 
     @staticmethod
     def new_key(database: bytes) -> str:
@@ -63,70 +64,58 @@ class SnapshotFiles:
 
     async def keep(self, key: str) -> None:
         """See that what an engine has written stays. Raises SnapshotsUnreachable, and then the key holds nothing."""
-        if self._url:
+        if self._elsewhere is not None:
             try:
-                await self._try(lambda: self._upload(key))
+                await self._try(partial(self._elsewhere.push, key, self._place(key)))
             finally:
                 await asyncio.to_thread(shutil.rmtree, self._place(key), ignore_errors=True)
 
     async def bring(self, key: str) -> None:
-        """Have the files in the engines' storage folder, as far as they exist. Raises SnapshotsUnreachable."""
-        if self._url:
-            await self._try(lambda: self._download(key))
+        """Have the files in the engines' storage folder, as far as they exist, unless engines bring them by themselves;
+        then only see that these can. Raises SnapshotsUnreachable."""
+        if self._elsewhere is not None:
+            await self._try(partial(self._download, self._elsewhere, key))
+        else:
+            await self._try(self._kept.owner)
 
     async def put_away(self, key: str) -> None:
         """After `bring`: they are not needed there any more."""
-        if self._url:
+        if self._elsewhere is not None:
             await asyncio.to_thread(shutil.rmtree, self._place(key), ignore_errors=True)
 
     async def remove(self, key: str) -> None:
         """Remove a snapshot that is not registered; what cannot be removed now is found again later."""
         try:
-            await self._try(lambda: self._remove(key))
+            await self._try(partial(self._remove, key))
         except SnapshotsUnreachable as error:
             log.warning("snapshot %s is removed later: %s", key, error)
 
     async def put_away_older_than(self, seconds: float, database: bytes) -> int:
         """The same for what was brought, or was about to be moved, by a process that has died since; how many."""
-        if not self._url:
+        if self._elsewhere is None:
             return 0
-        keys = await asyncio.to_thread(
-            _older_than, *self._own_disk(), time.time() - seconds, _below(database)
-        )
+        here = FolderStorage(self._local)
+        keys = await asyncio.to_thread(here.older_than, _below(database), time.time() - seconds)
         for key in keys:
             await self.put_away(key)
         return len(keys)
 
     async def older_than(self, seconds: float, database: bytes) -> list[str]:
         """Keys of everything that was written so long ago for a database. Raises SnapshotsUnreachable."""
-        return await self._try(lambda: self._older_than(time.time() - seconds, _below(database)))
+        return await self._try(partial(self._kept.older_than, _below(database), time.time() - seconds))
 
     # ------------------------------------------------------------------ in a worker thread
 
     def _place(self, key: str) -> Path:
         return self._local / key
 
-    def _remote(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        """The file system of the URL, and the path of the URL in it."""
-        files, root = fsspec.url_to_fs(self._url)
-        return files, root.rstrip("/")
-
-    def _upload(self, key: str) -> None:
-        files, root = self._remote()
-        for path in sorted(self._place(key).iterdir()):
-            files.put_file(str(path), f"{root}/{key}/{path.name}")
-
-    def _download(self, key: str) -> None:
+    def _download(self, elsewhere: DistantFolders, key: str) -> None:
         """Under another name first: a thread whose caller has gone on writes nothing where somebody reads."""
-        files, root = self._remote()
         place = self._place(key)
         shutil.rmtree(place, ignore_errors=True)
         coming = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
         coming.mkdir(parents=True)
-        files.invalidate_cache()
-        with contextlib.suppress(FileNotFoundError):  # the engine says which files are missing
-            for path in files.ls(f"{root}/{key}", detail=False):
-                files.get_file(path, str(coming / path.rpartition("/")[2]))
+        elsewhere.pull(key, coming)  # the engine says which files are missing
         try:
             coming.rename(place)
         except OSError:  # somebody else has brought the same meanwhile
@@ -134,48 +123,17 @@ class SnapshotFiles:
 
     def _remove(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            if self._url:
-                files, root = self._remote()
-                files.rm(f"{root}/{key}", recursive=True)
-            else:
-                shutil.rmtree(self._place(key))
-
-    def _own_disk(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        return fsspec.filesystem("file"), str(self._local.resolve())
-
-    def _older_than(self, moment: float, below: str) -> list[str]:
-        return _older_than(*(self._remote() if self._url else self._own_disk()), moment, below)
+            self._kept.remove(key)
 
     async def _try(self, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except (
-            Exception
-        ) as error:  # boundary: each file system of fsspec has errors of its own; callers get ours
+        except OSError as error:
             error_id = secrets.token_hex(6)
-            why = f"{type(error).__name__}: {error}"
-            log.error("error %s: the storage of snapshots: %s", error_id, self._without_credentials(why))
+            log.error("error %s: the storage of snapshots: %s", error_id, error)
             raise SnapshotsUnreachable(
                 f"the storage of snapshots cannot be reached; the log has more under {error_id}"
             ) from error
-
-    def _without_credentials(self, text: str) -> str:
-        """Somebody else's error, in which the URL, or the part of it that names a user, may be repeated."""
-        user, at, _ = self._url.partition("://")[2].partition("/")[0].rpartition("@")
-        password = user.partition(":")[2]
-        for secret in (user + at, password, unquote(password)):
-            text = text.replace(secret, "***") if secret else text
-        return text
-
-
-def _older_than(files: fsspec.AbstractFileSystem, root: str, moment: float, below: str) -> list[str]:
-    """Keys by the newest file of each, for a file system of objects has no folders."""
-    files.invalidate_cache()
-    found: dict[str, float] = {}
-    for path in files.find(f"{root}/{below}"):
-        key = f"{below}/{path.removeprefix(f'{root}/{below}/').partition('/')[0]}"
-        found[key] = max(found.get(key, 0.0), files.modified(path).timestamp())
-    return [key for key, written in found.items() if written < moment]
 
 
 def _below(database: bytes) -> str:
@@ -183,15 +141,19 @@ def _below(database: bytes) -> str:
 
 
 def check_place(settings: Settings) -> None:
-    """See that snapshots can go where the settings say. Raises ConfigurationError."""
-    if not settings.snapshot_url:
-        return
-    protocol = settings.snapshot_url.partition("://")[0]  # what follows may hold credentials
+    """See that snapshots, and what else is stored, can go where the settings say. Raises ConfigurationError."""
+    for name in ("snapshot_url", "storage_url"):
+        if url := getattr(settings, name):
+            _check_url(name, url)
+
+
+def _check_url(name: str, url: str) -> None:
+    protocol = url.partition("://")[0]  # what follows may hold credentials
     try:
-        fsspec.url_to_fs(settings.snapshot_url)
+        DistantFolders(url).check()
     except ImportError as error:
-        raise ConfigurationError(f"snapshot_url begins with {protocol!r}: {error}") from None
+        raise ConfigurationError(f"{name} begins with {protocol!r}: {error}") from None
     except ValueError:
         raise ConfigurationError(
-            f"snapshot_url begins with {protocol!r}; it must be a URL of a kind that fsspec knows, such as s3://bucket"
+            f"{name} begins with {protocol!r}; it must be a URL of a kind that fsspec knows, such as s3://bucket"
         ) from None

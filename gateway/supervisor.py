@@ -265,7 +265,7 @@ class Supervisor:
         patience = Patience(settings.engine_silence_s, settings.engine_hang_s)
         self.process = await EngineProcess.start(
             self._config(),
-            launch_of(self.engine, settings.storage_dir),
+            launch_of(self.engine, settings),
             settings.engine_start_timeout_s,
             patience,
         )
@@ -308,6 +308,7 @@ class Supervisor:
             run_memory_bytes=engine.run_memory_bytes,
             adapter_memory_bytes=engine.adapter_memory_bytes,
             sampling_share=engine.sampling_share,
+            storage_url=settings.storage_url,
         )
 
     async def _tell(self, process: EngineProcess) -> None:

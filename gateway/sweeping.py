@@ -8,10 +8,9 @@ the outcome of an operation that is open. So to look once is enough; only what w
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
-from pathlib import Path
 
+from engines.storage import MARK
 from gateway.checkpoints import remove_folder
 from gateway.sealing import plain_folder
 from gateway.settings import Settings
@@ -20,7 +19,6 @@ from gateway.store import Store
 GRACE_S = 86400.0
 """Seconds since a folder was last written to before it counts as left behind."""
 FOLDER = "checkpoints"
-_MARK = ".database"
 _AT_A_TIME = 200
 _PLAIN = plain_folder("")
 _PARTIAL = ".partial"
@@ -33,17 +31,16 @@ class ForeignStorage(Exception):
 async def sweep(store: Store, settings: Settings) -> int:
     """Free what nothing names; how many folders that were. Raises ForeignStorage, and frees nothing, when the folder
     belongs to another database, as when an operator has changed `database_url` and nothing else."""
-    storage = settings.storage_dir
-    found = await asyncio.to_thread(_left_alone_since, storage / FOLDER, time.time() - GRACE_S)
+    storage = settings.storage
+    keys = await asyncio.to_thread(storage.older_than, FOLDER, time.time() - GRACE_S)
+    found = [key.removeprefix(f"{FOLDER}/") for key in keys]
     partial = [name for name in found if name.endswith(_PARTIAL)]
     whole = [name for name in found if not name.startswith(".")]
     needed = await _needed(store, whole)
     secret = (await store.secrets.get("storage")).hex()
-    await asyncio.to_thread(_require_ours, storage, secret, known=bool(needed) or not whole)
-    for name in partial:
-        await asyncio.to_thread(shutil.rmtree, storage / FOLDER / name, ignore_errors=True)
+    await asyncio.to_thread(_require_ours, settings, secret, known=bool(needed) or not whole)
     strays = [name for name in whole if name not in needed]
-    for name in strays:
+    for name in partial + strays:
         await remove_folder(settings, f"{FOLDER}/{name}")
     return len(partial) + len(strays)
 
@@ -59,22 +56,14 @@ async def _needed(store: Store, names: list[str]) -> set[str]:
     return needed
 
 
-def _left_alone_since(folder: Path, moment: float) -> list[str]:
-    if not folder.exists():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.stat().st_mtime < moment)
-
-
-def _require_ours(storage: Path, secret: str, *, known: bool) -> None:
-    mark = storage / _MARK
-    if mark.exists():
-        ours = mark.read_text() == secret
-    else:
-        ours = known
-        if ours:
-            mark.write_text(secret)
-    if not ours:
+def _require_ours(settings: Settings, secret: str, *, known: bool) -> None:
+    storage = settings.storage
+    owner = storage.owner()
+    if not owner and known:
+        storage.claim(secret)
+    if not (owner == secret if owner else known):
+        place = settings.storage_url.rpartition("@")[2] or settings.storage_dir  # without credentials
         raise ForeignStorage(
-            f"{storage} holds the files of another database, so nothing there is freed. If it is this one's after all, "
-            f"remove {mark} and all folders that this database does not name"
+            f"{place} holds the files of another database, so nothing there is freed. If it is this one's after all, "
+            f"remove its {MARK} and all folders that this database does not name"
         )

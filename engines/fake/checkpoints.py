@@ -67,7 +67,7 @@ class AdapterVersions:
         return self.memory.take(ref.folder, adapter.values.nbytes, lambda: adapter)
 
     def _read(self, ref: AdapterRef) -> Adapter:
-        return _read_version(open_weights(self._storage.root, ref.folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        return _read_version(open_weights(self._storage, ref.folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 
 
 def write_run(storage: FolderStorage, key: str, base_model: str, run: Run, optimizer_state: bool) -> int:
@@ -116,7 +116,7 @@ def read_run(storage: FolderStorage, key: str, spec: LoraSpec, optimizer_state: 
     Raises DamagedWeights, and UserError when the folder holds an adapter of another shape or no optimizer state.
     """
     names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([OPTIMIZER] if optimizer_state else [])]
-    folder = open_weights(storage.root, key, *names)
+    folder = open_weights(storage, key, *names)
     alpha = _read_config(folder).lora_alpha
     if alpha != spec.alpha:
         raise UserError(f"the checkpoint's adapter has alpha {alpha}, the run {spec.alpha}")

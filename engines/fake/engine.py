@@ -62,7 +62,7 @@ class FakeEngine(Engine):
         self._config = config
         self._options = options
         self._weights = base_weights()
-        self._storage = FolderStorage(config.storage)
+        self._storage = FolderStorage.of(config)
         self._runs: dict[str, Run] = {}
         memory = limits(config, None)
         self._versions = AdapterVersions(self._storage, memory.adapters)

@@ -9,6 +9,7 @@ from engines.hf.model import BaseModel
 from engines.memory import AdapterMemory
 from engines.operations import LoraSpec
 from engines.saved_weights import open_weights
+from engines.storage import FolderStorage
 from engines.tuning.checkpoints import read_spec, read_values
 from engines.tuning.lora import Adapter, size
 
@@ -19,7 +20,7 @@ class AdapterVersions:
     A folder is written once, so that what was read or put under its name stays true.
     """
 
-    def __init__(self, storage: str, base: BaseModel, limit: int) -> None:
+    def __init__(self, storage: FolderStorage, base: BaseModel, limit: int) -> None:
         self.storage = storage
         self.base = base
         self.memory: AdapterMemory[Adapter] = AdapterMemory(limit)

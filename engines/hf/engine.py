@@ -46,6 +46,7 @@ from engines.operations import (
     SaveWeights,
     SaveWeightsResult,
 )
+from engines.storage import FolderStorage
 from engines.tokenizer_files import read_tokenizer_files
 from engines.tuning.checkpoints import RunSnapshot, read_run, write_run
 from engines.tuning.lora import Adapter, size
@@ -81,7 +82,7 @@ class HfEngine(Engine):
         memory = limits(config, free)
         self._info = _describe(config, options, base, memory.runs)
         self.runs: dict[str, Run] = {}
-        self.adapters = AdapterVersions(config.storage, base, memory.adapters)
+        self.adapters = AdapterVersions(FolderStorage.of(config), base, memory.adapters)
         self.decoder = Decoder(
             base,
             self.adapters,
@@ -235,7 +236,7 @@ class HfEngine(Engine):
 
     def _read_run(self, folder: str, spec: LoraSpec, optimizer_state: bool) -> Run:
         base = self.base
-        return read_run(self.config.storage, folder, base.sites, base.device, spec, optimizer_state)
+        return read_run(FolderStorage.of(self.config), folder, base.sites, base.device, spec, optimizer_state)
 
     def snapshot(self, run_id: str) -> RunSnapshot:
         run = self._run(run_id)

@@ -45,6 +45,7 @@ from engines.megatron.without_cuda import WithoutCuda
 from engines.operations import CreateRunResult, LoraSpec
 from engines.ranks.following import Perform, follow
 from engines.ranks.world import World
+from engines.storage import FolderStorage
 from engines.tuning.checkpoints import read_run
 from engines.tuning.lora import Adapter, Gradient, Site, size
 from engines.tuning.optimizer import AdamW
@@ -157,7 +158,7 @@ class Rank:
         if self.world.leads:
             try:
                 whole = read_run(
-                    self.config.storage, folder, self.sharding.whole, _CPU, spec, optimizer_state
+                    FolderStorage.of(self.config), folder, self.sharding.whole, _CPU, spec, optimizer_state
                 )
                 said = encode(_stored(whole))
             except UserError as error:

@@ -7,12 +7,15 @@ which dies with it.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +28,8 @@ from engines.vitals import BEAT_S, Vitals
 _LOOK_MS = int(BEAT_S * 1000)
 _LAST_MS = 500
 """How long what a process has sent before its end may be on its way through the system."""
+_PREFIX = "tandem-place-"
+_LOCK = "lock"
 _UNHEARD_S = 30.0
 """Seconds that the other relay may take to be there; after that the engine process is stopped."""
 
@@ -35,7 +40,7 @@ class Introduction(NamedTuple):
     public_key: bytes
     host: str
     storage: bool
-    """Whether the storage folder holds the mark that was put into it."""
+    """Whether the storage folder holds the mark that was put into it; so it is also when there is none."""
     python: str
     """The interpreter that engine processes get; empty: it is not there."""
 
@@ -47,22 +52,26 @@ class Place:
         """`python` is its interpreter; empty: the one that Ray uses here."""
         self._keys = Keys.new()
         self._python = shutil.which(python or sys.executable) or ""
+        self._shares = True
 
     def introduce(self, mark: str) -> Introduction:
-        """Say what this place is. `mark` is the path of a file that is there if the storage is shared."""
-        return Introduction(self._keys.public, os.uname().nodename, Path(mark).is_file(), self._python)
+        """Say what this place is. `mark` is the path of a file that is there if the storage folder is shared; empty:
+        what is stored is brought from elsewhere, and has a folder of this place's own."""
+        self._shares = bool(mark)
+        shared = not mark or Path(mark).is_file()
+        return Introduction(self._keys.public, os.uname().nodename, shared, self._python)
 
     def serve(self, address: str, server_key: bytes, owner_timeout_s: float) -> int:
         """From the start of the process to its end; gives its exit status, which has been told by the channel too."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         vitals = Vitals.create()
-        with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
+        with _own_folder() as folder:
             inner = context.socket(zmq.DEALER)
             inner.set_hwm(0)
             inner.setsockopt(zmq.LINGER, 0)
             inner.bind(f"ipc://{folder}/engine.sock")
             outer = connect(context, address, self._keys, server_key)
-            process = self._spawn(f"ipc://{folder}/engine.sock", vitals, owner_timeout_s)
+            process = self._spawn(folder, vitals, owner_timeout_s)
             try:
                 return _Relaying(process, vitals, inner, outer).until_the_end()
             finally:
@@ -73,12 +82,27 @@ class Place:
                 context.term()
                 vitals.close()
 
-    def _spawn(self, address: str, vitals: Vitals, owner_timeout_s: float) -> subprocess.Popen[bytes]:
-        command = [self._python, "-m", "engines.host", "--die-with-parent", "--connect", address]
+    def _spawn(self, folder: str, vitals: Vitals, owner_timeout_s: float) -> subprocess.Popen[bytes]:
+        command = [self._python, "-m", "engines.host", "--die-with-parent"]
+        command += ["--connect", f"ipc://{folder}/engine.sock"]
+        command += [] if self._shares else ["--storage", f"{folder}/copies"]
         command += ["--vitals", str(vitals.descriptor), "--owner-timeout", str(owner_timeout_s)]
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, env=for_engine(), pass_fds=(vitals.descriptor,), bufsize=0
         )
+
+
+@contextmanager
+def _own_folder() -> Iterator[str]:
+    """A folder for one engine. Ray ends actors without a word: those that such ones have left here are removed first,
+    which nobody holds any more."""
+    for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError), (old / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, Path(folder, _LOCK).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 class _Relaying:

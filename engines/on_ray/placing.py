@@ -42,7 +42,7 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: str
     """`host:port` of the cluster, or `local`: one that is started here, and ends with the engine."""
     storage: str
-    """The gateway's storage folder."""
+    """The gateway's storage folder, which the node has to have too; empty: it need not, there is a storage_url."""
     python: str = ""
     """Interpreter of the engine process on its node; empty: the one that Ray uses there."""
     cpus: float = 1.0
@@ -156,7 +156,8 @@ def _check(place: Introduction, wanted: Wanted) -> None:
     if not place.storage:
         raise NoPlace(
             f"{place.host} does not see the gateway's storage folder {wanted.storage}: engines on other machines read "
-            "and write weights there, so it has to be on a file system that all of them have at the same path"
+            "and write weights there, so it has to be on a file system that all of them have at the same path; or set "
+            "storage_url, by which they need none in common"
         )
     if not place.python:
         raise NoPlace(f"its interpreter {wanted.python!r} cannot be run on {place.host}")
@@ -236,7 +237,10 @@ def _unfit(error: Exception, wanted: Wanted) -> NoPlace:
 
 @contextmanager
 def _mark(storage: str) -> Iterator[str]:
-    """A file in the storage folder, by which a node sees whether it has the same one."""
+    """A file in the storage folder, by which a node sees whether it has the same one; no file without a folder."""
+    if not storage:
+        yield ""
+        return
     mark = Path(storage) / f".shared-{uuid.uuid4().hex}"
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()

@@ -24,7 +24,7 @@ from engines.adapters import (
 from engines.interface import EngineConfig, PendingSnapshot, UserError
 from engines.operations import LoraSpec
 from engines.saved_weights import open_weights, unreadable
-from engines.storage import write_folder
+from engines.storage import FolderStorage, write_folder
 from engines.tuning.lora import Adapter, Gradient, Site, size, views
 from engines.tuning.optimizer import AdamW
 from engines.tuning.runs import Run
@@ -48,7 +48,7 @@ def named(sites: Sequence[Site], spec: LoraSpec, values: Tensor) -> Iterator[tup
 
 def write_run(config: EngineConfig, folder: str, run: Run, optimizer_state: bool) -> int:
     """Write a run's weights, and what training needs to go on, to a storage key; gives the bytes written."""
-    return write_folder(config.storage, folder, _files(config.base_model, run, optimizer_state))
+    return write_folder(FolderStorage.of(config), folder, _files(config.base_model, run, optimizer_state))
 
 
 def _files(base_model: str, run: Run, optimizer_state: bool) -> dict[str, bytes]:
@@ -105,7 +105,7 @@ def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
 
 
 def read_run(
-    storage: str,
+    storage: FolderStorage,
     folder: str,
     sites: Sequence[Site],
     device: torch.device,

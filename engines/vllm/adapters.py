@@ -17,6 +17,7 @@ from typing import Any
 from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNEMBEDDING_LAYERS
 from engines.interface import UserError
 from engines.saved_weights import open_weights, unreadable
+from engines.storage import FolderStorage
 from engines.vllm.asking import LoadedAdapter
 
 Drop = Callable[[int], "Future[None]"]
@@ -35,7 +36,7 @@ class Place:
 class AdapterPlaces:
     """The places for adapters by the storage folders of what is in them."""
 
-    def __init__(self, storage: str, count: int, max_rank: int, drop: Drop) -> None:
+    def __init__(self, storage: FolderStorage, count: int, max_rank: int, drop: Drop) -> None:
         self._storage = storage
         self._count = count
         self._max_rank = max_rank

@@ -19,6 +19,7 @@ from engines.interface import (
 from engines.line import Line
 from engines.operations import SampleRequest
 from engines.sampling_only import SamplingEngine
+from engines.storage import FolderStorage
 from engines.vllm.adapters import AdapterPlaces
 from engines.vllm.asking import Facts, Llm, LlmDied, Piece
 from engines.vllm.builds import installed_build
@@ -45,7 +46,7 @@ class VllmEngine(SamplingEngine):
         self._loop = VllmLoop(llm)
         self._info = _describe(config, options, self._loop.start())
         self._adapters = AdapterPlaces(
-            config.storage, options.adapters, options.max_rank, self._loop.drop_adapter
+            FolderStorage.of(config), options.adapters, options.max_rank, self._loop.drop_adapter
         )
         self._line: Line[Sample] = Line()
         self._samples: dict[int, Sample] = {}

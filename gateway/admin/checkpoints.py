@@ -9,7 +9,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from engines.storage import FolderStorage
 from gateway.admin import views
 from gateway.admin.cursors import decode_cursor, next_cursor
 from gateway.admin.imports import Wanted, import_adapter
@@ -228,7 +227,7 @@ async def promote_sampler(
 
 
 def _size(gateway: Gateway, folder: str) -> int:
-    storage = FolderStorage(gateway.settings.storage_dir)
+    storage = gateway.settings.storage
     return storage.size(storage.open(folder))
 
 

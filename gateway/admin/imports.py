@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engines.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from engines.interface import EngineInfo
-from engines.storage import FolderStorage, seal
+from engines.storage import seal
 from gateway.adapter_files import Imported, rewrite_adapter
 from gateway.bodies import patience
 from gateway.checkpoints import checkpoint_path, remove_folder, require_space
@@ -91,7 +91,7 @@ def _store(settings: Settings, scratch: Path, folder: str, info: EngineInfo) -> 
     limits = {ADAPTER_CONFIG: _LARGEST_CONFIG, ADAPTER_WEIGHTS: settings.max_import_bytes}
     with (scratch / "upload.tar").open("rb") as archive:
         unpack_files(archive, scratch, limits)
-    with FolderStorage(settings.storage_dir).write(folder) as target:
+    with settings.storage.write(folder) as target:
         imported = rewrite_adapter(scratch, target, info)
         seal(target)
     return imported
@@ -129,7 +129,7 @@ async def _removed_unless_kept(settings: Settings, folder: str) -> AsyncIterator
     try:
         yield kept
     finally:
-        if folder not in kept and (settings.storage_dir / folder).exists():
+        if folder not in kept:
             await remove_folder(settings, folder)
 
 

@@ -28,7 +28,7 @@ class Sealing:
     """What one lane has to encrypt. A process that dies over it repeats the save and this."""
 
     def __init__(self, settings: Settings) -> None:
-        self._storage_dir = settings.storage_dir
+        self._storage = settings.storage
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(_THREADS, "sealing")
         self._under_way: dict[str, asyncio.Future[int]] = {}
@@ -83,7 +83,7 @@ class Sealing:
         """Encrypt in a thread, after one that has been forgotten over the same folder has ended."""
         while (earlier := self._under_way.get(folder)) is not None:
             await asyncio.wait({earlier})
-        work = partial(seal_folder, self._storage_dir, folder, recipients)
+        work = partial(seal_folder, self._storage, folder, recipients)
         thread = asyncio.get_running_loop().run_in_executor(self._threads, work)
         self._under_way[folder] = thread
         thread.add_done_callback(lambda _: self._under_way.pop(folder))

@@ -12,7 +12,7 @@ import pyrage
 import pytest
 
 from engines.operations import SaveWeightsResult, decode_result
-from engines.storage import write_folder
+from engines.storage import FolderStorage, write_folder
 from gateway.dispatch.sealing import Sealing
 from gateway.sealing import plain_folder, seal_folder
 from gateway.settings import Settings
@@ -26,7 +26,7 @@ FOLDER = "checkpoints/f"
 
 def a_save(settings: Settings) -> Outcome:
     """What an engine has saved in the plain, for a recipient."""
-    write_folder(settings.storage_dir, plain_folder(FOLDER), {"a.bin": b"weights"})
+    write_folder(settings.storage, plain_folder(FOLDER), {"a.bin": b"weights"})
     run = a_run(a_session())
     context = {"checkpoint": {"recipients": RECIPIENTS}}
     future = an_operation(run, 1, "save_weights", context=context, folder=FOLDER)
@@ -81,12 +81,12 @@ async def test_after_a_reset_the_folder_is_sealed_when_the_first_thread_has_ende
     begun, go_on = threading.Event(), threading.Event()
     inside: list[str] = []
 
-    def slow(storage_dir: Path, folder: str, recipients: list[str]) -> int:
+    def slow(storage: FolderStorage, folder: str, recipients: list[str]) -> int:
         assert not inside, "two threads seal one folder"
         inside.append(folder)
         begun.set()
         go_on.wait(10)
-        size = seal_folder(storage_dir, folder, recipients)
+        size = seal_folder(storage, folder, recipients)
         inside.clear()
         return size
 

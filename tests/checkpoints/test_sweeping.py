@@ -36,7 +36,8 @@ class Place:
         folder = self.folder / name
         folder.mkdir(parents=True)
         (folder / "adapter_model.safetensors").write_bytes(b"x")
-        os.utime(folder, (time.time() - age_s,) * 2)
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (time.time() - age_s,) * 2)
 
     def names(self) -> set[str]:
         return {path.name for path in self.folder.iterdir()}

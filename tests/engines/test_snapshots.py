@@ -24,7 +24,7 @@ from engines.messages import (
 from engines.operations import Operation, OperationKind, encode
 from engines.performing import TrainingCalls
 from engines.snapshot_writing import SnapshotWriter
-from engines.storage import checksums, verify
+from engines.storage import FolderStorage, checksums, verify
 from tests.engines.material import CREATE, STEP, learn, look
 from tests.engines.owner import Owner
 
@@ -199,7 +199,7 @@ class Process:
         self.storage = storage
         self.engine = FakeEngine.load(config)
         self.training = TrainingCalls(self.engine, self.engine.info(), config)
-        self.writer = SnapshotWriter(str(storage))
+        self.writer = SnapshotWriter(FolderStorage(storage))
 
     def perform(self, seq_id: int, operation: Operation) -> bytes:
         kind: OperationKind = operation.__struct_config__.tag  # type: ignore[assignment]
@@ -311,12 +311,12 @@ def test_checksums_tell_what_differs(tmp_path: Path) -> None:
     (folder / "b").write_bytes(b"b")
     sums = checksums(folder)
     assert sums == {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a", "b")}
-    verify(tmp_path, "snapshots/one", sums)
+    verify(FolderStorage(tmp_path), "snapshots/one", sums)
     (folder / "b").write_bytes(b"c")
     with pytest.raises(UserError, match=r"b in snapshots/one is not what was written"):
-        verify(tmp_path, "snapshots/one", sums)
+        verify(FolderStorage(tmp_path), "snapshots/one", sums)
     (folder / "a").unlink()
     with pytest.raises(UserError, match="holds no a"):
-        verify(tmp_path, "snapshots/one", sums)
+        verify(FolderStorage(tmp_path), "snapshots/one", sums)
     with pytest.raises(UserError, match="nothing stored under snapshots/two"):
-        verify(tmp_path, "snapshots/two", sums)
+        verify(FolderStorage(tmp_path), "snapshots/two", sums)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engines.interface import UserError
-from engines.storage import CHECKSUMS, FolderStorage, open_folder, write_folder
+from engines.storage import CHECKSUMS, FolderStorage, write_folder
 
 KEY = "checkpoints/0f3a"
 FILES = {"one.bin": b"first", "two.bin": b"\x00" * 1000}
@@ -25,8 +25,8 @@ def entries(root: Path) -> list[str]:
 
 def test_what_was_written_is_there(tmp_path: Path) -> None:
     root = tmp_path / "not" / "yet"
-    assert write_folder(root, KEY, FILES) == 1005
-    folder = open_folder(root, KEY, *FILES)
+    assert write_folder(FolderStorage(root), KEY, FILES) == 1005
+    folder = FolderStorage(root).open(KEY, *FILES)
     assert folder == root / KEY
     stored = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert json.loads(stored.pop(CHECKSUMS)) == {
@@ -60,7 +60,7 @@ def test_size_counts_files_in_folders_below(tmp_path: Path) -> None:
 def test_an_error_leaves_what_was_there_before(tmp_path: Path, existing: bool) -> None:
     storage = FolderStorage(tmp_path)
     if existing:
-        write_folder(tmp_path, KEY, FILES)
+        write_folder(FolderStorage(tmp_path), KEY, FILES)
     before = entries(tmp_path)
     with pytest.raises(KeyboardInterrupt), storage.write(KEY) as folder:
         (folder / "half").write_bytes(b"half")
@@ -75,27 +75,27 @@ def test_an_error_while_syncing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        write_folder(tmp_path, KEY, FILES)
+        write_folder(FolderStorage(tmp_path), KEY, FILES)
     assert entries(tmp_path) == ["checkpoints"]
 
 
 def test_a_repeated_save_replaces_the_first(tmp_path: Path) -> None:
-    write_folder(tmp_path, KEY, FILES)
-    write_folder(tmp_path, KEY, {"one.bin": b"second"})
+    write_folder(FolderStorage(tmp_path), KEY, FILES)
+    write_folder(FolderStorage(tmp_path), KEY, {"one.bin": b"second"})
     assert entries(tmp_path) == ["checkpoints", KEY, f"{KEY}/{CHECKSUMS}", f"{KEY}/one.bin"]
-    assert (open_folder(tmp_path, KEY) / "one.bin").read_bytes() == b"second"
+    assert (FolderStorage(tmp_path).open(KEY) / "one.bin").read_bytes() == b"second"
 
 
 def test_the_other_folders_stay(tmp_path: Path) -> None:
     """Also one whose name begins with the key's, and one that is being written beside it."""
     storage = FolderStorage(tmp_path)
-    write_folder(tmp_path, KEY + "b", FILES)
+    write_folder(FolderStorage(tmp_path), KEY + "b", FILES)
     with storage.write(KEY + ".x") as other:
         (other / "file").write_bytes(b"other")
-        write_folder(tmp_path, KEY, {"one.bin": b""})
-        write_folder(tmp_path, KEY, {"one.bin": b"again"})
+        write_folder(FolderStorage(tmp_path), KEY, {"one.bin": b""})
+        write_folder(FolderStorage(tmp_path), KEY, {"one.bin": b"again"})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0f3a", "0f3a.x", "0f3ab"]
-    assert (open_folder(tmp_path, KEY + ".x") / "file").read_bytes() == b"other"
+    assert (FolderStorage(tmp_path).open(KEY + ".x") / "file").read_bytes() == b"other"
 
 
 def test_files_are_synced_before_the_folder_gets_its_name(
@@ -123,7 +123,7 @@ def test_files_are_synced_before_the_folder_gets_its_name(
     monkeypatch.setattr(os, "open", note_open)
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
-    write_folder(tmp_path, KEY, FILES)
+    write_folder(FolderStorage(tmp_path), KEY, FILES)
     assert sorted(done[:3]) == [f"sync {CHECKSUMS}", "sync one.bin", "sync two.bin"]
     assert done[3].endswith(".partial")
     assert done[4:] == ["rename to 0f3a", "sync checkpoints"]
@@ -143,18 +143,18 @@ def test_a_killed_process_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
     with pytest.raises(UserError, match=KEY):
-        open_folder(tmp_path, KEY)
+        FolderStorage(tmp_path).open(KEY)
     assert len(entries(tmp_path)) == 3
-    write_folder(tmp_path, KEY, {"one.bin": b"whole"})
+    write_folder(FolderStorage(tmp_path), KEY, {"one.bin": b"whole"})
     assert entries(tmp_path) == ["checkpoints", KEY, f"{KEY}/{CHECKSUMS}", f"{KEY}/one.bin"]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoints/none.*deleted"):
-        open_folder(tmp_path, "checkpoints/none")
-    write_folder(tmp_path, KEY, FILES)
+        FolderStorage(tmp_path).open("checkpoints/none")
+    write_folder(FolderStorage(tmp_path), KEY, FILES)
     with pytest.raises(UserError, match=r"checkpoints/0f3a holds no three\.bin"):
-        open_folder(tmp_path, KEY, "one.bin", "three.bin")
+        FolderStorage(tmp_path).open(KEY, "one.bin", "three.bin")
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,9 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 )
 def test_a_key_never_leads_elsewhere(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="storage key"):
-        write_folder(tmp_path, key, FILES)
+        write_folder(FolderStorage(tmp_path), key, FILES)
     with pytest.raises(ValueError, match="storage key"):
-        open_folder(tmp_path, key)
+        FolderStorage(tmp_path).open(key)
     assert entries(tmp_path) == []
 
 

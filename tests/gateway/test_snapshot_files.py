@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import fsspec
-import httpx
 import pytest
 
 from gateway.errors import ConfigurationError
@@ -23,7 +20,8 @@ from gateway.store import Store
 from gateway.store.database import Database
 from tests.gateway.test_recovery import kill_engine
 from tests.gateway.test_snapshots import Trainer
-from tests.served import ServedGateway, free_port
+from tests.object_store import new_bucket, object_store
+from tests.served import ServedGateway
 
 DATABASE = b"0123456789"
 KEY = SnapshotFiles.new_key(DATABASE)
@@ -32,37 +30,14 @@ FILES = {"adapter.safetensors": b"adapter" * 1000, "optimizer.safetensors": b"mo
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
-    """The address of an S3-compatible server with an empty bucket `tandem`."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(300):
-            try:
-                httpx.get(url, timeout=5)
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
+    with object_store() as address:
+        yield address
 
 
 @pytest.fixture
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a prefix in a bucket of this test's own; the environment says how it is reached."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    bucket = f"tandem-{time.time_ns()}"
-    fsspec.filesystem("s3").mkdir(bucket)
-    return f"s3://{bucket}/some/prefix"
+    """The URL of a prefix in a bucket of this test's own."""
+    return new_bucket(s3_server, monkeypatch)
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -245,7 +220,7 @@ async def test_requests_do_not_wait_for_a_storage_that_is_silent(
 ) -> None:
     """Bodies are decompressed in asyncio's own threads, which are few."""
     speaks = threading.Event()
-    monkeypatch.setattr(SnapshotFiles, "_download", lambda self, key: speaks.wait(30))
+    monkeypatch.setattr(SnapshotFiles, "_download", lambda self, elsewhere, key: speaks.wait(30))
     files = SnapshotFiles(Settings(data_dir=tmp_path, snapshot_url="memory://silent"))
     waiting = [asyncio.create_task(files.bring(f"{KEY}{number}")) for number in range(50)]
     try:

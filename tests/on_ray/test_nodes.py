@@ -92,10 +92,11 @@ def saved(gateway: ServedGateway, http: httpx.Client, run_id: str) -> dict[str, 
     return files
 
 
-def sample(http: httpx.Client) -> dict[str, Any]:
-    """Of the base model."""
+def sample(http: httpx.Client, **whose: str) -> dict[str, Any]:
+    """Of the base model, if nothing else is said."""
     body = {
         "base_model": "fake/model",
+        **whose,
         "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6, 7]}]},
         "sampling_params": {"max_tokens": 8, "seed": 3},
         "num_samples": 4,

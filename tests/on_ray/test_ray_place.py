@@ -13,7 +13,7 @@ from gateway.engine_settings import EngineSettings
 from gateway.errors import ConfigurationError
 from gateway.launching import launch_of
 from gateway.ray_place import RayPlace
-from gateway.settings import load_settings
+from gateway.settings import Settings, load_settings
 from tests.on_ray.standing_in import refused
 
 
@@ -34,7 +34,7 @@ def test_a_place_is_read_with_its_defaults() -> None:
 def test_an_engine_without_one_runs_here() -> None:
     [engine] = load_settings(engines(None)).engines
     assert engine.ray is None
-    assert launch_of(engine, Path("x")).command == [sys.executable, "-m", "engines.host"]
+    assert launch_of(engine, Settings()).command == [sys.executable, "-m", "engines.host"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_two_engines_may_be_in_one_cluster() -> None:
 def test_what_stands_in_is_told_all_that_is_wanted(tmp_path: Path) -> None:
     place = RayPlace("h:1", cpus=2, gpus=1, resources={"nvme": 1}, labels={"pool": "a"}, wait_s=5)
     engine = EngineSettings(name="far", base_model="m", ray=place, python="/far/python")
-    *command, told = launch_of(engine, tmp_path).command
+    *command, told = launch_of(engine, Settings(data_dir=tmp_path)).command
     assert command == [sys.executable, "-m", "engines.on_ray", "--wanted"]
     assert json.loads(told) == {
         "address": "h:1",
@@ -87,14 +87,14 @@ def test_what_stands_in_is_told_all_that_is_wanted(tmp_path: Path) -> None:
         "resources": {"nvme": 1.0},
         "labels": {"pool": "a"},
         "wait_s": 5.0,
-        "storage": str(tmp_path),
+        "storage": str(tmp_path / "storage"),
         "python": "/far/python",
     }
 
 
 def test_the_gateways_own_interpreter_is_no_path_of_a_node(tmp_path: Path) -> None:
     engine = EngineSettings(name="far", base_model="m", ray=RayPlace("h:1"))
-    assert json.loads(launch_of(engine, tmp_path).command[-1])["python"] == ""
+    assert json.loads(launch_of(engine, Settings(data_dir=tmp_path)).command[-1])["python"] == ""
 
 
 def test_a_machine_without_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
