@@ -32,7 +32,7 @@ WITH_ADAPTERS = "products with adapters"
 OTHERS = "between the operations"
 KINDS: Mapping[str, tuple[str, ...]] = {
     "attention": ("scaled_dot_product",),
-    PRODUCTS: ("aten::mm", "aten::addmm", "aten::bmm"),
+    PRODUCTS: ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear"),
     "optimizer": ("adamw",),
     "exponentials, sums": ("exp", "log", "sum", "max", "norm", "vecdot", "linalg", "softmax"),
     "arithmetic of items": ("mul", "add", "sub", "div", "silu", "neg", "sqrt", "pow"),
@@ -80,14 +80,15 @@ def work(
     """Of a step with sequences of such lengths.
 
     A product of [T, n] and [n, m] takes 2 T n m. A frozen weight takes one there and one back; a factor of an adapter
-    one there and two back. Causal attention of N tokens takes two products of N (N + 1) / 2 pairs there and five back,
-    for the scores are computed again; `attention_width` is heads times their size.
+    two for its gradient, for what it adds may be added to the weight. Causal attention of N tokens takes two products
+    of N (N + 1) / 2 pairs there and five back, for the scores are computed again; `attention_width` is heads times
+    their size.
     """
     tokens = sum(lengths)
     frozen = sum(layer.inputs * layer.outputs * layer.many for layer in layers)
     factors = sum(rank * (layer.inputs + layer.outputs) * layer.many for layer in layers)
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return Work(4 * tokens * frozen, 6 * tokens * factors, 14 * pairs * attention_width * depth)
+    return Work(4 * tokens * frozen, 4 * tokens * factors, 14 * pairs * attention_width * depth)
 
 
 def layers_of(engine: Any) -> list[Layer]:
@@ -139,7 +140,7 @@ def breakdown(loop: Together) -> dict[str, float]:
         seconds = loop.train(1)
     found: defaultdict[str, float] = defaultdict(float)
     for event in profiled.key_averages(group_by_input_shape=True):
-        if event.key.startswith("aten::"):
+        if event.key.startswith(("aten::", "mkldnn::")):
             found[kind_of(event.key, event.input_shapes)] += event.self_cpu_time_total / 1e6
     found[OTHERS] = max(0.0, seconds - sum(found.values()))
     return {name: round(spent, 5) for name, spent in sorted(found.items(), key=lambda part: -part[1])}

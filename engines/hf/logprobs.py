@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engines.tuning.lora import ANCHOR, Piece, Segment, add_deltas, add_gradients, add_product, pieces_at
+from engines.tuning.products import product
 from engines.tuning.projection import project
 
 KEPT_LOGITS = 2**26
@@ -186,7 +187,7 @@ class _Logprobs(torch.autograd.Function):
                 shares, inner = held
             grad_logits = shares.mul_(share)
             grad_logits.scatter_add_(1, targets[rows], grad[rows])
-            torch.mm(grad_logits.to(weight.dtype), weight, out=grad_hidden[rows])
+            grad_hidden[rows] = product(grad_logits.to(weight.dtype), weight.t())
             _add_adapters(chunk, grad_logits, hidden[rows], inner, grad_hidden[rows])
         ctx.kept = None
         return (grad_hidden, None, None, None, None, None)

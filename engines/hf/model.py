@@ -28,6 +28,7 @@ from engines.tuning.collating import Pack, pack
 from engines.tuning.experts import expert_sites, replacement
 from engines.tuning.lora import LoraLinear, Routing, Segment, Site
 from engines.tuning.packed_attention import Layout
+from engines.tuning.products import onednn_is_faster
 
 PROBE_LENGTHS = (7, 12, 12, 5)
 """Sequences of the trial pass at load."""
@@ -141,6 +142,7 @@ def versions(options: HfOptions) -> dict[str, str]:
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(cpu_threads(options)),
+        "products": "oneDNN" if onednn_is_faster() else "torch",
     }
 
 

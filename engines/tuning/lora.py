@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from engines.adapters import attaches, initial_a
 from engines.operations import LoraSpec
+from engines.tuning.products import product
 
 
 class Site(NamedTuple):
@@ -117,6 +118,8 @@ class Piece(NamedTuple):
 
 ANCHOR = torch.zeros((), requires_grad=True)
 """What all adapted layers depend on. A backward pass towards it visits each of them; it gets no gradient itself."""
+ROWS_TO_FOLD = 4
+"""Numbers that go into and out of a layer, for each of its weights, from which an adapter is added to the weight."""
 
 
 class Routing(threading.local):
@@ -164,17 +167,19 @@ class LoraLinear(nn.Module):
         """[..., in_features] to [..., out_features]; rows are counted over the leading axes."""
         pieces = self.routing.at(self.site)
         if not pieces:
-            return F.linear(x, self.base.weight, self.base.bias)
+            return product(x, self.base.weight, self.base.bias)
         out = adapted(x.reshape(-1, x.shape[-1]), self.base.weight, self.base.bias, pieces)
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def adapted(rows: Tensor, weight: Tensor, bias: Tensor | None, pieces: Sequence[Piece]) -> Tensor:
     """`rows @ weight.T + bias` [T, out_features] of rows [T, in_features], and what the pieces' adapters add to it."""
+    if folds(rows, weight, pieces):
+        return _with_folded(rows, weight, bias, pieces[0])
     if torch.is_grad_enabled():
         apply: Callable[..., Tensor] = _AdaptedLinear.apply
         return apply(rows, ANCHOR, weight, bias, pieces)
-    out = F.linear(rows, weight, bias)
+    out = product(rows, weight, bias)
     add_deltas(out, rows, pieces)
     return out
 
@@ -198,7 +203,7 @@ def add_gradients(grad: Tensor, rows: Tensor, inner: Tensor, piece: Piece) -> Te
 
     d out / d A = scale * (grad @ B).T @ rows, d out / d B = scale * grad.T @ (rows @ A.T)
     """
-    grad_inner = grad @ piece.factors.b
+    grad_inner = product(grad, piece.factors.b.t())
     if piece.gradient is not None:
         piece.gradient.a.addmm_(grad_inner.t(), rows, alpha=piece.scale)
         piece.gradient.b.addmm_(grad.t(), inner, alpha=piece.scale)
@@ -220,7 +225,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[Piece]
     ) -> Tensor:
-        out = F.linear(rows, weight, bias)
+        out = product(rows, weight, bias)
         inner = add_deltas(out, rows, pieces)
         ctx.pieces = pieces
         ctx.save_for_backward(rows, weight, *inner)
@@ -230,10 +235,54 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, *inner = ctx.saved_tensors
-        grad_rows = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_rows = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         for piece, hidden in zip(ctx.pieces, inner, strict=True):
             own = slice(piece.start, piece.stop)
             grad_inner = add_gradients(grad[own].float(), rows[own].float(), hidden, piece)
             if grad_rows is not None:
                 add_product(grad_rows[own], grad_inner, piece.factors.a, piece.scale)
+        return (grad_rows, None, None, None, None)
+
+
+def folds(rows: Tensor, weight: Tensor, pieces: Sequence[Piece]) -> bool:
+    """Whether the one adapter that all rows have is added to the weight, and not to what comes out: with many rows that
+    is far less to read and write. It needs a weight that keeps a float32 sum."""
+    if len(pieces) != 1 or pieces[0].stop - pieces[0].start != rows.shape[0]:
+        return False
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    return rows.shape[0] * sum(weight.shape) >= ROWS_TO_FOLD * weight.numel()
+
+
+def folded(weight: Tensor, piece: Piece) -> Tensor:
+    """`weight + scale * B @ A`"""
+    return torch.addmm(weight, piece.factors.b, piece.factors.a, alpha=piece.scale)
+
+
+def _with_folded(rows: Tensor, weight: Tensor, bias: Tensor | None, piece: Piece) -> Tensor:
+    if torch.is_grad_enabled():
+        apply: Callable[..., Tensor] = _FoldedLinear.apply
+        return apply(rows, ANCHOR, weight, bias, piece)
+    return product(rows, folded(weight, piece), bias)
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """`rows @ (W + scale * B @ A).T + bias`. The sum of the weights is made again on the way back, and not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, piece: Piece
+    ) -> Tensor:
+        ctx.piece = piece
+        ctx.save_for_backward(rows, weight)
+        return product(rows, folded(weight, piece), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        piece: Piece = ctx.piece
+        if piece.gradient is not None:
+            add_gradients(grad, rows, product(rows, piece.factors.a), piece)
+        grad_rows = product(grad, folded(weight, piece).t()) if ctx.needs_input_grad[0] else None
         return (grad_rows, None, None, None, None)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.tuning.products import product
+
 WIDENED = 2**24
 """Items of a bfloat16 weight that are held in float32 at once: 64 MiB."""
 
@@ -17,7 +19,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
     `out`, if given: fresh memory has to be cleared by the system first, which takes as long as a pass over the logits.
     """
     if hidden.dtype == torch.float32:
-        return F.linear(hidden, weight, bias) if out is None else _into(out, hidden, weight, bias)
+        return product(hidden, weight, bias) if out is None else _into(out, hidden, weight, bias)
     if out is None:
         out = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
     if hidden.is_cuda:

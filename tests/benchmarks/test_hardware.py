@@ -18,7 +18,9 @@ def test_the_work_of_a_step_is_that_of_its_products() -> None:
         for inputs, outputs in [(3, 5), (3, 5), (5, 4)]:
             weights += 2 * (2 * tokens * inputs * outputs)  # the rows there, their gradient back
             for left, right in ((inputs, rank), (rank, outputs)):
-                adapters += 3 * (2 * tokens * left * right)  # the same, and the gradient of the factor
+                adapters += 2 * (
+                    2 * tokens * left * right
+                )  # what a gradient needs of it, and its own gradient
         seen = sum(1 for query in range(tokens) for key in range(tokens) if key <= query)
         there = ("scores", "sum of values")
         back = ("scores again", "of values", "of probabilities", "of queries", "of keys")
@@ -33,6 +35,8 @@ def test_the_work_of_a_step_is_that_of_its_products() -> None:
     [
         ("aten::mm", [[100, 64], [64, 32]], PRODUCTS),
         ("aten::mm", [[100, 64], [64, RANK]], WITH_ADAPTERS),
+        ("mkldnn::_linear_pointwise", [[100, 64], [32, 64]], PRODUCTS),
+        ("mkldnn::_linear_pointwise", [[100, 64], [RANK, 64]], WITH_ADAPTERS),
         ("aten::addmm_", [[100, 64], [100, RANK], [RANK, 64]], WITH_ADAPTERS),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", [[1, 2, 3, 4]], "attention"),
         ("aten::_fused_adamw_", [], "optimizer"),

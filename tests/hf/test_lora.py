@@ -10,7 +10,18 @@ from torch import nn
 from engines.adapters import initial_a
 from engines.hf.samples import segments_of
 from engines.operations import LoraSpec
-from engines.tuning.lora import ANCHOR, Adapter, Gradient, LoraLinear, Routing, Segment, Site, size
+from engines.tuning.lora import (
+    ANCHOR,
+    Adapter,
+    Gradient,
+    LoraLinear,
+    Routing,
+    Segment,
+    Site,
+    folds,
+    pieces_at,
+    size,
+)
 from engines.tuning.packed_attention import PackedLayout
 from tests.hf.conftest import MakeEngine
 from tests.hf.material import difference, text
@@ -115,6 +126,51 @@ def test_each_segment_gets_its_own_adapter(bias: bool, dtype: torch.dtype) -> No
     torch.autograd.grad((found * upstream).sum(), ANCHOR, allow_unused=True)
     for grad, reference in zip(grads[1:], expected_grads[1:], strict=True):
         assert difference(grad, 2 * reference) <= tolerance  # added, and without a gradient of the rows
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("with_rows_gradient", [True, False])
+def test_an_adapter_of_all_of_many_rows_is_added_to_the_weight(bias: bool, with_rows_gradient: bool) -> None:
+    """Values and gradients as autograd finds them for the two products written out."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 10, bias=bias).requires_grad_(False)
+    routing = Routing()
+    layer = LoraLinear(linear, 0, routing)
+    adapter = random(LoraSpec(3, 0, 6.0), SITES, 1)
+    own = Gradient(adapter)
+    segments = [Segment(adapter, 0, 20, own)]
+    x = torch.randn(1, 20, 6, requires_grad=with_rows_gradient)
+    upstream = torch.randn(1, 20, 10)
+    pair = adapter.factors[0]
+    assert pair is not None
+    assert folds(x[0], linear.weight, pieces_at(segments, 0))
+
+    a, b = (factor.clone().requires_grad_(True) for factor in pair)
+    expected = linear(x) + adapter.scale * x @ a.t() @ b.t()
+    variables = [x, a, b] if with_rows_gradient else [a, b]
+    wanted = torch.autograd.grad((expected * upstream).sum(), variables)
+
+    with routing.along(segments):
+        found = layer(x)
+        with torch.no_grad():
+            assert torch.equal(layer(x), found.detach())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    asked = [x, ANCHOR] if with_rows_gradient else [ANCHOR]
+    grads = torch.autograd.grad((found * upstream).sum(), asked, allow_unused=True)
+    found_grads = [*grads[: len(asked) - 1], *(own.factors[0] or ())]
+    for grad, reference in zip(found_grads, wanted, strict=True):
+        assert difference(grad, reference) <= 1e-5
+
+
+def test_a_weight_is_left_as_it_is_for_few_rows_for_several_adapters_and_in_bfloat16() -> None:
+    adapter, other = random(LoraSpec(3, 0), SITES, 1), random(LoraSpec(3, 0), SITES, 2)
+    weight, rows = torch.randn(10, 6), torch.randn(20, 6)
+    alone = pieces_at([Segment(adapter, 0, 20)], 0)
+    assert folds(rows, weight, alone)
+    assert not folds(rows[:14], weight, pieces_at([Segment(adapter, 0, 14)], 0))
+    assert not folds(rows, weight, pieces_at([Segment(adapter, 0, 19)], 0))
+    assert not folds(rows, weight, pieces_at([Segment(adapter, 0, 10), Segment(other, 10, 20)], 0))
+    assert not folds(rows.bfloat16(), weight.bfloat16(), alone)
 
 
 def test_segments_of_neighbours_are_joined() -> None:
