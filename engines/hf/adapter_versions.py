@@ -27,7 +27,7 @@ class AdapterVersions:
 
     def put(self, folder: str, adapter: Adapter) -> None:
         """Keep a copy of a version that was just saved, if there is room, so that it need not be read."""
-        self.memory.offer(folder, adapter.values.nbytes, adapter.copy)
+        self.memory.offer(folder, adapter.values.nbytes, lambda: _fixed(adapter.copy()))
 
     def require(self, folder: str) -> None:
         """Raises UserError when there is no adapter in the folder, or it is larger than all may be together."""
@@ -58,4 +58,10 @@ class AdapterVersions:
     def _read(self, folder: str) -> Adapter:
         path = open_weights(self.storage, folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
         spec = read_spec(path)
-        return Adapter(self.base.sites, spec, read_values(path, self.base.sites, self.base.device, spec))
+        values = read_values(path, self.base.sites, self.base.device, spec)
+        return _fixed(Adapter(self.base.sites, spec, values))
+
+
+def _fixed(adapter: Adapter) -> Adapter:
+    adapter.fixed = True
+    return adapter

@@ -202,6 +202,7 @@ class HfEngine(Engine):
             traceback.clear_frames(each.__traceback__ if each is not None else None)
         self.decoder.forget_prompts()
         self.adapters.memory.drop_unused()
+        self.base.routing.forget()
         gc.collect()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import platform
 import threading
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from engines.interface import EngineConfig, LoadError
 from engines.memory import free_host_bytes
 from engines.tuning.collating import Pack, pack
 from engines.tuning.experts import expert_sites, replacement
+from engines.tuning.grouped import GroupedLinear, GroupedRouting, takes_groups
 from engines.tuning.lora import LoraLinear, Routing, Segment, Site
 from engines.tuning.packed_attention import Layout
 from engines.tuning.products import onednn_is_faster
@@ -45,11 +47,10 @@ class BaseModel:
         self.max_context = max_context
         self.threads = threads
         self.decoder: nn.Module = module.get_decoder()
-        self.routing = Routing()
         self.passes = 0
         self._counting = threading.Lock()
         self.checkpointed = False
-        self.sites = _attach(module, self.routing)
+        self.sites, self.routing = _attach(module)
         head = module.get_output_embeddings()
         self.unembedding = Unembedding(head.weight, head.bias, len(self.sites) - 1)
         self._weights = sum(site.in_features * site.out_features for site in self.sites[:-1])
@@ -112,17 +113,22 @@ class BaseModel:
 
 def load_base_model(config: EngineConfig, options: HfOptions) -> BaseModel:
     """Raises LoadError when the model is not there, is not a causal language model, or cannot be packed."""
-    threads = Threads(cpu_threads(options))
-    torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
     transformers.utils.logging.disable_progress_bar()
     device = _device(options.device)
     module = _read_weights(config.model, _dtype(options.dtype, device)).to(device)
+    return base_model(module, device, options, config.model)
+
+
+def base_model(module: PreTrainedModel, device: torch.device, options: HfOptions, name: str) -> BaseModel:
+    """A model whose weights are on the device, ready for adapters. Raises LoadError when it cannot be packed."""
+    threads = Threads(cpu_threads(options))
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
     module.requires_grad_(False).eval()
     replace_norms(module)
     base = BaseModel(module, device, _max_context(module, options), threads)
     base.checkpointed = options.checkpointing
-    _probe(base, config.model)
+    _probe(base, name)
     return base
 
 
@@ -190,16 +196,20 @@ def _max_context(module: PreTrainedModel, options: HfOptions) -> int:
     return int(options.max_context or limit or 0)
 
 
-def _attach(module: PreTrainedModel, routing: Routing) -> list[Site]:
+def _attach(module: PreTrainedModel) -> tuple[list[Site], Routing]:
     """Replace the linear layers that adapters attach to. The unembedding is the last site and stays as it is."""
     head = module.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise LoadError(f"{type(module).__name__} has no linear unembedding layer")
     sites: list[Site] = []
     names = {layer: name for name, layer in module.named_modules()}
+    found = [layer for layer, name in names.items() if _is_adapted(name, layer)]
+    grouped = takes_groups(layer.weight for layer in found)
+    routing = GroupedRouting(head.weight.dtype) if grouped else Routing()
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear) and part_of(name) in ("attn", "mlp"):
-            module.set_submodule(name, LoraLinear(layer, len(sites), routing))
+        if _is_adapted(name, layer):
+            linear = GroupedLinear if grouped else LoraLinear
+            module.set_submodule(name, linear(layer, len(sites), routing))
             sites.append(Site(name, layer.in_features, layer.out_features))
         elif (experts := replacement(layer, len(sites), routing)) is not None:
             module.set_submodule(name, experts)
@@ -215,7 +225,11 @@ def _attach(module: PreTrainedModel, routing: Routing) -> list[Site]:
             )
     if part_of(names[head]) != "unembed":
         raise LoadError(f"{type(module).__name__} names its unembedding {names[head]}; lm_head is supported")
-    return [*sites, Site(names[head], head.in_features, head.out_features)]
+    return [*sites, Site(names[head], head.in_features, head.out_features)], routing
+
+
+def _is_adapted(name: str, layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(layer, nn.Linear) and part_of(name) in ("attn", "mlp")
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Root-mean-square norms with a backward pass of their own (Zhang & Sennrich, arXiv:1910.07467).
 
 Autograd's, put together from that of powers, means and products, takes three to four times as long on a CPU, and
-small models spend a tenth of a training step in it.
+small models spend a tenth of a training step in it. For CUDA torch has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -27,6 +28,8 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the shape and type of `x`."""
+        if x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         apply: Callable[..., Tensor] = _RmsNorm.apply
         return apply(x, self.weight, self.eps)
 

@@ -82,10 +82,13 @@ def _forward_backward_passes(
     passes: list[Tensor] = []
     for batch in collate(base.device, operations, pass_tokens, together=together):
         segments = segments_of(shares, batch, with_gradient=True)
-        logprobs = _logprobs(base, batch, segments)
-        slope = judge(shares, batch, logprobs.detach(), len(passes), with_slope=True)
-        with base.routing.along(segments):  # of layers that are computed again
-            torch.autograd.grad(logprobs, ANCHOR, slope, allow_unused=True)  # adds to the segments' gradients
+        with base.routing.along(segments):  # on the way back too, for layers that are computed again
+            logprobs = _logprobs(base, batch, segments)
+            slope = judge(shares, batch, logprobs.detach(), len(passes), with_slope=True)
+            with torch.autograd.set_multithreading_enabled(False):  # in this thread, where the routing holds
+                torch.autograd.grad(
+                    logprobs, ANCHOR, slope, allow_unused=True
+                )  # adds to the segments' gradients
         passes.append(logprobs.detach())
     return _split(shares, passes)
 

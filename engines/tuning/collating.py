@@ -18,6 +18,7 @@ from torch import Tensor
 from engines.losses import LOSSES
 from engines.operations import Datum, Forward, ForwardBackward
 from engines.tuning.judging import Shares
+from engines.tuning.transfer import to_device
 
 Operation = Forward | ForwardBackward
 
@@ -83,7 +84,7 @@ def pack(
     positions = np.concatenate(
         [np.arange(first, first + len(tokens)) for first, tokens in zip(begins, sequences, strict=True)]
     )
-    both = torch.from_numpy(np.stack([tokens, positions])).to(device, non_blocking=True)
+    both = to_device(torch.from_numpy(np.stack([tokens, positions])), device)
     return Pack(both[:1], both[1:])
 
 
@@ -131,7 +132,7 @@ def _batch(device: torch.device, operations: Sequence[Operation], planned: Seque
     return Batch(
         pack(device, [datum.tokens.array() for datum in data]),
         [datum.tokens.shape[0] for datum in data],
-        targets.to(device, non_blocking=True),
+        to_device(targets, device),
         pieces,
     )
 
@@ -159,7 +160,7 @@ def _inputs(
     names = [name for name in spec.inputs if name != "target_tokens"]
     names += [name for name in spec.per_token if any(name in datum.loss_inputs for datum in data)]
     rows = [_rows(data, name, width, np.float32, settings.get(name)) for name in names]
-    inputs = torch.from_numpy(np.stack(rows)).to(device, non_blocking=True)
+    inputs = to_device(torch.from_numpy(np.stack(rows)), device)
     return dict(zip(names, inputs, strict=True))
 
 

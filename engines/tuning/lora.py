@@ -41,8 +41,11 @@ class Adapter:
     """One adapter. All its numbers are one float32 vector, `values`; the factors are views of it.
 
     Copying, stepping, clipping and checking an adapter are thus single operations, whatever the number of layers.
-    `factors[i]` belongs to site i of the model and is None where the adapter does not attach.
+    `factors[i]` belongs to site i of the model and is None where the adapter does not attach. Those of one that is
+    `fixed` never change.
     """
+
+    fixed = False
 
     def __init__(self, sites: Sequence[Site], spec: LoraSpec, values: Tensor) -> None:
         self.sites = sites
@@ -132,15 +135,18 @@ class Routing(threading.local):
     @contextmanager
     def along(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Within the context, layers apply these segments."""
-        self.segments = segments
+        before, self.segments = self.segments, segments
         try:
             yield
         finally:
-            self.segments = ()
+            self.segments = before
 
     def at(self, site: int) -> list[Piece]:
         """The pieces at a site."""
         return pieces_at(self.segments, site)
+
+    def forget(self) -> None:
+        """Let go of what can be made again."""
 
 
 def pieces_at(segments: Sequence[Segment], site: int) -> list[Piece]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from engines.tuning.transfer import to_device
+
+_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class Layout(Protocol):
@@ -69,7 +74,7 @@ class PackedLayout:
     def _attend_at_once(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         if self._bounds is None:  # once a pass, without waiting for the device
             ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
-            self._bounds = ends.to(query.device, non_blocking=True)
+            self._bounds = to_device(ends, query.device)
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         longest = max(self.lengths)
         out = varlen_attn(
@@ -82,11 +87,17 @@ class PackedLayout:
             longest,
             scale=scale,
             window_size=(-1, 0),  # causal
-            enable_gqa=query.shape[1] != key.shape[1],
-            num_splits=1,  # a sequence's numbers do not depend on its neighbours
+            **_varlen_settings(query.shape[1] != key.shape[1]),
         )
         assert isinstance(out, Tensor)
         return out[None]
+
+
+def _varlen_settings(gqa: bool) -> dict[str, Any]:
+    """One part for all of a sequence, so that its numbers do not depend on its neighbours. Torch 2.11 has neither
+    setting: it takes grouped heads as they are and never splits."""
+    wanted = {"enable_gqa": gqa, "num_splits": 1}
+    return {name: value for name, value in wanted.items() if name in _VARLEN_PARAMETERS}
 
 
 def fits_varlen(query: Tensor) -> bool:
