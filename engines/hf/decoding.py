@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engines.drawing import Drawn, draw
 from engines.hf.adapter_versions import AdapterVersions
+from engines.hf.decode_graphs import DecodeGraphs, Numbers
 from engines.hf.kv_cache import DecodeLayout, KvCache
 from engines.hf.model import BaseModel
 from engines.hf.prefill import Prefill
@@ -24,10 +25,13 @@ from engines.hf.samples import Row, Sample, segments_of
 from engines.interface import OutOfMemory, SampleEnd, SampleEvent, UserError
 from engines.line import Line
 from engines.tuning.collating import Pack
+from engines.tuning.transfer import to_device
 
 GUEST_SLOTS = 16
 """Slots beyond the limit for parties that have no sequence under way, one for each: somebody's long samples in all
 other slots do not keep another's first one waiting."""
+KEPT_CACHE = 2**31
+"""Bytes of an empty cache that stay where steps are recorded, for these use its memory: 2 GiB."""
 HELD_PREFILLS = 8
 """Prompts are held for sequences that still wait as long as they have together no more tokens than so many prefills."""
 
@@ -50,6 +54,7 @@ class Decoder:
         self.one_by_one = one_by_one
         self.slots = slots
         self.cache = KvCache(slots + GUEST_SLOTS, base.max_context)
+        self.graphs = DecodeGraphs(base, self.cache)
         prompts = PromptCache(0 if one_by_one else prompt_cache_bytes)
         self.prefill = Prefill(base, prefill_tokens, one_by_one, prompts)
         self.queue: Line[Sample] = Line()
@@ -138,6 +143,12 @@ class Decoder:
         """Let go of the numbers of earlier prompts."""
         self.prefill.prompts = PromptCache(self.prefill.prompts.capacity)
 
+    def forget_graphs(self) -> None:
+        """Let go of recorded steps, and of the cache if nothing is in it."""
+        self.graphs.forget()
+        if not self.rows:
+            self.cache.release()
+
     def _logits(self, rows: list[Row], hidden: list[Tensor]) -> Tensor:
         """Logits float32 [n, V] of all rows."""
         packs = [[row] for row in rows] if self.one_by_one else [rows]
@@ -166,11 +177,15 @@ class Decoder:
         rows = [self.rows[first + slot] for slot in order]
         lengths = [row.held for row in self.rows[first : first + len(order)]]
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        numbers = [[row.tokens[-1] for row in rows], [row.held for row in rows], order, inverse, lengths]
-        batch = torch.tensor(numbers).to(self.base.device, non_blocking=True)
-        layout = DecodeLayout(self.cache, first, order, lengths, batch[2:])
-        segments = segments_of([row.sample.adapter for row in rows], [1] * len(rows))
-        hidden = self.base.hidden(Pack(batch[0, :, None], batch[1, :, None]), layout, segments)
+        tokens, positions = [row.tokens[-1] for row in rows], [row.held for row in rows]
+        numbers = Numbers(tokens, positions, order, inverse, lengths)
+        adapters = [row.sample.adapter for row in rows]
+        hidden = None if self.one_by_one else self.graphs.run(numbers, adapters)
+        if hidden is None:
+            batch = to_device(torch.tensor(numbers), self.base.device)
+            layout = DecodeLayout(self.cache, first, order, lengths, batch[2:])
+            segments = segments_of(adapters, [1] * len(rows))
+            hidden = self.base.hidden(Pack(batch[0, :, None], batch[1, :, None]), layout, segments)
         for row in rows:
             row.held += 1
         return hidden
@@ -321,7 +336,7 @@ class Decoder:
         if leaving:
             self.most_rows = self.cache.max_slots
         if not self.rows:
-            self.cache.release()
+            self.cache.release(KEPT_CACHE if self.graphs.possible else 0)
 
 
 @dataclass

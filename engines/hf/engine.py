@@ -91,6 +91,7 @@ class HfEngine(Engine):
             options.deterministic,
             options.prompt_cache_mib << 20,
         )
+        self.decoder.graphs.possible &= options.cuda_graphs
 
     @classmethod
     def load(cls, config: EngineConfig) -> HfEngine:
@@ -203,6 +204,7 @@ class HfEngine(Engine):
         self.decoder.forget_prompts()
         self.adapters.memory.drop_unused()
         self.base.routing.forget()
+        self.decoder.forget_graphs()
         gc.collect()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.tuning.packed_attention import Group, PackedLayout, causal
+from engines.tuning.packed_attention import Group, PackedLayout, causal, fits_varlen
 
 FIRST_SLOTS = 8
 FIRST_LENGTH = 128
@@ -33,6 +33,8 @@ class KvCache:
         self.slots = min(FIRST_SLOTS, max_slots)
         self.length = min(FIRST_LENGTH, max_length)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.generation = 0
+        """Changes whenever the layers' tensors do."""
 
     def reserve(self, slots: int, length: int) -> None:
         """Make room for so many slots and tokens."""
@@ -42,10 +44,14 @@ class KvCache:
         for layer, tensors in self.layers.items():
             self.layers[layer] = tuple(_enlarged(tensor, *wanted) for tensor in tensors)  # type: ignore[assignment]
         self.slots, self.length = wanted
+        self.generation += 1
 
-    def release(self) -> None:
-        """Give the memory back; nothing is being decoded."""
+    def release(self, keep: int = 0) -> None:
+        """Give the memory back, if it is more than so many bytes; nothing is being decoded."""
+        if sum(tensor.nbytes for tensors in self.layers.values() for tensor in tensors) <= keep:
+            return
         self.layers.clear()
+        self.generation += 1
         self.slots = min(FIRST_SLOTS, self.max_slots)
         self.length = min(FIRST_LENGTH, self.max_length)
 
@@ -121,6 +127,8 @@ class PrefillLayout(PackedLayout):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         self.kept[layer] = (key, value)
+        if not self.continued and len(self.groups) > 1 and fits_varlen(query):
+            return self._attend_at_once(query, key, value, scale)
         parts = [self._part(group, layer, query, key, value, scale) for group in self.groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -181,9 +189,14 @@ class DecodeLayout:
         self.apart = far_longer(lengths)
         self.reaches = [lengths[slot] + 1 for slot in self.apart]
         self.reach = max(length for slot, length in enumerate(lengths) if slot not in self.apart) + 1
-        self.order, self.inverse, held = batch
         self.sorted = list(order) == list(range(count))
-        self.index = self.order + first
+        self.place(batch)
+
+    def place(self, batch: Tensor) -> None:
+        """What each row of the batch writes and sees: `batch` are order, its inverse, and lengths, int64 [3, n] on the
+        device."""
+        self.order, self.inverse, held = batch
+        self.index = self.order + self.slots.start
         self.positions = held[self.order]
         beyond = torch.arange(self.reach, device=batch.device) > held[:, None]
         self.mask = torch.zeros(beyond.shape, device=batch.device).masked_fill_(beyond, float("-inf"))[

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engines.tuning.lora import ANCHOR, Piece, Segment, add_deltas, add_gradients, add_product, pieces_at
+from engines.tuning.lora import (
+    ANCHOR,
+    Piece,
+    Segment,
+    add_deltas,
+    add_gradients,
+    add_product,
+    factored,
+    pieces_at,
+)
 from engines.tuning.products import product
 from engines.tuning.projection import project
 
@@ -24,6 +33,8 @@ KEPT_LOGITS = 2**26
 """Logits (float32) that may stay in memory between forward and backward: 256 MiB."""
 CHUNK_LOGITS = 2**25
 """Logits of one chunk: 128 MiB. Everything that is done to them is done in place."""
+CUDA_TIMES = 8
+"""As many times both are allowed on CUDA, where smaller ones are over before the next are launched."""
 
 
 class Unembedding:
@@ -46,7 +57,7 @@ class Unembedding:
 
     def chunks(self, hidden: Tensor, segments: Sequence[Segment]) -> Iterator[tuple[int, Tensor]]:
         """(first row, logits float32 [rows, V]) of chunk after chunk."""
-        step = rows_per_chunk(self.vocabulary)
+        step = rows_per_chunk(self.vocabulary, cuda=hidden.is_cuda)
         for start in range(0, hidden.shape[0], step):
             stop = min(start + step, hidden.shape[0])
             inside = [
@@ -63,7 +74,8 @@ class Unembedding:
 
         Differentiable with respect to `hidden`; a backward pass adds to the segments' gradients.
         """
-        chunks = _chunks(pieces_at(segments, self.site), hidden.shape[0], self.vocabulary)
+        step = rows_per_chunk(self.vocabulary, cuda=hidden.is_cuda)
+        chunks = _chunks(pieces_at(segments, self.site), hidden.shape[0], step)
         if torch.is_grad_enabled():
             apply: Callable[..., Tensor] = _Logprobs.apply
             return apply(hidden, ANCHOR, targets, self.weight, self.bias, chunks)
@@ -71,7 +83,7 @@ class Unembedding:
         memory = _room(chunks, hidden, self.vocabulary)
         for chunk in chunks:
             logits, _ = _chunk_logits(chunk, hidden[chunk.rows], self.weight, self.bias, memory)
-            out[chunk.rows] = logprobs_(logits, targets[chunk.rows])
+            out[chunk.rows] = logprobs_(logits, targets[chunk.rows], shares=False)
         return out
 
 
@@ -87,9 +99,8 @@ class _Chunk(NamedTuple):
         return slice(self.start, self.stop)
 
 
-def _chunks(pieces: Sequence[Piece], rows: int, vocabulary: int) -> list[_Chunk]:
+def _chunks(pieces: Sequence[Piece], rows: int, step: int) -> list[_Chunk]:
     """All rows, in chunks: of all adapters' rows, for a small run's own are too few to use a processor well."""
-    step = rows_per_chunk(vocabulary)
     chunks = []
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -102,17 +113,25 @@ def _chunks(pieces: Sequence[Piece], rows: int, vocabulary: int) -> list[_Chunk]
     return chunks
 
 
-def rows_per_chunk(vocabulary: int) -> int:
+def rows_per_chunk(vocabulary: int, *, cuda: bool = False) -> int:
     """Rows whose logits make one chunk."""
-    return max(1, CHUNK_LOGITS // vocabulary)
+    return max(1, (CHUNK_LOGITS * CUDA_TIMES if cuda else CHUNK_LOGITS) // vocabulary)
 
 
-def logprobs_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs [T, K] of `targets` [T, K]; each row of `logits` [T, V] is replaced by its softmax.
+def logprobs_(logits: Tensor, targets: Tensor, *, shares: bool = True) -> Tensor:
+    """Log-probs [T, K] of `targets` [T, K]; each row of `logits` [T, V] is replaced by its softmax if `shares` are
+    wanted, else by anything.
 
-    The softmax of the largest logit is one by the sum of exp(logit - largest), so its logarithm is what the row lacks;
+    CUDA's log-softmax passes over memory less often. Elsewhere exponentials are dear, and one pass of them is enough:
+    the softmax of the largest logit is one by the sum of exp(logit - largest), so its logarithm is what the row lacks;
     a target's own may be too small for a logarithm.
     """
+    if logits.is_cuda:
+        torch.log_softmax(logits, 1, out=logits)
+        found = logits.gather(1, targets)
+        if shares:
+            logits.exp_()
+        return found
     own = logits.gather(1, targets)
     own.sub_(logits.amax(1, keepdim=True))
     torch.softmax(logits, 1, out=logits)
@@ -150,14 +169,16 @@ class _Logprobs(torch.autograd.Function):
         chunks: list[_Chunk],
     ) -> Tensor:
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        keep = hidden.shape[0] * weight.shape[0] <= KEPT_LOGITS
+        most = KEPT_LOGITS * CUDA_TIMES if hidden.is_cuda else KEPT_LOGITS
+        keep = hidden.shape[0] * weight.shape[0] <= most
         direct = not keep and targets.shape[1] == 1 and not any(chunk.pieces for chunk in chunks)
         ctx.kept = []
         ctx.slopes = torch.empty_like(hidden) if direct else None
         memory = None if keep else _room(chunks, hidden, weight.shape[0])
         for chunk in chunks:
             shares, inner = _chunk_logits(chunk, hidden[chunk.rows], weight, bias, memory)
-            out[chunk.rows] = logprobs_(shares, targets[chunk.rows])  # as without gradient, to the last bit
+            # as without gradient, to the last bit
+            out[chunk.rows] = logprobs_(shares, targets[chunk.rows], shares=keep or direct)
             if keep:
                 ctx.kept.append((shares, inner))
             elif direct:
@@ -187,8 +208,10 @@ class _Logprobs(torch.autograd.Function):
                 shares, inner = held
             grad_logits = shares.mul_(share)
             grad_logits.scatter_add_(1, targets[rows], grad[rows])
-            grad_hidden[rows] = product(grad_logits.to(weight.dtype), weight.t())
-            _add_adapters(chunk, grad_logits, hidden[rows], inner, grad_hidden[rows])
+            narrow = grad_logits.to(weight.dtype)
+            grad_hidden[rows] = product(narrow, weight.t())
+            given = narrow if narrow.is_cuda else grad_logits
+            _add_adapters(chunk, given, hidden[rows], inner, grad_hidden[rows])
         ctx.kept = None
         return (grad_hidden, None, None, None, None, None)
 
@@ -205,5 +228,5 @@ def _add_adapters(
     """Add what one chunk contributes to its adapters' gradients, and what these do to that of the hidden states."""
     for piece, reduced in zip(chunk.pieces, inner, strict=True):
         own = slice(piece.start, piece.stop)
-        grad_inner = add_gradients(grad_logits[own], hidden[own].float(), reduced, piece)
+        grad_inner = add_gradients(factored(grad_logits[own]), factored(hidden[own]), reduced, piece)
         add_product(grad_hidden[own], grad_inner, piece.factors.a, piece.scale)

@@ -27,7 +27,7 @@ from engines.interface import EngineConfig, LoadError
 from engines.memory import free_host_bytes
 from engines.tuning.collating import Pack, pack
 from engines.tuning.experts import expert_sites, replacement
-from engines.tuning.grouped import GroupedLinear, GroupedRouting, takes_groups
+from engines.tuning.grouped import Band, GroupedLinear, GroupedRouting, takes_groups
 from engines.tuning.lora import LoraLinear, Routing, Segment, Site
 from engines.tuning.packed_attention import Layout
 from engines.tuning.products import onednn_is_faster
@@ -67,9 +67,18 @@ class BaseModel:
         self.threads.share(self._weights, pack.tokens.numel())
         self._checkpoint(self.checkpointed and torch.is_grad_enabled())
         with self.routing.along(segments):
-            out = self.decoder(
-                input_ids=pack.tokens, position_ids=pack.positions, use_cache=False, layout=layout
-            )
+            return self._states(pack, layout)
+
+    def hidden_of_bands(self, pack: Pack, layout: Layout, bands: Sequence[Band]) -> Tensor:
+        """The same without gradient, of rows whose adapters are bands already."""
+        if not bands:
+            return self._states(pack, layout)
+        assert isinstance(self.routing, GroupedRouting)
+        with self.routing.along_bands(bands):
+            return self._states(pack, layout)
+
+    def _states(self, pack: Pack, layout: Layout) -> Tensor:
+        out = self.decoder(input_ids=pack.tokens, position_ids=pack.positions, use_cache=False, layout=layout)
         states: Tensor = out.last_hidden_state
         return states.reshape(-1, states.shape[-1])
 

@@ -36,6 +36,8 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     as many, a piece a step, one such prompt at a time."""
     prompt_cache_mib: int = 256
     """Memory for what later prompts of the same sampler may begin with; the least recently used prompt goes first."""
+    cuda_graphs: bool = True
+    """On CUDA, record decoding steps that come up again, and launch all kernels of one in a single call."""
     deterministic: bool = False
     """Compute every run's operation and every decoded sequence in passes of their own and ask torch for deterministic
     kernels, so that numbers do not depend, to the last bit, on what else is being trained or sampled."""

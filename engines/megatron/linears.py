@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engines.megatron.megatron_core import mappings
-from engines.tuning.lora import ANCHOR, Piece, Routing, add_deltas, add_gradients, add_product
+from engines.tuning.lora import ANCHOR, Piece, Routing, add_deltas, add_gradients, add_product, factored
 
 
 class Part(NamedTuple):
@@ -136,8 +136,8 @@ class _Product(torch.autograd.Function):
         for part, pieces in ctx.pieces:
             for piece in pieces:
                 own = slice(piece.start, piece.stop)
-                grad_out = grad[own, part.start : part.stop].float()
-                grad_inner = add_gradients(grad_out, rows[own].float(), next(kept), piece)
+                grad_out = factored(grad[own, part.start : part.stop])
+                grad_inner = add_gradients(grad_out, factored(rows[own]), next(kept), piece)
                 if grad_rows is not None:
                     add_product(grad_rows[own], grad_inner, piece.factors.a, piece.scale)
         return (grad_rows, None, None, None)

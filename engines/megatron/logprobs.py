@@ -16,7 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from engines.megatron.megatron_core import mappings
 from engines.ranks.collectives import combine
-from engines.tuning.lora import ANCHOR, Piece, Segment, add_deltas, add_gradients, add_product, pieces_at
+from engines.tuning.lora import (
+    ANCHOR,
+    Piece,
+    Segment,
+    add_deltas,
+    add_gradients,
+    add_product,
+    factored,
+    pieces_at,
+)
 from engines.tuning.projection import project
 
 CHUNK_LOGITS = 2**25
@@ -125,9 +134,11 @@ class _Logprobs(torch.autograd.Function):
             slope = logits.sub_(norm[rows]).exp_().mul_(-grad[rows].sum(1, keepdim=True))
             place, held = unembedding.places(targets[rows])
             slope.scatter_add_(1, place, grad[rows].masked_fill(~held, 0.0))
-            torch.mm(slope.to(unembedding.weight.dtype), unembedding.weight, out=grad_hidden[rows])
+            narrow = slope.to(unembedding.weight.dtype)
+            torch.mm(narrow, unembedding.weight, out=grad_hidden[rows])
+            given = narrow if narrow.is_cuda else slope
             for piece, reduced in zip(inside, inner, strict=True):
                 own = slice(piece.start, piece.stop)
-                grad_inner = add_gradients(slope[own], hidden[rows][own].float(), reduced, piece)
+                grad_inner = add_gradients(factored(given[own]), factored(hidden[rows][own]), reduced, piece)
                 add_product(grad_hidden[rows][own], grad_inner, piece.factors.a, piece.scale)
         return (grad_hidden, None, None, None, None)

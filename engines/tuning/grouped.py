@@ -14,22 +14,25 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engines.operations import LoraSpec
 from engines.tuning.lora import (
     ANCHOR,
+    Adapter,
     Factors,
     LoraLinear,
     Piece,
     Routing,
     Segment,
-    Site,
     add_deltas,
     add_gradients,
     add_product,
+    factored,
     pieces_at,
     views,
 )
@@ -42,8 +45,8 @@ KEPT_STACKS = 4
 
 
 def takes_groups(weights: Iterable[Tensor]) -> bool:
-    """Whether bands are faster on layers of these weights [out, in] than segment by segment: where the device would wait
-    for its kernels' launches."""
+    """Whether bands are faster on layers of these weights [out, in] than segment by segment: where the device would
+    wait for its kernels' launches."""
     return all(
         weight.is_cuda and weight.dtype == torch.bfloat16 and not any(size % ALIGNED for size in weight.shape)
         for weight in weights
@@ -51,36 +54,48 @@ def takes_groups(weights: Iterable[Tensor]) -> bool:
 
 
 class Band:
-    """Segments one after the other, [start, stop) of a pass, of adapters that differ in nothing but their numbers.
+    """Neighbouring rows of a pass, of adapters that differ in nothing but their numbers.
 
     `factors[site]` are stacked: A [G, rank, in], B [G, out, rank], or None.
     """
 
-    def __init__(self, segments: Sequence[Segment], values: Tensor) -> None:
-        first = segments[0].adapter
-        self.segments = segments
-        self.start, self.stop = segments[0].start, segments[-1].stop
-        self.scale = first.scale
+    def __init__(
+        self, like: Adapter, values: Tensor, ends: Tensor, rows: slice, segments: Sequence[Segment]
+    ) -> None:
+        """Of as many adapters like this one as there are `values` [G, size]; `ends`, int32 [G] on the device, are their
+        last rows, counted from the first of the band."""
+        self.like = like
         self.values = values
-        self.factors = _stacked(first.sites, segments, values)
-        ends = torch.tensor([segment.stop - self.start for segment in segments], dtype=torch.int32)
-        self.ends = to_device(ends, values.device)
+        self.ends = ends
+        self.rows = rows
+        self.segments = segments
+        self.scale = like.scale
+        self.factors = _stacked(like, values)
+        self.alone = values.shape[0] == 1
         self.gradient: Tensor | None = None
         self._shares: list[Factors | None] = []
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
+    @classmethod
+    def of_segments(cls, segments: Sequence[Segment], values: Tensor) -> Band:
+        """Of neighbours, whose adapters' values are given stacked."""
+        start, stop = segments[0].start, segments[-1].stop
+        ends = torch.tensor([segment.stop - start for segment in segments], dtype=torch.int32)
+        return cls(segments[0].adapter, values, to_device(ends, values.device), slice(start, stop), segments)
+
+    @classmethod
+    def of_table(cls, like: Adapter, values: Tensor, ends: Tensor, rows: int) -> Band:
+        """Of the first rows of a pass without gradient; values and ends may change between passes."""
+        return cls(like, values, ends, slice(0, rows), ())
 
     @property
     def trained(self) -> bool:
-        return self.segments[0].gradient is not None
+        return bool(self.segments) and self.segments[0].gradient is not None
 
     def share(self, site: int) -> Factors:
         """Where the gradients of the stacked factors of a site go, float32."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.values, dtype=torch.float32)
-            self._shares = _stacked(self.segments[0].adapter.sites, self.segments, self.gradient)
+            self._shares = _stacked(self.like, self.gradient)
         share = self._shares[site]
         assert share is not None
         return share
@@ -118,15 +133,26 @@ class GroupedRouting(Routing):
             finally:
                 self.bands, self.loose = [], []
 
+    @contextmanager
+    def along_bands(self, bands: Sequence[Band]) -> Iterator[None]:
+        """Within the context, layers apply these bands; nothing goes back."""
+        self.bands = list(bands)
+        try:
+            yield
+        finally:
+            self.bands = []
+
     def forget(self) -> None:
         self._kept.clear()
 
     def _sort(self, segments: Sequence[Segment]) -> None:
         self.bands, self.loose = [], []
-        for aligned, some in groupby(_bands(segments), key=lambda own: _is_aligned(own[0])):
+        for aligned, some in groupby(
+            _bands(segments), key=lambda own: band_shape(own[0].adapter) is not None
+        ):
             for own in some:
                 if aligned:
-                    self.bands.append(Band(own, self._stack(own)))
+                    self.bands.append(Band.of_segments(own, self._stack(own)))
                 else:
                     self.loose.extend(own)
 
@@ -205,7 +231,7 @@ class _GroupedLinear(torch.autograd.Function):
             _go_back(ctx.site, part, rows, grad, hidden, grad_rows)
         for piece, hidden in zip(ctx.pieces, inner[len(ctx.parts) :], strict=True):
             own = slice(piece.start, piece.stop)
-            grad_inner = add_gradients(grad[own].float(), rows[own].float(), hidden, piece)
+            grad_inner = add_gradients(factored(grad[own]), factored(rows[own]), hidden, piece)
             if grad_rows is not None:
                 add_product(grad_rows[own], grad_inner, piece.factors.a, piece.scale)
         return (grad_rows, None, None, None, None, None, None)
@@ -215,7 +241,7 @@ def _add_delta(out: Tensor, rows: Tensor, part: Part) -> Tensor:
     """Add `scale * rows @ A.T @ B.T` to the band's part of `out`; gives `rows @ A.T`, [rows of the band, rank]."""
     band, (a, b) = part
     own = out[band.rows]
-    if len(band.segments) == 1:
+    if band.alone:
         hidden = rows[band.rows] @ a[0].t()
         own.addmm_(hidden, b[0].t(), alpha=band.scale)
         return hidden
@@ -230,17 +256,16 @@ def _go_back(
     """Add a band's shares to the gradients of its factors (formulas: `lora.add_gradients`) and of its rows."""
     band, (a, b) = part
     own_grad, own_rows = grad[band.rows], rows[band.rows]
-    alone = len(band.segments) == 1
-    grad_hidden = own_grad @ b[0] if alone else F.grouped_mm(own_grad, b, offs=band.ends)
+    grad_hidden = own_grad @ b[0] if band.alone else F.grouped_mm(own_grad, b, offs=band.ends)
     if grad_rows is not None:
         target = grad_rows[band.rows]
-        if alone:
+        if band.alone:
             target.addmm_(grad_hidden, a[0], alpha=band.scale)
         else:
             target.add_(F.grouped_mm(grad_hidden, a, offs=band.ends), alpha=band.scale)
     if not band.trained:
         return
-    if alone:
+    if band.alone:
         gradient = band.segments[0].gradient
         share = None if gradient is None else gradient.factors[site]
         assert share is not None
@@ -272,15 +297,18 @@ def _bands(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def _shape(segment: Segment) -> tuple[object, ...]:
-    """What the adapters of a band have in common; that of a run that is trained is in no band with others."""
+    """What the segments of a band have in common; none that is trained is in one with others."""
     spec = segment.adapter.spec
-    attached = tuple(factors is None for factors in segment.adapter.factors[-1:])
-    flags = (spec.train_attn, spec.train_mlp, spec.train_unembed)
-    return (spec.rank, spec.alpha, flags, attached, segment.gradient is None)
+    return (_alike(spec), segment.gradient is None)
 
 
-def _is_aligned(segment: Segment) -> bool:
-    return segment.adapter.spec.rank % ALIGNED == 0
+def _alike(spec: LoraSpec) -> LoraSpec:
+    return msgspec.structs.replace(spec, seed=0)
+
+
+def band_shape(adapter: Adapter) -> LoraSpec | None:
+    """What adapters of one band have in common; None for one that can be in none."""
+    return _alike(adapter.spec) if adapter.spec.rank % ALIGNED == 0 else None
 
 
 def _copied(segments: Sequence[Segment], dtype: torch.dtype) -> Tensor:
@@ -292,10 +320,10 @@ def _copied(segments: Sequence[Segment], dtype: torch.dtype) -> Tensor:
     return stack
 
 
-def _stacked(sites: Sequence[Site], segments: Sequence[Segment], values: Tensor) -> list[Factors | None]:
-    """The factors of each site as views of stacked vectors [G, size]."""
+def _stacked(like: Adapter, values: Tensor) -> list[Factors | None]:
+    """The factors of each site as views of stacked vectors [G, size] of adapters like this one."""
     found: list[Factors | None] = []
-    for own in views(sites, segments[0].adapter.spec, values[0]):
+    for own in views(like.sites, like.spec, values[0]):
         found.append(None if own is None else Factors(*(_over(values, factor) for factor in own)))
     return found
 

@@ -191,35 +191,49 @@ def adapted(rows: Tensor, weight: Tensor, bias: Tensor | None, pieces: Sequence[
 
 
 def add_deltas(out: Tensor, rows: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Add `scale * rows @ A.T @ B.T` to each piece of `out` in place, computed in float32.
+    """Add `scale * rows @ A.T @ B.T` to each piece of `out` in place.
 
     Returns `rows @ A.T` of each piece, which the gradient of B needs.
     """
     inner = []
     for start, stop, scale, (a, b), _ in pieces:
-        hidden = F.linear(rows[start:stop].float(), a)
+        own = factored(rows[start:stop])
+        hidden = F.linear(own, a.to(own.dtype))
         add_product(out[start:stop], hidden, b.t(), scale)
         inner.append(hidden)
     return inner
 
 
+def factored(rows: Tensor) -> Tensor:
+    """Rows as products with factors take them: in float32, but on CUDA in the 16 bits that they have. There the factors
+    are rounded to as many, and the sums are in float32 all the same, as with `torch.autocast`."""
+    return rows if rows.is_cuda and rows.dtype == torch.bfloat16 else rows.float()
+
+
 def add_gradients(grad: Tensor, rows: Tensor, inner: Tensor, piece: Piece) -> Tensor:
-    """Add one piece's share to the gradients of its factors, given that of its output (float32), its rows and
-    `rows @ A.T`. Returns the gradient by `rows @ A.T`, but for the factor `scale`.
+    """Add one piece's share to the gradients of its factors, given that of its output, its rows and `rows @ A.T`, all
+    `factored`. Returns the gradient by `rows @ A.T`, but for the factor `scale`.
 
     d out / d A = scale * (grad @ B).T @ rows, d out / d B = scale * grad.T @ (rows @ A.T)
     """
+<<<<<<< HEAD
     grad_inner = product(grad, piece.factors.b.t())
+=======
+    grad_inner = grad @ piece.factors.b.to(grad.dtype)
+>>>>>>> a3c4dfd (Decoding steps are replayed as CUDA graphs; log-probs and adapters of 16-bit models use tensor cores)
     if piece.gradient is not None:
-        piece.gradient.a.addmm_(grad_inner.t(), rows, alpha=piece.scale)
-        piece.gradient.b.addmm_(grad.t(), inner, alpha=piece.scale)
+        add_product(piece.gradient.a, grad_inner.t(), rows.to(grad.dtype), piece.scale)
+        add_product(piece.gradient.b, grad.t(), inner.to(grad.dtype), piece.scale)
     return grad_inner
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """out += scale * left @ right, the product in float32."""
-    if out.dtype == torch.float32:
+    """out += scale * left @ right, summed in float32; `right` is rounded to the type of `left`."""
+    right = right.to(left.dtype)
+    if out.dtype == left.dtype:
         out.addmm_(left, right, alpha=scale)
+    elif out.dtype == torch.float32:
+        torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, alpha=scale, out=out)
     else:
         out += (left @ right).mul_(scale).to(out.dtype)
 
@@ -244,7 +258,7 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_rows = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         for piece, hidden in zip(ctx.pieces, inner, strict=True):
             own = slice(piece.start, piece.stop)
-            grad_inner = add_gradients(grad[own].float(), rows[own].float(), hidden, piece)
+            grad_inner = add_gradients(factored(grad[own]), factored(rows[own]), hidden, piece)
             if grad_rows is not None:
                 add_product(grad_rows[own], grad_inner, piece.factors.a, piece.scale)
         return (grad_rows, None, None, None, None)

@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from engines.tuning.transfer import to_device
 
-_VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
+_VARLEN_SETTINGS = inspect.signature(varlen_attn).parameters.keys()
 
 
 class Layout(Protocol):
@@ -77,27 +77,29 @@ class PackedLayout:
             self._bounds = to_device(ends, query.device)
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         longest = max(self.lengths)
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            self._bounds,
-            self._bounds,
-            longest,
-            longest,
-            scale=scale,
-            window_size=(-1, 0),  # causal
-            **_varlen_settings(query.shape[1] != key.shape[1]),
-        )
-        assert isinstance(out, Tensor)
-        return out[None]
+        return causal_varlen(q, k, v, (self._bounds, self._bounds), (longest, longest), scale)[None]
 
 
-def _varlen_settings(gqa: bool) -> dict[str, Any]:
-    """One part for all of a sequence, so that its numbers do not depend on its neighbours. Torch 2.11 has neither
-    setting: it takes grouped heads as they are and never splits."""
-    wanted = {"enable_gqa": gqa, "num_splits": 1}
-    return {name: value for name, value in wanted.items() if name in _VARLEN_PARAMETERS}
+def causal_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+) -> Tensor:
+    """Torch's flash attention over sequences that lie one after the other: [T, heads, dim] of `query` [T, heads, dim],
+    `key` and `value` [U, key/value heads, dim].
+
+    `bounds` (int32 [N + 1], on the device) are where queries' and keys' sequences begin and the last ones end,
+    `longest` the longest of each. A sequence's numbers do not depend on its neighbours, for none is split. Torch 2.11
+    has no setting for either: it takes grouped heads as they are, and never splits.
+    """
+    wanted = {"enable_gqa": query.shape[1] != key.shape[1], "num_splits": 1}
+    settings: dict[str, Any] = {name: wanted[name] for name in _VARLEN_SETTINGS & wanted.keys()}
+    out = varlen_attn(query, key, value, *bounds, *longest, scale=scale, window_size=(-1, 0), **settings)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def fits_varlen(query: Tensor) -> bool:

@@ -87,6 +87,8 @@ def test_one_call_for_all_lengths_gives_the_same(monkeypatch: pytest.MonkeyPatch
     query, key, value = states(sum(lengths), seed=2)
     expected = PackedLayout(lengths).attend(0, query, key, value, 0.3)
     monkeypatch.setattr("engines.tuning.packed_attention.varlen_attn", kernel)
+    settings = frozenset(["enable_gqa", "num_splits"])
+    monkeypatch.setattr("engines.tuning.packed_attention._VARLEN_SETTINGS", settings)
     layout = PackedLayout(lengths)
     layout.attend(0, query, key, value, 0.3)
     assert calls == 0  # it takes 16 bits on a GPU

@@ -1,0 +1,232 @@
+"""Decoding steps as CUDA graphs: the thousand kernels of a step are launched in one call.
+
+A step of few rows keeps a device busy for less time than its kernels take to launch. Steps of one form (rows, reach,
+adapters' shape; the first two rounded up) are therefore recorded when they have come up a few times, and replayed from
+then on. What changes from step to step lies in memory that stays where it is: tokens, positions, slots, and a table of
+the adapters at work. Rows that fill up a form decode a token in slots that no sequence has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engines.hf.kv_cache import DecodeLayout, KvCache, far_longer
+from engines.hf.model import BaseModel
+from engines.tuning.collating import Pack
+from engines.tuning.experts import Experts
+from engines.tuning.grouped import Band, GroupedRouting, band_shape
+from engines.tuning.lora import Adapter
+from engines.tuning.transfer import to_device
+
+log = logging.getLogger("engines.hf")
+
+RECORDED_AFTER = 3
+"""Steps of a form before it is recorded, which costs about two: those of a short answer never are."""
+REACH = 128
+"""What reaches are multiples of, as long as they are short; long ones are rounded up by an eighth at most."""
+MOST_GRAPHS = 64
+
+
+class Numbers(NamedTuple):
+    """Of a step with n rows, each a list of n: rows in the order of the batch, `order` their slots, `inverse` each
+    slot's row; `lengths` are the tokens that each slot holds."""
+
+    tokens: list[int]
+    positions: list[int]
+    order: list[int]
+    inverse: list[int]
+    lengths: list[int]
+
+
+class Group(NamedTuple):
+    """Rows up to `stop`, from where the group before ends, have this adapter, or none."""
+
+    adapter: Adapter | None
+    stop: int
+
+
+@dataclass
+class Recorded:
+    """A graph, what it reads, and what it leaves: hidden states [rows, H]."""
+
+    graph: torch.cuda.CUDAGraph
+    numbers: Tensor
+    hidden: Tensor
+
+
+class Table:
+    """The adapters that graphs of one shape read, stacked; where there are fewer, groups without rows follow."""
+
+    def __init__(self, like: Adapter, groups: int, dtype: torch.dtype) -> None:
+        self.like = like
+        self.values = torch.zeros((groups, like.values.numel()), dtype=dtype, device=like.values.device)
+        self.ends = torch.zeros(groups, dtype=torch.int32, device=like.values.device)
+        self.held: list[Adapter | None] = [None] * groups
+
+    def hold(self, groups: Sequence[Group], rows: int) -> None:
+        """Make it that of a step; of adapters that are there already nothing is copied."""
+        adapters = [group.adapter for group in groups]
+        for place, adapter in enumerate(adapters):
+            if self.held[place] is adapter:
+                continue
+            if adapter is None:
+                self.values[place].zero_()
+            else:
+                self.values[place].copy_(adapter.values)
+            self.held[place] = adapter
+        ends = [group.stop for group in groups[:-1]]
+        ends += [rows] * (len(self.held) - len(ends))
+        self.ends.copy_(torch.tensor(ends, dtype=torch.int32).pin_memory(), non_blocking=True)
+
+
+class DecodeGraphs:
+    """The graphs of one model and cache, recorded as steps come up; `run` gives None where there is none."""
+
+    def __init__(self, base: BaseModel, cache: KvCache) -> None:
+        self.base = base
+        self.cache = cache
+        self.possible = base.device.type == "cuda" and not any(
+            isinstance(part, Experts)
+            for part in base.module.modules()  # which ask the device where rows go
+        )
+        self._generation = cache.generation
+        self._seen: Counter[Hashable] = Counter()
+        self._recorded: dict[Hashable, Recorded] = {}
+        self._tables: dict[Hashable, Table] = {}
+        self._pool: tuple[int, int] | None = None
+
+    def forget(self) -> None:
+        """Let go of all, and of the memory that they use."""
+        self._seen.clear()
+        self._recorded.clear()
+        self._tables.clear()
+        self._pool = None
+
+    def run(self, numbers: Numbers, adapters: Sequence[Adapter | None]) -> Tensor | None:
+        """Hidden states [n, H] of a step whose rows have these adapters. Good until the next step."""
+        if not self.possible or far_longer(numbers.lengths):
+            return None
+        groups = grouped(adapters)
+        shapes = {band_shape(group.adapter) for group in groups if group.adapter is not None}
+        if (
+            len(shapes) > 1
+            or None in shapes
+            or (shapes and not isinstance(self.base.routing, GroupedRouting))
+        ):
+            return None
+        rows = min(rounded_rows(len(adapters)), self.cache.max_slots)
+        reach = min(rounded_reach(max(numbers.lengths) + 1), self.cache.max_length)
+        in_order = numbers.order == sorted(numbers.order)
+        table_key = (shapes.pop(), rounded_groups(len(groups))) if shapes else None
+        key = (rows, reach, in_order, table_key)
+        self.cache.reserve(rows, reach)
+        if self._generation != self.cache.generation or len(self._recorded) > MOST_GRAPHS:
+            self.forget()
+            self._generation = self.cache.generation
+        if key not in self._recorded and not self._worth_recording(key):
+            return None
+        table = self._table(table_key, groups, rows)
+        own = to_device(torch.tensor(filled_up(numbers, rows)), self.base.device)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            hidden = self._record(key, own, reach, in_order, table)
+        else:
+            recorded.numbers.copy_(own)
+            recorded.graph.replay()
+            hidden = recorded.hidden
+        return hidden[: len(adapters)]
+
+    def _worth_recording(self, key: Hashable) -> bool:
+        self._seen[key] += 1
+        return self._seen[key] > RECORDED_AFTER
+
+    def _table(self, key: tuple[Hashable, int] | None, groups: Sequence[Group], rows: int) -> Table | None:
+        if key is None:
+            return None
+        if key not in self._tables:
+            like = next(group.adapter for group in groups if group.adapter is not None)
+            self._tables[key] = Table(like, key[1], self.base.dtype)
+        self._tables[key].hold(groups, rows)
+        return self._tables[key]
+
+    def _record(
+        self, key: Hashable, numbers: Tensor, reach: int, in_order: bool, table: Table | None
+    ) -> Tensor:
+        """Compute a step, which makes whatever a first time makes, then record it; gives its hidden states."""
+        rows = numbers.shape[1]
+        bands = [] if table is None else [Band.of_table(table.like, table.values, table.ends, rows)]
+
+        def step() -> Tensor:
+            layout = GraphedLayout(self.cache, numbers[2:], reach, in_order=in_order)
+            return self.base.hidden_of_bands(Pack(numbers[0, :, None], numbers[1, :, None]), layout, bands)
+
+        computed = step()
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                hidden = step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("decoding steps of this model are not recorded as CUDA graphs: %s", error)
+            self.possible = False
+            self.forget()
+        else:
+            self._recorded[key] = Recorded(graph, numbers, hidden)
+        return computed
+
+
+class GraphedLayout(DecodeLayout):
+    """`DecodeLayout` over the first slots whose numbers are on the device alone; no slot attends by itself."""
+
+    def __init__(self, cache: KvCache, batch: Tensor, reach: int, *, in_order: bool) -> None:
+        self.cache = cache
+        self.slots = slice(0, batch.shape[1])
+        self.apart, self.reaches = [], []
+        self.reach = reach
+        self.sorted = in_order
+        self.place(batch)
+
+
+def grouped(adapters: Sequence[Adapter | None]) -> list[Group]:
+    """Neighbours with the same adapter are one group."""
+    groups: list[Group] = []
+    for row, adapter in enumerate(adapters):
+        if groups and groups[-1].adapter is adapter:
+            groups[-1] = groups[-1]._replace(stop=row + 1)
+        else:
+            groups.append(Group(adapter, row + 1))
+    return groups
+
+
+def filled_up(numbers: Numbers, rows: int) -> list[list[int]]:
+    """The numbers of a step, with rows that decode token 0 at the begin of the slots behind."""
+    count = len(numbers.tokens)
+    behind = list(range(count, rows))
+    nothing = [0] * len(behind)
+    own = (nothing, nothing, behind, behind, nothing)
+    return [[*given, *more] for given, more in zip(numbers, own, strict=True)]
+
+
+def rounded_rows(count: int) -> int:
+    """1, 2, 4, 8, and multiples of eight."""
+    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
+
+
+def rounded_groups(count: int) -> int:
+    """Powers of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def rounded_reach(tokens: int) -> int:
+    """Multiples of `REACH`, of larger powers of two from eight times as many on."""
+    unit = max(REACH, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // unit) * unit
