@@ -182,7 +182,6 @@ def in_turn(ours: Callable[[], float], theirs: Callable[[], float], repeats: int
     """Rates of both after a round that does not count, and the median of the rounds' ratios."""
     for side in (ours, theirs):
         side()
-        side()
     rounds = [(ours(), theirs()) for _ in range(repeats)]
     ratios = [round(mine / other, 3) for mine, other in rounds]
     return {

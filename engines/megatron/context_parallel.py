@@ -16,10 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 
 from engines.ranks.collectives import gather, scatter_sum
-from engines.tuning.packed_attention import fits_varlen
+from engines.tuning.packed_attention import causal_varlen, fits_varlen
 
 _CPU = torch.device("cpu")
 
@@ -95,21 +94,14 @@ class ContextLayout:
             torch.tensor([0, *accumulate(some)], dtype=torch.int32, device=rows.device)
             for some in (sizes, spans)
         )
-        out = varlen_attn(
+        return causal_varlen(  # the last row of a stretch sees all of its keys
             rows.contiguous(),
             torch.cat([keys[own] for own in seen]),
             torch.cat([values[own] for own in seen]),
-            starts,
-            firsts,
-            max(sizes),
-            max(spans),
-            scale=scale,
-            window_size=(-1, 0),  # causal, and the last row of a stretch sees all of its keys
-            enable_gqa=rows.shape[1] != keys.shape[1],
-            num_splits=1,
+            (starts, firsts),
+            (max(sizes), max(spans)),
+            scale,
         )
-        assert isinstance(out, Tensor)
-        return out
 
 
 def _attend_from(stretch: Stretch, rows: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
