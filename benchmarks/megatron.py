@@ -71,7 +71,7 @@ def compared(
     """Tokens a second of both, and how far their losses are from one another."""
     tokens = sum(batch.inputs.size for step in steps for batch in step) / len(steps)
     sides = [Together(each, name, [list(step) for step in steps], apart=False) for each in (ours, theirs)]
-    found = in_turn(*(lambda side=side: tokens / side.train(1) for side in sides), repeats)
+    found = in_turn(lambda: tokens / sides[0].train(1), lambda: tokens / sides[1].train(1), repeats)
     for each, side in zip((ours, theirs), sides, strict=True):
         for item in side.steps:
             each.drop_run(item.run_id)

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.cells import disturbed, rate, span
+from benchmarks.gpu_tables import gpu, megatron
 from benchmarks.measuring import RESULTS, ROOT, median
 from benchmarks.training_tables import (
     hardware,
@@ -306,6 +307,8 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "sharing": sharing,
     "tenants": tenants,
     "hardware": hardware,
+    "gpu": gpu,
+    "megatron": megatron,
     "loss_memory": loss_memory,
     "scaling": scaling,
     "paging": paging,

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class DecodeGraphs:
         self._seen: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, Recorded] = {}
         self._tables: dict[Hashable, Table] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def forget(self) -> None:
         """Let go of all, and of the memory that they use."""

@@ -212,11 +212,10 @@ def _attach(module: PreTrainedModel) -> tuple[list[Site], Routing]:
         raise LoadError(f"{type(module).__name__} has no linear unembedding layer")
     sites: list[Site] = []
     names = {layer: name for name, layer in module.named_modules()}
-    found = [layer for layer, name in names.items() if _is_adapted(name, layer)]
-    grouped = takes_groups(layer.weight for layer in found)
+    grouped = takes_groups(layer.weight for layer, name in names.items() if _is_adapted(layer, name))
     routing = GroupedRouting(head.weight.dtype) if grouped else Routing()
     for name, layer in list(module.named_modules()):
-        if _is_adapted(name, layer):
+        if _is_adapted(layer, name):
             linear = GroupedLinear if grouped else LoraLinear
             module.set_submodule(name, linear(layer, len(sites), routing))
             sites.append(Site(name, layer.in_features, layer.out_features))
@@ -237,7 +236,7 @@ def _attach(module: PreTrainedModel) -> tuple[list[Site], Routing]:
     return [*sites, Site(names[head], head.in_features, head.out_features)], routing
 
 
-def _is_adapted(name: str, layer: nn.Module) -> TypeGuard[nn.Linear]:
+def _is_adapted(layer: nn.Module, name: str) -> TypeGuard[nn.Linear]:
     return isinstance(layer, nn.Linear) and part_of(name) in ("attn", "mlp")
 
 
@@ -265,8 +264,9 @@ def _probe(base: BaseModel, name: str) -> None:
         base.module(base.pack([tokens]).tokens, use_cache=False).logits[0].float() for tokens in sequences
     ]
     base.module.set_attn_implementation(ATTENTION)
-    difference = (packed - torch.cat(rows).log_softmax(-1)).abs().max().item()
-    tolerance = 1e-3 if base.dtype == torch.float32 else 0.3
+    # Of the token that differs most, the mean: single log-probs of a deep model differ more, by rounding to 16 bits.
+    difference = (packed - torch.cat(rows).log_softmax(-1)).abs().mean(-1).max().item()
+    tolerance = 2e-4 if base.dtype == torch.float32 else 0.25
     if not difference <= tolerance:
         raise LoadError(
             f"{name} gives other log-probs when sequences are packed (difference {difference:.2g}, allowed "

@@ -132,6 +132,36 @@ def test_hardware_tells_the_share_and_where_the_time_goes() -> None:
     assert rows[-1] == "One run, 8 × 512 tokens a step. Other processes used 2% of the machine, at most 3%."
 
 
+def test_gpu_tells_both_sides_and_what_the_device_could_do() -> None:
+    work = {
+        "tokens": 16384.0,
+        "ours": [2000.0, 3000.0],
+        "theirs": [1000.0, 1000.0],
+        "ratio": 2.5,
+        "ratios": [2, 3],
+    }
+    share = {"tflops": 400.0, "of_product": 0.5, "of_datasheet": 0.4}
+    model = {
+        "parameters": 600_000_000,
+        "bytes_of_a_run": 200_000_000,
+        "device_tflops": 800.0,
+        "one run": {**work, "utilisation": share},
+        "sixteen runs": {**work, "utilisation": share},
+        "decoding": work,
+    }
+    versions = {"torch": "2.11", "transformers": "5.17"}
+    rows = report.TABLES["gpu"](
+        {"device": "A GPU", "versions": versions, "rank": 16, "models": {"0.6B": model}}
+    )
+    assert "| 0.6B | one run | 2,500 | 1,000 | **2.50** | 2.00–3.00 | ≥ 1.0 | 400 | 40 % |" in rows
+    assert "| 0.6B | 64 prompts decoded | 2,500 | 1,000 | **2.50** | 2.00–3.00 |  |  |  |" in rows
+    assert rows[-1].startswith("On one A GPU (torch 2.11, Transformers 5.17)")
+    engines = report.TABLES["megatron"](
+        {"device": "A GPU", "model": "0.6B", "one run": work, "sixteen runs": work, "rank": 16}
+    )
+    assert "| one run | 2,500 | 1,000 | **2.50** | 2.00–3.00 |" in engines
+
+
 def test_renewing_twice_changes_nothing(folder: Path) -> None:
     once = report.renewed(page("training", "") + page("sampling"), folder)
     assert report.renewed(once, folder) == once

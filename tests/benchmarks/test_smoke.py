@@ -180,6 +180,23 @@ def test_hardware(tmp_path: Path) -> None:
     assert found["seconds"]["attention"] > 0 and found["seconds"]["products with adapters"] > 0
 
 
+def test_gpu(tmp_path: Path) -> None:
+    run_short("gpu", tmp_path)
+    results = results_of("gpu", tmp_path)
+    assert results["device"] == "cpu"
+    found = results["models"]["smoke"]
+    for work in ("one run", "sixteen runs", "decoding"):
+        assert min(numbers({side: found[work][side][0] for side in ("ours", "theirs")})) > 0
+
+
+def test_megatron(tmp_path: Path) -> None:
+    run_short("megatron", tmp_path)
+    results = results_of("megatron", tmp_path)
+    for work in ("one run", "sixteen runs"):
+        assert results[work]["largest_difference_of_losses"] < 1e-5
+        assert results[work]["ratio"] > 0
+
+
 def test_scaling(tmp_path: Path) -> None:
     run_short("scaling", tmp_path, "--threads", "1")
     results = results_of("scaling", tmp_path)

@@ -162,10 +162,10 @@ def test_layers_that_are_computed_again_apply_their_adapters(make_engine: MakeEn
 
 
 def test_float32_draws_the_tokens_of_the_cpu(make_engine: MakeEngine) -> None:
-    found = []
+    found: list[list[list[int]]] = []
     for options in ({}, {"device": "cuda", "dtype": "float32"}):
         engine = make_engine("untied", **options)
-        adapters = [None]
+        adapters: list[Any] = [None]
         for name in "ab":
             create(engine, name, SPECS[name])
             trained_values = engine.runs[name].adapter.values
