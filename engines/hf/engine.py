@@ -308,7 +308,7 @@ def _describe(config: EngineConfig, options: HfOptions, base: BaseModel, run_mem
         device=str(base.device),
         dtype=str(base.dtype).removeprefix("torch."),
         deterministic=options.deterministic,
-        versions=versions(options),
+        versions=versions(options, base.device),
         layers={site.name: (site.in_features, site.out_features) for site in base.sites},
         run_memory_bytes=run_memory,
     )

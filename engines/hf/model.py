@@ -149,9 +149,10 @@ def free_bytes(device: torch.device) -> int | None:
     return free_host_bytes()
 
 
-def versions(options: HfOptions) -> dict[str, str]:
+def versions(options: HfOptions, device: torch.device) -> dict[str, str]:
     """What the last bits of the numbers depend on."""
-    return {
+    card = {"card": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return card | {
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -216,11 +216,7 @@ def add_gradients(grad: Tensor, rows: Tensor, inner: Tensor, piece: Piece) -> Te
 
     d out / d A = scale * (grad @ B).T @ rows, d out / d B = scale * grad.T @ (rows @ A.T)
     """
-<<<<<<< HEAD
-    grad_inner = product(grad, piece.factors.b.t())
-=======
-    grad_inner = grad @ piece.factors.b.to(grad.dtype)
->>>>>>> a3c4dfd (Decoding steps are replayed as CUDA graphs; log-probs and adapters of 16-bit models use tensor cores)
+    grad_inner = product(grad, piece.factors.b.to(grad.dtype).t())
     if piece.gradient is not None:
         add_product(piece.gradient.a, grad_inner.t(), rows.to(grad.dtype), piece.scale)
         add_product(piece.gradient.b, grad.t(), inner.to(grad.dtype), piece.scale)
