@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from engines.megatron.calls import (
     encode,
 )
 from engines.megatron.folders import eos_tokens, folder_of
-from engines.megatron.megatron_core import VERSION
+from engines.megatron.megatron_core import SUPPORTED, VERSION
 from engines.megatron.options import MegatronOptions, read_options
 from engines.megatron.places import Place
 from engines.megatron.planning import plan
@@ -57,9 +58,6 @@ from engines.tuning.lora import size
 from engines.tuning.runs import VECTORS, Run
 
 log = logging.getLogger("engines.megatron")
-
-SUPPORTED = "0.16.1"
-"""The version of megatron-core that the tests run with; its names move from one to the next."""
 
 T = TypeVar("T")
 
@@ -98,9 +96,10 @@ class MegatronEngine(TrainingEngine):
                 'the megatron engine trains and does not sample: set roles = ["train"], and let an engine of the same '
                 "base_model with the plugin hf or vllm sample"
             )
-        if VERSION != SUPPORTED:
+        if VERSION not in SUPPORTED:
             raise LoadError(
-                f"megatron-core is {VERSION}; this engine needs {SUPPORTED}: pip install megatron-core=={SUPPORTED}"
+                f"megatron-core is {VERSION}; this engine needs {' or '.join(SUPPORTED)}: pip install "
+                f"megatron-core=={SUPPORTED[sys.version_info >= (3, 12)]}"
             )
         files = read_tokenizer_files(config.model)
         config = msgspec.structs.replace(config, model=str(folder_of(config.model)))

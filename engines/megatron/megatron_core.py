@@ -22,8 +22,19 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 VERSION: str = megatron.core.__version__
+SUPPORTED = ("0.16.1", "0.19.2")
+"""Versions that the tests run with: of Python 3.11, and of 3.12 and newer, which the later one asks for."""
+
+GRAPHED = (
+    "cuda_graph_modules"
+    if "cuda_graph_modules" in TransformerConfig.__dataclass_fields__
+    else "cuda_graph_scope"
+)
+"""Of a configuration: what is to be recorded as CUDA graphs, as the version calls it."""
 
 __all__ = [
+    "GRAPHED",
+    "SUPPORTED",
     "VERSION",
     "GPTModel",
     "IdentityOp",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from engines.megatron.experts import ExpertBlock
 from engines.megatron.linears import ColumnLinear, Part, QkvLinear, RowLinear, ShardedLinear
 from engines.megatron.logprobs import Unembedding
 from engines.megatron.megatron_core import (
+    GRAPHED,
     GPTModel,
     IdentityOp,
     TransformerBlockSubmodules,
@@ -56,17 +56,27 @@ class Stage:
         self.sharding = Sharding(shape, place)
         self.passes = 0
         self.recompute = recompute
-        self.module = _build(shape, place, dtype).requires_grad_(False)
-        if shape.experts:
-            for layer in self.module.decoder.layers:
+        self.module = _build(shape, place, dtype)
+        for layer in self.module.decoder.layers:
+            if shape.experts:
                 layer.mlp = ExpertBlock(shape, len(place.experts(shape.experts)), dtype, experts)
+            else:
+                layer.mlp = FeedForward(shape, self.module.config)
+        self.module.requires_grad_(False)
         self.unembedding: Unembedding | None = None
         """On the last stage."""
+
+    @property
+    def _shares_table(self) -> bool:
+        """Whether its embedding is its unembedding, which then lies in memory once."""
+        return self.shape.tied and self.place.is_first_stage and self.place.is_last_stage
 
     def load(self, model: Path) -> None:
         """Read this rank's weights; raises LoadError when the checkpoint is not what its configuration says."""
         place, shape = self.place, self.shape
         layers = place.layers(shape.layers)
+        if self._shares_table:
+            self.module.output_layer.weight = self.module.embedding.word_embeddings.weight
         wanted = stage_map(
             layers.start,
             len(layers),
@@ -76,6 +86,8 @@ class Stage:
             is_last=place.is_last_stage,
             tied=shape.tied,
         )
+        if self._shares_table:
+            wanted = (parameter for parameter in wanted if parameter.name != "output_layer.weight")
         left = dict(self.module.named_parameters())
         with Checkpoint(model, place.tensor, place.layout.tensor) as checkpoint, torch.no_grad():
             for parameter in wanted:
@@ -153,6 +165,22 @@ class RmsNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class FeedForward(nn.Module):
+    """`down(silu(gate(x)) * up(x))`. How megatron-core makes its own differs from one version to the next."""
+
+    def __init__(self, shape: ModelShape, config: Any) -> None:
+        super().__init__()
+        group = parallel_state.get_tensor_model_parallel_group()
+        self.linear_fc1 = ColumnLinear(shape.hidden, 2 * shape.ffn, config=config, tp_group=group)
+        self.linear_fc2 = RowLinear(shape.ffn, shape.hidden, config=config, tp_group=group)
+
+    def forward(self, x: Tensor, **ignored: Any) -> tuple[Tensor, None]:
+        """[t, 1, H] to the same, and no bias."""
+        gate, up = self.linear_fc1(x)[0].chunk(2, dim=-1)
+        out: tuple[Tensor, None] = self.linear_fc2(F.silu(gate) * up)
+        return out
+
+
 def _computed_again(forward: Callable[..., Any], *routings: Routing) -> Callable[..., Any]:
     """A layer's forward pass, which keeps its inputs alone and is repeated on the way back, with the segments that were
     in force; other micro-batches may have been under way since."""
@@ -208,29 +236,24 @@ def _build(shape: ModelShape, place: Place, dtype: torch.dtype) -> Any:
     config = _config(shape, place, dtype)
     layer = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RmsNorm
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention = layer.submodules.self_attention.submodules
     attention.linear_qkv, attention.linear_proj = QkvLinear, RowLinear
     attention.core_attention = PackedAttention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RmsNorm
-    if shape.experts:
-        layer.submodules.mlp = IdentityOp  # until the experts are put there
-    else:
-        mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
+    layer.submodules.mlp = IdentityOp  # until the stage puts its own there
     layers = [layer] * len(place.layers(shape.layers))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of its own calls to its own MLP
-        return GPTModel(
-            config,
-            TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm),
-            vocab_size=shape.vocabulary,
-            max_sequence_length=shape.max_context,
-            pre_process=place.is_first_stage,
-            post_process=place.is_last_stage,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-            rotary_base=shape.rope_theta,
-        )
+    return GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm),
+        vocab_size=shape.vocabulary,
+        max_sequence_length=shape.max_context,
+        pre_process=place.is_first_stage,
+        post_process=place.is_last_stage,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+    )
 
 
 def _config(shape: ModelShape, place: Place, dtype: torch.dtype) -> Any:
@@ -267,5 +290,5 @@ def _config(shape: ModelShape, place: Place, dtype: torch.dtype) -> Any:
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # which variable lengths demand, of a dense model too
         batch_p2p_sync=False,
-        cuda_graph_scope=[],
+        **{GRAPHED: []},
     )
