@@ -69,6 +69,16 @@ class ModelShape(msgspec.Struct, frozen=True):
         return self.kv_heads * self.head_dim
 
 
+_HEADS_BY_DEFAULT: dict[Family, tuple[int | None, int | None]] = {
+    "qwen3": (32, 128),
+    "llama": (None, None),
+    "qwen3_moe": (4, None),
+}
+"""Key and value heads, and the width of a head, that Transformers takes where a configuration names none; None: as many
+as there are attention heads, and the hidden width by these."""
+_THETA_BY_DEFAULT = 10_000.0
+
+
 class _Config(msgspec.Struct, frozen=True):
     """The fields of a config.json that are read. Those with a default may be absent."""
 
@@ -124,15 +134,15 @@ def parse_shape(text: bytes, where: str = CONFIG) -> ModelShape:
     _refuse_what_differs(config, where)
     moe = config.model_type == "qwen3_moe"
     theta, scaling = _rope(config, where)
+    heads = config.num_attention_heads
+    kv_heads, head_dim = _HEADS_BY_DEFAULT[config.model_type]
     shape = ModelShape(
         family=config.model_type,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads
-        if config.num_key_value_heads is None
-        else config.num_key_value_heads,
-        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        heads=heads,
+        kv_heads=(kv_heads or heads) if config.num_key_value_heads is None else config.num_key_value_heads,
+        head_dim=config.head_dim or head_dim or config.hidden_size // heads,
         ffn=config.moe_intermediate_size if moe else config.intermediate_size,
         vocabulary=config.vocab_size,
         tied=config.tie_word_embeddings,
@@ -195,6 +205,7 @@ def _rope(config: _Config, where: str) -> tuple[float, Llama3Rope | None]:
     given = config.rope_parameters if config.rope_parameters is not None else config.rope_scaling or {}
     kind = given.get("rope_type", given.get("type", "default"))
     theta = given.get("rope_theta", config.rope_theta)
+    theta = _THETA_BY_DEFAULT if theta is None else theta
     if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
         raise LoadError(f"{where}: rope_theta is {theta!r}; it must be a positive number")
     if given.get("partial_rotary_factor", 1.0) != 1.0:

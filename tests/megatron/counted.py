@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ class Watch(TorchDispatchMode):
         return sum(size for _, size in self.made.values())
 
     def look(self) -> None:
-        """Remember the most that is kept at the moments of looking."""
+        """Remember the most that is kept at the moments of looking; what only its own circle holds is not."""
+        gc.collect()
         self.kept = max(self.kept, self.alive())
 
     def _count(self, name: str, args: Sequence[Any]) -> None:

@@ -52,6 +52,29 @@ def test_older_configurations_have_positions_in_other_fields() -> None:
     assert shape.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 64)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(family: str) -> None:
+    """Llama 2 says nothing of its positions, for one."""
+    from transformers import AutoConfig
+
+    given = tiny_config(family, hidden_size=256, num_attention_heads=32)
+    for name in (
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "norm_topk_prob",
+    ):
+        given.pop(name, None)
+    theirs = AutoConfig.for_model(**given)
+    shape = parse_shape(json.dumps(given).encode())
+    assert shape.kv_heads == theirs.num_key_value_heads
+    assert shape.head_dim == getattr(theirs, "head_dim", 256 // 32)
+    assert shape.tied == theirs.tie_word_embeddings
+    assert {"rope_theta": shape.rope_theta, "rope_type": "default"} == theirs.rope_parameters
+    assert shape.normalize_expert_weights == getattr(theirs, "norm_topk_prob", False)
+
+
 def test_heads_are_as_wide_as_the_model_allows_when_nothing_is_said() -> None:
     shape = parse_shape(encoded("llama", head_dim=None, num_key_value_heads=None))
     assert (shape.head_dim, shape.kv_heads) == (16, 4)
@@ -79,7 +102,7 @@ def test_heads_are_as_wide_as_the_model_allows_when_nothing_is_said() -> None:
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type is 'yarn'"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters: .*`factor`"),
-        ("llama", {"rope_parameters": {"rope_type": "default"}}, "rope_theta is None"),
+        ("llama", {"rope_parameters": {"rope_theta": -1.0}}, "rope_theta is -1.0; it must be a positive number"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_mapped_is_refused_by_name(family: str, changes: dict[str, Any], message: str) -> None:
