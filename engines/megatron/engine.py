@@ -79,7 +79,9 @@ class MegatronEngine(TrainingEngine):
         self.files = files
         layout = options.layout
         self.shardings = [Sharding(shape, Place.of(layout, rank)) for rank in range(layout.ranks)]
-        self.leader = Leader("engines.megatron.rank", layout.ranks, options.rank_timeout_s, devices)
+        self.leader = Leader(
+            "engines.megatron.rank", layout.ranks, options.rank_timeout_s, devices, options.start_timeout_s
+        )
         try:
             self.rank = self._load(devices[0])
         except BaseException:

@@ -52,6 +52,9 @@ class MegatronOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank_timeout_s: float = 30.0
     """How long a rank waits for another one in the middle of a call. Longer waiting means that one hangs: all end, and
     the gateway builds the runs anew from their logs. It must exceed what one micro-batch takes on one rank."""
+    start_timeout_s: float = 600.0
+    """How long the ranks wait for each other to start, and to load the model. If one takes longer the start has failed,
+    and is tried again."""
 
     @property
     def layout(self) -> Layout:
@@ -86,10 +89,10 @@ def read_options(options: dict[str, Any]) -> MegatronOptions:
             raise LoadError(f"options.{name} is {value}; it must be at least 1")
     if read.device_memory_gib is not None and not 0 < read.device_memory_gib < math.inf:
         raise LoadError(f"options.device_memory_gib is {read.device_memory_gib:g}; it must be above 0")
-    if not 1 <= read.rank_timeout_s <= 3600:
-        raise LoadError(
-            f"options.rank_timeout_s is {read.rank_timeout_s:g}; it must be from 1 to 3600 seconds"
-        )
+    for name, most in (("rank_timeout_s", 3600), ("start_timeout_s", 86400)):
+        bound = getattr(read, name)
+        if not 1 <= bound <= most:
+            raise LoadError(f"options.{name} is {bound:g}; it must be from 1 to {most} seconds")
     return read
 
 

@@ -25,8 +25,8 @@ Join = Callable[[World, bytes], Perform]
 
 
 def follow(join: Join) -> int:
-    """The command line of a follower: `--store FILE --rank R --size N --timeout S --device NAME`, which
-    `engines.ranks.leading` writes. Gives the exit status.
+    """The command line of a follower: `--store FILE --rank R --size N --timeout S --start-timeout S --device NAME`,
+    which `engines.ranks.leading` writes. Gives the exit status.
 
     Whatever it raises ends the process, which rank 0 notices; so does the end of its standard input.
     """
@@ -35,6 +35,7 @@ def follow(join: Join) -> int:
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--size", required=True, type=int)
     parser.add_argument("--timeout", required=True, type=float)
+    parser.add_argument("--start-timeout", required=True, type=float)
     parser.add_argument("--device", required=True)
     said = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -44,7 +45,8 @@ def follow(join: Join) -> int:
         stream=sys.stderr,
     )
     end_with_leader()
-    world = World(Path(said.store), said.rank, said.size, said.timeout, torch.device(said.device))
+    device = torch.device(said.device)
+    world = World(Path(said.store), said.rank, said.size, said.timeout, device, said.start_timeout)
     perform = join(world, world.tell())
     while call := world.tell():
         perform(call)

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from engines.interface import EngineBroken, LoadError
-from engines.ranks.world import MEETING_S, World
+from engines.interface import EngineBroken
+from engines.ranks.world import START_TIMEOUT_S, World
 
 log = logging.getLogger("engines.ranks")
 
@@ -30,24 +30,33 @@ class Leader:
     `module` is run with `python -m` as each of the others; it calls `engines.ranks.following.follow`.
     """
 
-    def __init__(self, module: str, size: int, timeout_s: float, devices: list[torch.device]) -> None:
+    def __init__(
+        self,
+        module: str,
+        size: int,
+        timeout_s: float,
+        devices: list[torch.device],
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        """Raises EngineBroken when the ranks have not all begun within `start_timeout_s`: another try may go well."""
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")  # nobody else may read it
         path = str(Path(self._folder.name) / "store")
         self._lost: str | None = None
         self._closing = False
         self._children = [
-            _start(module, path, rank, size, timeout_s, devices[rank]) for rank in range(1, size)
+            _start(module, path, rank, size, (timeout_s, start_timeout_s), devices[rank])
+            for rank in range(1, size)
         ]
         for rank, child in enumerate(self._children, 1):
             threading.Thread(target=self._watch, args=(rank, child), name=f"rank {rank}", daemon=True).start()
         try:
-            self.world = World(Path(path), 0, size, timeout_s, devices[0])
+            self.world = World(Path(path), 0, size, timeout_s, devices[0], start_timeout_s)
         except (RuntimeError, ValueError) as error:
             self._closing = True
             self._kill()
             self._folder.cleanup()
-            raise LoadError(
-                f"the {size} ranks did not find each other within {MEETING_S:g} s: {error}; their log says why"
+            raise EngineBroken(
+                f"the {size} ranks did not find each other within {start_timeout_s:g} s: {error}; their log says why"
             ) from error
 
     @property
@@ -119,9 +128,10 @@ class Leader:
 
 
 def _start(
-    module: str, store: str, rank: int, size: int, timeout_s: float, device: torch.device
+    module: str, store: str, rank: int, size: int, bounds_s: tuple[float, float], device: torch.device
 ) -> subprocess.Popen[bytes]:
-    """A follower. It ends when the pipe to its standard input does, thus when this process ends, however it ends."""
+    """A follower; `bounds_s` are those of a call and of the start. It ends when the pipe to its standard input does,
+    thus when this process ends, however it ends."""
     command = [sys.executable, "-m", module, "--store", store, "--rank", str(rank), "--size", str(size)]
-    command += ["--timeout", str(timeout_s), "--device", str(device)]
+    command += ["--timeout", str(bounds_s[0]), "--start-timeout", str(bounds_s[1]), "--device", str(device)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)

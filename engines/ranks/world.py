@@ -20,26 +20,33 @@ from torch import Tensor
 from engines.environment import set_defaults
 
 UNBOUNDED = timedelta(days=365)
-MEETING_S = 120.0
-"""How long the ranks wait for each other to start, on a busy machine too."""
+START_TIMEOUT_S = 600.0
+"""How long the ranks wait for each other to start, and to load what they need, unless it is said."""
 
 
 class World:
     """One process's membership: its `rank` of `size`."""
 
-    def __init__(self, store: Path, rank: int, size: int, timeout_s: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: Path,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        device: torch.device,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
         """`store` is a file, new and the same for all, by which they find each other."""
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
+        self.start_bound = timedelta(seconds=start_timeout_s)
         # By itself gloo takes the interface of the machine's name, and lets in whoever reaches it.
         set_defaults({"GLOO_SOCKET_IFNAME": _loopback()})
         bound = timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         meeting = dist.FileStore(str(store), size)  # type: ignore[attr-defined]  # missing in torch's own types
-        dist.init_process_group(
-            backend, store=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=MEETING_S)
-        )
+        dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=self.start_bound)
         self._calls = dist.new_group(backend="gloo", timeout=UNBOUNDED)
         self.meet()
         self._bounded = dist.new_group(backend="gloo", timeout=bound)
@@ -76,8 +83,9 @@ class World:
         return [_bytes(part[:size]) for part, size in zip(parts or [], sizes if parts else [], strict=True)]
 
     def meet(self) -> None:
-        """Wait, without a bound, until all are here: they may have taken long to load what they need."""
-        dist.barrier(group=self._calls)
+        """Wait until all are here: they may take long to load what they need. Raises RuntimeError when one is not
+        within the time that a start may take."""
+        dist.barrier(group=self._calls, async_op=True).wait(self.start_bound)
 
     def close(self) -> None:
         """Leave; no call follows."""

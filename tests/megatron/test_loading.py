@@ -46,6 +46,7 @@ def test_it_does_not_sample(model_folder: str, tmp_path: Path) -> None:
         ({"dtype": "float16"}, "allowed are auto, float32, bfloat16"),
         ({"device": "tpu"}, "allowed are auto, cpu, cuda"),
         ({"rank_timeout_s": 0.1}, "from 1 to 3600"),
+        ({"start_timeout_s": 0}, "options.start_timeout_s is 0; it must be from 1 to 86400 seconds"),
         ({"tensor": 4}, "does not divide the model's 2 key and value heads"),
         ({"pipeline": 3}, "does not divide the model's 2 layers"),
         ({"max_context": 10_000}, "the model has 512 positions"),

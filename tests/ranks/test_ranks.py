@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from engines.interface import EngineBroken
 from engines.ranks.leading import Leader
-from tests.ranks.echo import answer, lead
+from tests.ranks.echo import CPU, answer, lead
 from tests.served import has_ended
 
 pytestmark = pytest.mark.slow
@@ -90,6 +91,31 @@ def test_a_rank_that_hangs_is_noticed() -> None:
         with pytest.raises(EngineBroken):
             asked(leader, b"stop")
         until(lambda: all(has_ended(child) for child in leader.children))
+
+
+def test_a_rank_that_stalls_before_it_has_joined_is_a_start_that_may_be_tried_again() -> None:
+    """Not a LoadError, which would say that something is to be changed first."""
+    children = set(processes("tests.ranks.stalling"))
+    with pytest.raises(EngineBroken, match=r"the 2 ranks did not find each other within 2 s"):
+        Leader("tests.ranks.stalling", 2, 30.0, [CPU, CPU], 2.0)
+    until(lambda: set(processes("tests.ranks.stalling")) == children)
+
+
+def test_a_rank_that_stalls_while_it_loads_is_noticed() -> None:
+    with leading() as leader:
+        leader.world.start_bound = timedelta(seconds=2)
+        os.kill(leader.children[1], signal.SIGSTOP)
+        with pytest.raises(EngineBroken, match="the ranks fell apart"):
+            leader.call(b"meet", leader.world.meet)
+        until(lambda: all(has_ended(child) for child in leader.children))
+
+
+def processes(module: str) -> Iterator[int]:
+    """Those that run a module."""
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and module in (entry / "cmdline").read_text().split("\0"):
+                yield int(entry.name)
 
 
 def test_a_rank_that_hangs_while_nobody_calls_is_noticed_by_the_next_call() -> None:
