@@ -14,8 +14,10 @@ import msgspec
 from engines.megatron.constraints import Layout
 from engines.megatron.shapes import ModelShape
 
-ADAPTER_BYTES = 16
-"""For each value of an adapter, all float32: the value, its gradient, and the optimizer's two moments."""
+VALUE_BYTES = 8
+"""For each value of an adapter, all float32: the value and its gradient."""
+MOMENT_BYTES = 8
+"""For each value that a rank steps: the optimizer's two moments."""
 FLOAT = 4
 CHUNK_LOGITS = 2**25
 """Logits of a chunk of rows, as `engines.megatron.logprobs` cuts them."""
@@ -59,7 +61,7 @@ def stage_memory(shape: ModelShape, layout: Layout, load: Workload, stage: int) 
     last = stage == layout.pipeline - 1
     return Memory(
         weights=stage_weights(shape, layout, stage) * load.weight_bytes,
-        adapters=stage_adapter(shape, layout, stage, load.adapter_rank) * load.runs * ADAPTER_BYTES,
+        adapters=adapter_bytes(shape, layout, stage, load.adapter_rank) * load.runs,
         activations=stage_activations(shape, layout, load, stage),
         logits=2 * FLOAT * chunk_logits(shape, layout, load) if last else 0,
     )
@@ -135,6 +137,26 @@ def stage_adapter(shape: ModelShape, layout: Layout, stage: int, rank: int) -> i
     if stage == layout.pipeline - 1:
         own += shape.hidden + shape.vocabulary // layout.tensor
     return own * rank
+
+
+def expert_adapter(shape: ModelShape, layout: Layout, rank: int) -> int:
+    """Those of them that belong to experts."""
+    if not shape.experts:
+        return 0
+    experts = list(layer_matrices(shape, layout))[4:]
+    return (
+        sum(matrix.inputs + matrix.outputs for matrix in experts) * (shape.layers // layout.pipeline) * rank
+    )
+
+
+def adapter_bytes(shape: ModelShape, layout: Layout, stage: int, rank: int) -> int:
+    """Bytes of an adapter in training. Ranks that have the same values divide the moments among them
+    (`engines.megatron.moments`, but for the rounding of parts)."""
+    values = stage_adapter(shape, layout, stage, rank)
+    experts = expert_adapter(shape, layout, rank)
+    stepped = -(-(values - experts) // (layout.data * layout.context))
+    stepped += -(-experts * layout.expert // layout.stage_ranks)
+    return values * VALUE_BYTES + stepped * MOMENT_BYTES
 
 
 # ---------------------------------------------------------------------- numbers kept for the way back

@@ -29,6 +29,7 @@ from engines.megatron.calls import (
 )
 from engines.megatron.folders import eos_tokens, folder_of
 from engines.megatron.megatron_core import SUPPORTED, VERSION
+from engines.megatron.moments import owned
 from engines.megatron.options import MegatronOptions, read_options
 from engines.megatron.places import Place
 from engines.megatron.planning import plan
@@ -55,7 +56,7 @@ from engines.tokenizer_files import read_tokenizer_files
 from engines.training_only import TrainingEngine
 from engines.tuning.checkpoints import RunSnapshot, write_run
 from engines.tuning.lora import size
-from engines.tuning.runs import VECTORS, Run
+from engines.tuning.runs import Run
 
 log = logging.getLogger("engines.megatron")
 
@@ -143,8 +144,10 @@ class MegatronEngine(TrainingEngine):
 
     def run_bytes(self, lora: LoraSpec) -> int:
         """On the rank that holds the most of it."""
-        most = max(size(sharding.sites, lora) for sharding in self.shardings)
-        return VECTORS * torch.float32.itemsize * most
+        most = max(size(sharding.sites, lora) + owned(sharding, lora) for sharding in self.shardings)
+        return (
+            2 * torch.float32.itemsize * most
+        )  # values and their gradients; both moments of those that it owns
 
     def drop_run(self, run_id: str) -> None:
         if run_id in self.rank.runs:

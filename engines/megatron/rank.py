@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -167,12 +167,18 @@ class Rank:
         if said:
             stored = decode_stored(said)
             own = [self.sharding.share_of(_vector(vector), spec, self.device) for vector in stored.vectors]
-            self.runs[run_id] = _run_of(stored, self.sharding.sites, spec, own)
+            run = _run_of(stored, self.sharding.sites, spec, own)
+            owner = self.trainer.ownership(run.adapter)
+            run.optimizer = _changed(run.optimizer, lambda moment: owner.take(moment).clone())
+            self.runs[run_id] = run
         return refusal or CreateRunResult(parameters=size(self.sharding.whole, spec))
 
     def _gather(self, run: Run) -> Run | None:
         """A copy of the whole run in main memory, on rank 0."""
-        place = self.stage.place
+        place, count = self.stage.place, run.adapter.values.numel()
+        owner = self.trainer.ownership(run.adapter)
+        optimizer = _changed(run.optimizer, lambda moment: owner.whole(moment, count))
+        run = Run(run.adapter, optimizer, run.pending)
         mine = encode(_stored(run) if place.is_original or place.has_original_experts else Stored(0, []))
         heard = [decode_stored(said) for said in self.world.collect(mine)]
         if not heard:
@@ -205,6 +211,12 @@ def load_rank(config: EngineConfig, world: World, device: torch.device) -> Rank:
 def dtype_of(options: MegatronOptions, device: torch.device) -> torch.dtype:
     """Of the frozen weights."""
     return torch.bfloat16 if dtype_name(options, device.type) == "bfloat16" else torch.float32
+
+
+def _changed(optimizer: AdamW, change: Callable[[Tensor], Tensor]) -> AdamW:
+    """The same with other moments, if there are any."""
+    moments = (optimizer.exp_avg, optimizer.exp_avg_sq)
+    return AdamW(optimizer.steps, *(change(moment) for moment in moments if moment is not None))
 
 
 def _stored(run: Run) -> Stored:

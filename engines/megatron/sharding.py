@@ -139,14 +139,32 @@ class Sharding:
 
     def parts(self, gradient: Gradient) -> tuple[list[Tensor], list[Tensor]]:
         """Views of all values, in as few pieces as there are: those of experts apart from the others."""
-        found: tuple[list[Tensor], list[Tensor]] = ([], [])
-        attached = [each for each, pair in zip(self.mine, gradient.factors, strict=True) if pair is not None]
-        pairs = (pair for pair in gradient.factors if pair is not None)
+        dense, experts = self.pieces(gradient)
+        return [gradient.values[piece] for piece in dense], [gradient.values[piece] for piece in experts]
+
+    def pieces(self, held: Adapter | Gradient) -> tuple[list[slice], list[slice]]:
+        """Where in the vector these are."""
+        return self._pieces(
+            [None if pair is None else pair.a.numel() + pair.b.numel() for pair in held.factors]
+        )
+
+    def pieces_of(self, spec: LoraSpec) -> tuple[list[slice], list[slice]]:
+        """Where they are in the vector of an adapter that there is not yet."""
+        return self._pieces([size([site], spec) or None for site in self.sites])
+
+    def _pieces(self, widths: Sequence[int | None]) -> tuple[list[slice], list[slice]]:
+        """Of values of so many for each site, None where nothing is attached."""
+        found: tuple[list[slice], list[slice]] = ([], [])
+        attached = [
+            (each.expert is not None, width)
+            for each, width in zip(self.mine, widths, strict=True)
+            if width is not None
+        ]
         start = 0
-        for of_experts, some in itertools.groupby(attached, lambda each: each.expert is not None):
-            width = sum(pair.a.numel() + pair.b.numel() for _, pair in zip(some, pairs, strict=False))
-            found[of_experts].append(gradient.values[start : start + width])
-            start += width
+        for of_experts, some in itertools.groupby(attached, lambda pair: pair[0]):
+            stop = start + sum(width for _, width in some)
+            found[of_experts].append(slice(start, stop))
+            start = stop
         return found
 
     def _pairs(

@@ -13,7 +13,15 @@ from typing import Literal
 import msgspec
 
 from engines.megatron.constraints import Layout
-from engines.megatron.costs import FLOAT, Workload, chunk_rows, layer_matrices, rank_tokens, stage_adapter
+from engines.megatron.costs import (
+    FLOAT,
+    Workload,
+    chunk_rows,
+    expert_adapter,
+    layer_matrices,
+    rank_tokens,
+    stage_adapter,
+)
 from engines.megatron.shapes import ModelShape
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
@@ -101,26 +109,22 @@ def _tables(
 
 
 def _gradients(shape: ModelShape, layout: Layout, load: Workload, stage: int) -> Iterator[Traffic]:
-    """Once a step: factors that all tensor ranks have, and everything among copies of the model."""
+    """Once a step: the gradients of factors that all tensor ranks have, and of everything among copies of the model;
+    then what each of these has stepped."""
     rank, last = load.adapter_rank, stage == layout.pipeline - 1
     if layout.tensor > 1:
         values = load.runs * rank * shared_width(shape, layout, last=last)
         yield Traffic("all_reduce", layout.tensor, 1, values * FLOAT)
     copies = layout.data * layout.context
     values = load.runs * stage_adapter(shape, layout, stage, rank)
-    experts = load.runs * rank * _expert_width(shape, layout)
+    experts = load.runs * expert_adapter(shape, layout, rank)
     if copies > 1:
         yield Traffic("all_reduce", copies, load.runs, (values - experts) * FLOAT)
-    if experts and layout.stage_ranks > layout.expert:
-        yield Traffic("all_reduce", layout.stage_ranks // layout.expert, load.runs, experts * FLOAT)
-
-
-def _expert_width(shape: ModelShape, layout: Layout) -> int:
-    """Inputs and outputs of all experts' matrices on a rank."""
-    if not shape.experts:
-        return 0
-    experts = list(layer_matrices(shape, layout))[4:]
-    return sum(matrix.inputs + matrix.outputs for matrix in experts) * (shape.layers // layout.pipeline)
+        yield Traffic("all_gather", copies, load.runs, (values - experts) * FLOAT)
+    expert_copies = layout.stage_ranks // layout.expert
+    if experts and expert_copies > 1:
+        yield Traffic("all_reduce", expert_copies, load.runs, experts * FLOAT)
+        yield Traffic("all_gather", expert_copies, load.runs, experts * FLOAT)
 
 
 def shared_width(shape: ModelShape, layout: Layout, *, last: bool) -> int:

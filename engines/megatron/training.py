@@ -31,6 +31,7 @@ from engines.megatron.calls import (
 from engines.megatron.groups import Groups
 from engines.megatron.megatron_core import get_forward_backward_func, parallel_state
 from engines.megatron.model import Stage
+from engines.megatron.moments import Ownership, ownership
 from engines.megatron.places import Place
 from engines.megatron.portions import Portion, empty, padded, pooled, portion
 from engines.megatron.sharding import sum_gradients
@@ -39,7 +40,7 @@ from engines.operations import ForwardResult, OptimStep
 from engines.ranks.world import World
 from engines.tensors import Tensor as Bytes
 from engines.tuning.collating import Batch, Operation, collate, width_of
-from engines.tuning.lora import Gradient
+from engines.tuning.lora import Adapter, Gradient
 from engines.tuning.runs import Run, Share, check, judge, not_finite, optim_step, segments_of, settle
 
 
@@ -91,13 +92,27 @@ class Trainer:
 
     def optim_step(self, items: Sequence[tuple[Run, OptimStep]]) -> list[float | UserError]:
         """One step of each run; gives the norm of its gradient over all ranks, before clipping."""
-        return optim_step(items, self._norms)
+        return optim_step(items, self)
 
-    def _norms(self, gradients: Sequence[Gradient]) -> list[float]:
+    def norms(self, gradients: Sequence[Gradient]) -> list[float]:
         """Of whole gradients, from the squares of the parts that the ranks hold."""
         squares = [self._stage.sharding.square(gradient) for gradient in gradients]
         told = [decode_squares(said) for said in self._world.exchange(encode(squares))]
         return [math.sqrt(sum(parts)) for parts in zip(*told, strict=True)]
+
+    def take(self, run: Run, vector: Tensor) -> Tensor:
+        """What this rank steps of a run's vector."""
+        return self.ownership(run.adapter).take(vector)
+
+    def put(self, run: Run, own: Tensor) -> None:
+        """Tell the copies of the model what this rank has stepped, and hear what they have."""
+        self.ownership(run.adapter).put(own, run.adapter.values)
+
+    def ownership(self, adapter: Adapter) -> Ownership:
+        """Who steps which values of an adapter."""
+        layout = self._stage.place.layout
+        copies = parallel_state.get_data_parallel_group() if layout.data * layout.context > 1 else None
+        return ownership(self._stage.sharding, adapter, copies, self._groups.expert_copies)
 
     # ------------------------------------------------------------------ passes
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -137,19 +137,38 @@ def settle(shares: Sequence[Share], outcomes: Sequence[ForwardResult | UserError
             share.apply()
 
 
-def optim_step(
-    items: Sequence[tuple[Run, OptimStep]],
-    norms_of: Callable[[Sequence[Gradient]], Sequence[float]] | None = None,
-) -> list[float | UserError]:
+class Parts(Protocol):
+    """Where several processes hold one run: how its gradients' norms are told, and who steps which of its values."""
+
+    def norms(self, gradients: Sequence[Gradient]) -> Sequence[float]:
+        """Of whole gradients, of which the runs here hold parts."""
+
+    def take(self, run: Run, vector: Tensor) -> Tensor:
+        """What this process steps of a vector of the run's values; the optimizer's moments are of this shape."""
+
+    def put(self, run: Run, own: Tensor) -> None:
+        """Have the run's values hold what each process has made of its own."""
+
+
+def optim_step(items: Sequence[tuple[Run, OptimStep]], parts: Parts | None = None) -> list[float | UserError]:
     """One optimizer step of each run with its pending gradient, which is used up; gives its norm before clipping.
 
     Without a pending gradient nothing changes and the norm is 0. UserError, without effect, where sums of finite
-    gradients have left float32's range. `norms_of` tells the norms of whole gradients of which the runs hold parts.
+    gradients have left float32's range.
     """
     due = [(run, run.pending, settings) for run, settings in items if run.pending is not None]
-    norms = None if norms_of is None else norms_of([own for _, own, _ in due])
-    steps = [Step(run.optimizer, run.adapter.values, own.values, wanted) for run, own, wanted in due]
-    taken = iter(take(steps, norms))
+    if parts is None:
+        steps = [Step(run.optimizer, run.adapter.values, own.values, wanted) for run, own, wanted in due]
+        taken = iter(take(steps))
+    else:
+        norms = parts.norms([own for _, own, _ in due])
+        steps = [
+            Step(run.optimizer, parts.take(run, run.adapter.values), parts.take(run, own.values), wanted)
+            for run, own, wanted in due
+        ]
+        taken = iter(take(steps, norms))
+        for (run, _, _), step in zip(due, steps, strict=True):
+            parts.put(run, step.values)
     outcomes: list[float | UserError] = []
     for run, _ in items:
         norm = next(taken) if run.pending is not None else 0.0

@@ -81,9 +81,9 @@ def step(folder: str, model: str, told: str) -> None:
     """On a rank of `tests.megatron.ranks`: train one step of `told`'s data under its options, and write what was seen
     to `folder`."""
     from engines.contract.material import supervised
-    from engines.megatron.calls import CreateRuns, Train
+    from engines.megatron.calls import CreateRuns, StepRuns, Train
     from engines.megatron.rank import load_rank
-    from engines.operations import CreateRun, ForwardBackward, LoraSpec
+    from engines.operations import CreateRun, ForwardBackward, LoraSpec, OptimStep
     from engines.ranks.world import World
     from tests.megatron.conftest import configuration
 
@@ -110,6 +110,7 @@ def step(folder: str, model: str, told: str) -> None:
         before = watch.alive()
         watch.kept = 0
         rank.perform(train)
+        rank.perform(StepRuns([("run", OptimStep(learning_rate=1e-3))]))
     seen = {
         "moved": {
             kind: [watch.moved[kind, "calls"], watch.moved[kind, "bytes"]] for kind, _ in sorted(watch.moved)
@@ -117,6 +118,7 @@ def step(folder: str, model: str, told: str) -> None:
         "kept": watch.kept - before,
         "weights": sum(weight.numel() for weight in _weights(rank)),
         "adapter": rank.runs["run"].adapter.values.numel(),
+        "moments": sum(moment.nbytes for moment in rank.runs["run"].optimizer.moments(torch.empty(0))),
     }
     (Path(folder) / f"seen{number}.json").write_text(json.dumps(seen))
 

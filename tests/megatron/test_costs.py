@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from engines.adapters import part_of
 from engines.megatron.constraints import Layout
 from engines.megatron.cost_table import QWEN3_8B, QWEN3_235B
-from engines.megatron.costs import ADAPTER_BYTES, Workload, memory, stage_adapter, stage_memory, stage_weights
+from engines.megatron.costs import Workload, memory, stage_adapter, stage_memory, stage_weights
 from engines.megatron.shapes import FAMILIES, parse_shape
 from tests.megatron.shapes import encoded, tiny_config
 
@@ -78,7 +78,9 @@ def test_bytes_follow_the_workload() -> None:
     plain = memory(QWEN3_8B, Layout(), Workload())
     assert memory(QWEN3_8B, Layout(), Workload(weight_bytes=4)).weights == 2 * plain.weights
     assert memory(QWEN3_8B, Layout(), Workload(runs=3)).adapters == 3 * plain.adapters
-    assert plain.adapters == stage_adapter(QWEN3_8B, Layout(), 0, 32) * ADAPTER_BYTES
+    values = stage_adapter(QWEN3_8B, Layout(), 0, 32)
+    assert plain.adapters == 16 * values
+    assert memory(QWEN3_8B, Layout(data=2, context=2), Workload()).adapters == 10 * values
     assert memory(QWEN3_8B, Layout(), Workload(tokens=16384)).activations == 2 * plain.activations
     again = memory(QWEN3_8B, Layout(), Workload(recompute=True))
     assert again.activations < plain.activations / 8

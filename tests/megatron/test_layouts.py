@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from engines.adapters import OPTIMIZER
 from engines.contract.material import Array, Caller, distance, logprobs, same, supervised, text, weights
 from engines.hf import HfEngine
 from engines.interface import RunOperation
@@ -39,13 +41,13 @@ def examples(caller: Caller, seed: int = 0) -> list[Datum]:
 
 
 def trained(caller: Caller, folder: str, storage: Path) -> tuple[list[float], dict[str, Array]]:
-    """Losses of some steps with clipping and decay, and the weights after them."""
+    """Losses of some steps with clipping and decay, and the weights and the optimizer's moments after them."""
     caller.create("run", rank=8, seed=3)
     losses = caller.train(
         examples(caller), STEPS, "run", learning_rate=1e-3, grad_clip_norm=5.0, weight_decay=0.1
     )
     caller.save(folder, "run", optimizer_state=True)
-    return losses, weights(storage, folder)
+    return losses, weights(storage, folder) | load_file(storage / folder / OPTIMIZER)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
@@ -122,7 +124,7 @@ def test_a_run_goes_on_under_another_layout_and_on_transformers(
         expected = caller.train(data, 4, "run", learning_rate=1e-3)
     start: dict[str, Any] = {"rank": 8, "seed": 9, "folder": "checkpoints/half", "optimizer_state": True}
     found = {}
-    for layout in LAYOUTS[0], LAYOUTS[2]:
+    for layout in LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]:
         with running(model_folder, tmp_path, **layout) as engine:
             caller = Caller(engine)
             caller.create("run", **start)

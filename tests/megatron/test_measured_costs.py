@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from engines.megatron.costs import (
     FLOAT,
     Workload,
+    adapter_bytes,
     layer_activation_bytes,
     rank_tokens,
     stage_activations,
@@ -83,6 +84,7 @@ def test_ranks_hold_send_and_keep_what_the_model_says(
         stage = Place.of(layout, rank).stage
         assert seen["weights"] == stage_weights(shape, layout, stage)
         assert seen["adapter"] == stage_adapter(shape, layout, stage, RANK)
+        assert seen["moments"] + 8 * seen["adapter"] == adapter_bytes(shape, layout, stage, RANK)
         moved: Counter[tuple[str, int]] = Counter()
         for each in stage_traffic(shape, layout, load, stage, DATA // layout.data):
             moved[each.kind, 0] += each.calls

@@ -57,10 +57,11 @@ def test_a_middle_stage_sends_both_ways() -> None:
     assert sends == [STREAM, 2 * STREAM, 2 * STREAM, STREAM]
 
 
-def test_gradients_are_summed_once_a_step() -> None:
+def test_gradients_are_summed_and_values_told_once_a_step() -> None:
     few, many = (list(stage_traffic(QWEN3_8B, Layout(data=8), LOAD, 0, passes)) for passes in (1, 9))
     assert few == many
-    assert [each.kind for each in few] == ["all_reduce"]
+    assert [each.kind for each in few] == ["all_reduce", "all_gather"]
+    assert few[0].size == few[1].size
 
 
 def test_experts_that_are_on_one_rank_each_are_not_summed() -> None:

@@ -34,8 +34,8 @@ def join(world: World, first: bytes) -> Perform:
     assert first == b"begin"
 
     def perform(word: bytes) -> None:
-        if word == b"meet":
-            world.meet()
+        if word == b"stall":  # heard, and never done
+            os.kill(os.getpid(), signal.SIGSTOP)
         else:
             answer(world, word)
 
