@@ -17,6 +17,7 @@ from benchmarks.cells import disturbed, rate, span
 from benchmarks.gpu_tables import gpu, megatron
 from benchmarks.measuring import RESULTS, ROOT, median
 from benchmarks.training_tables import (
+    deterministic,
     hardware,
     loss_memory,
     scaling,
@@ -306,6 +307,7 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "sampling": sampling,
     "sharing": sharing,
     "tenants": tenants,
+    "deterministic": deterministic,
     "hardware": hardware,
     "gpu": gpu,
     "megatron": megatron,

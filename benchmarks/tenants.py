@@ -190,11 +190,11 @@ def measure(model: str, span: tuple[int, int], plan: Plan, threads: int, root: P
         "ratios": compared,
         "ratio": round(median(compared["together_to_peft"]), 4),
         "others": disturbance(rounds),
-        "largest_difference_of_losses": max(_difference(way.losses, losses) for way in ours.values()),
+        "largest_difference_of_losses": max(difference(way.losses, losses) for way in ours.values()),
     }
 
 
-def _difference(ours: list[float], theirs: list[float]) -> float:
+def difference(ours: list[float], theirs: list[float]) -> float:
     """The largest relative difference of the losses of the same runs and steps."""
     difference = max(abs(mine - other) / abs(other) for mine, other in zip(ours, theirs, strict=True))
     if not difference < LOSS_TOLERANCE:

@@ -123,6 +123,23 @@ def tenants(results: Results) -> list[str]:
     ]
 
 
+def deterministic(results: Results) -> list[str]:
+    """One row a model and number of runs: what is slower in deterministic mode."""
+    rows = [
+        "| model | runs | default, tokens/s | deterministic, tokens/s | ratio | of the repeats |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    measured = [
+        (model, runs, found) for model, counts in results["models"].items() for runs, found in counts.items()
+    ]
+    for model, runs, found in measured:
+        rates = " | ".join(rate(found[side]) for side in ("default", "deterministic"))
+        rows.append(f"| {model} | {runs} | {rates} | **{found['ratio']:.2f}** | {span(found['ratios'])} |")
+    worst = max(found["largest_difference_of_losses"] for _, _, found in measured)
+    shares = [share for _, _, found in measured for share in found["others"]]
+    return [*rows, "", f"The losses differ by at most {worst:.1g}, relatively. {disturbed(shares)}"]
+
+
 def loss_memory(results: Results) -> list[str]:
     """One row a way: memory above what was there before, and time."""
     rows = ["| | peak extra memory | seconds, there and back |", "|---|---:|---:|"]

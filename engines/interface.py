@@ -124,6 +124,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     (`SampleRequest.target_prompt_tokens`, `prompt_alternatives`); else such requests are refused."""
     run_memory_bytes: int = 0
     """What all runs in memory may take together, as `Engine.run_bytes` counts them; 0: no limit."""
+    pass_tokens: int = 4096
+    """Tokens that it packs into one pass, or into passes side by side. A call that has them keeps it busy, so it is
+    sent operations of different runs up to as many together. A deterministic one is sent each by itself."""
 
 
 T = TypeVar("T")

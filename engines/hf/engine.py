@@ -80,7 +80,7 @@ class HfEngine(Engine):
         free = free_bytes(base.device)
         self.budget = token_budget(base, free, options.pass_tokens, deterministic=options.deterministic)
         memory = limits(config, free)
-        self._info = _describe(config, options, base, memory.runs)
+        self._info = _describe(config, options, base, memory.runs, self.budget.full)
         self.runs: dict[str, Run] = {}
         self.adapters = AdapterVersions(FolderStorage.of(config), base, memory.adapters)
         self.decoder = Decoder(
@@ -293,7 +293,9 @@ class HfEngine(Engine):
         }
 
 
-def _describe(config: EngineConfig, options: HfOptions, base: BaseModel, run_memory: int) -> EngineInfo:
+def _describe(
+    config: EngineConfig, options: HfOptions, base: BaseModel, run_memory: int, pass_tokens: int
+) -> EngineInfo:
     vocabulary = base.unembedding.vocabulary
     return EngineInfo(
         base_model=config.base_model,
@@ -311,6 +313,7 @@ def _describe(config: EngineConfig, options: HfOptions, base: BaseModel, run_mem
         versions=versions(options, base.device),
         layers={site.name: (site.in_features, site.out_features) for site in base.sites},
         run_memory_bytes=run_memory,
+        pass_tokens=pass_tokens,
     )
 
 

@@ -241,6 +241,7 @@ def _describe(
         },
         layers={each.site.name: each.site[1:] for each in model_sites(shape)},
         run_memory_bytes=run_memory,
+        pass_tokens=options.pass_tokens * options.layout.data,
     )
 
 

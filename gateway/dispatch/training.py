@@ -158,7 +158,8 @@ class TrainingLane:
         for run_id in self.residency.begin(engine.info.run_memory_bytes):
             await engine.drop_run(run_id)
         self.snapshots.serve(engine)
-        weigh = partial(weight, self._inputs, packs=not engine.info.deterministic)
+        info = engine.info
+        weigh = partial(weight, self._inputs, packs=not info.deterministic, pass_tokens=info.pass_tokens)
         while True:
             await self._work_or_time(engine)
             if self._closed:

@@ -215,6 +215,17 @@ def test_tenants(tmp_path: Path) -> None:
     assert found["largest_difference_of_losses"] < 1e-4
 
 
+def test_deterministic(tmp_path: Path) -> None:
+    run_short("deterministic", tmp_path, "--models", TINY, "--threads", "1")
+    found = results_of("deterministic", tmp_path)["models"][TINY]
+    assert set(found) == {"2", "1"}
+    for each in found.values():
+        assert (
+            min(rate for side in ("default", "deterministic") for rate in each[side]["tokens_per_second"]) > 0
+        )
+        assert each["largest_difference_of_losses"] < 1e-4
+
+
 @pytest.mark.postgres
 def test_full_table(tmp_path: Path) -> None:
     run_short("full_table", tmp_path)

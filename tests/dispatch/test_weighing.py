@@ -9,18 +9,19 @@ from gateway.dispatch.weighing import weight
 from tests.dispatch.test_run_queue import operation
 
 
-def weight_of(kind: str, size: int | None, *, packs: bool = True) -> float:
+def weight_of(kind: str, size: int | None, *, packs: bool = True, pass_tokens: int = 4096) -> float:
     inputs = RecentInputs(1 << 20)
     future = operation("a", 1, kind)
     if size is not None:
         inputs.add(future.request_id, bytes(size))
-    return weight(inputs, future, packs=packs)
+    return weight(inputs, future, packs=packs, pass_tokens=pass_tokens)
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_backward"])
 def test_a_pass_weighs_what_its_input_weighs(kind: str) -> None:
     assert weight_of(kind, 2**14) == 0.25
     assert weight_of(kind, 2**18) == 4.0
+    assert weight_of(kind, 2**18, pass_tokens=2**14) == 1.0
 
 
 @pytest.mark.parametrize(

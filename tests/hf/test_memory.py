@@ -201,7 +201,8 @@ def test_a_pass_takes_what_memory_holds(make_engine: MakeEngine, monkeypatch: py
     assert found == pytest.approx(sum(kept.values()) / 200, rel=0.2)
     monkeypatch.setattr("engines.hf.engine.free_bytes", lambda _: int(found * 1000 / 0.25))
     assert make_engine().budget.tokens == pytest.approx(1000, abs=1)
-    assert make_engine(pass_tokens=300).budget.tokens == 300
+    limited = make_engine(pass_tokens=300)
+    assert limited.budget.tokens == limited.info().pass_tokens == 300
     monkeypatch.setattr("engines.hf.engine.free_bytes", lambda _: 2**50)
     assert make_engine().budget.tokens == 4096
     monkeypatch.setattr("engines.hf.engine.free_bytes", lambda _: 1)
