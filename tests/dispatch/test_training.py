@@ -40,7 +40,7 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(epoch=1, name="e", base_model="m")
-        self.info = SimpleNamespace(run_memory_bytes=0, deterministic=False)
+        self.info = SimpleNamespace(run_memory_bytes=0, deterministic=False, pass_tokens=4096)
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.calls: list[Call] = []
         self.dropped: list[str] = []
