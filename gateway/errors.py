@@ -151,7 +151,7 @@ class ModelNotLoadable(TandemError):
 
 
 class EngineLost(Passing):
-    """The engine process died while it worked on this request."""
+    """The engine process died while it worked on this request, which could not be repeated."""
 
     status = 503
     code = "engine_lost"
@@ -166,6 +166,12 @@ class EngineFailed(TandemError):
     def __init__(self, message: str, *, error_id: str | None = None) -> None:
         super().__init__(message)
         self.error_id = error_id
+
+
+class EngineDiedOverIt(EngineFailed):
+    """Engines have died over this request, and over nothing else. The header keeps clients from repeating it."""
+
+    headers: ClassVar[Mapping[str, str]] = {"x-should-retry": "false"}
 
 
 class StoreUnavailable(Passing):

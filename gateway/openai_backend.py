@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import cast
 
 from engines.messages import SampleDelta
-from engines.operations import AdapterRef, SampleRequest, SampleResult, decode_result, encode
+from engines.operations import AdapterRef, SampleRequest, SampleResult, decode_result
 from gateway.checkpoints import SCHEME, loadable_checkpoint
 from gateway.engine_process import Drawn
 from gateway.errors import EngineElsewhere, EngineUnavailable
@@ -18,6 +18,7 @@ from gateway.openai import Passage, ServedModel, Target
 from gateway.state import Gateway
 from gateway.store.records import Usage
 from gateway.supervisor import EngineState, Supervisor
+from gateway.unstored import Asked, Unstored
 
 
 class FleetBackend:
@@ -27,6 +28,7 @@ class FleetBackend:
         self._gateway = gateway
         self._started_at = int(gateway.started_at)
         self._rooms: dict[str, asyncio.Semaphore] = {}
+        self._unstored = Unstored(gateway.fleet, gateway.settings)
         self.passage = Passage()
 
     async def close(self) -> None:
@@ -63,20 +65,17 @@ class FleetBackend:
     async def sample(
         self, target: Target, request: SampleRequest, *, stream: bool
     ) -> AsyncGenerator[SampleDelta | SampleResult, None]:
-        """Straight to the engine, so many of an owner at a time; closing the generator cancels."""
+        """So many of an owner at a time; closing the generator cancels."""
         usage = Usage(target.owner, "", target.base_model)
         room = self._rooms.setdefault(
             target.owner, asyncio.Semaphore(self._gateway.settings.samples_in_engine)
         )
+        asked = Asked(target.owner, target.base_model, cast(Needs, target.engine), request, stream)
         async with room:
-            fleet, needs = self._gateway.fleet, cast(Needs, target.engine)
-            dispatcher = fleet.route(target.base_model, needs, request, here=True, param="model")
-            process = dispatcher.supervisor.now()
-            events = process.sample(encode(request), target.owner, stream=stream)
-            with dispatcher.expecting():
-                async with aclosing(events), aclosing(self._counted(usage, request, events)) as counted:
-                    async for event in counted:
-                        yield event
+            events = self._unstored.draw(asked)
+            async with aclosing(events), aclosing(self._counted(usage, request, events)) as counted:
+                async for event in counted:
+                    yield event
 
     async def _counted(
         self, usage: Usage, request: SampleRequest, events: AsyncGenerator[SampleDelta | Drawn, None]
@@ -91,7 +90,10 @@ class FleetBackend:
 
 
 def _place(supervisor: Supervisor) -> str | None:
-    """Where its engine is ready: the address of another gateway, or None, which is here. Raises what `now` raises."""
+    """Where its engine is: the address of another gateway that has it ready, or None, which is here, where it is waited
+    for if it has died. Raises what `now` raises."""
+    if supervisor.coming_back:
+        return None
     try:
         supervisor.now()
     except EngineElsewhere as elsewhere:

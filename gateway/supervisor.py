@@ -145,6 +145,16 @@ class Supervisor:
         )
 
     @property
+    def coming_back(self) -> bool:
+        """Whether it has been ready, here or elsewhere, and is started here again, which is worth waiting for."""
+        if self._closed or self.info is None:
+            return False
+        dead = self.process is not None and self.process.lost.done()
+        return self.state in (EngineState.STARTING, EngineState.DOWN) or (
+            self.state is EngineState.READY and dead
+        )
+
+    @property
     def wherever(self) -> EngineState:
         """What the engine does, here or at the gateway that has it."""
         there = self._there

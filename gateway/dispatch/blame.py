@@ -78,13 +78,48 @@ class Blame:
         alone = future.request_id in self._alone
         if future.deaths < self._most_deaths or not (alone or future.deaths >= _ENOUGH):
             return None
-        times = "once" if future.deaths == 1 else f"{future.deaths} times"
-        return _failure(future, f"the engine died {times} while it performed this operation")
+        return _failure(future, _told(future.deaths))
 
     def restored(self, run_id: str) -> None:
         """A run is complete again: what killed engines on the way there was something else."""
         for key in [key for key in self._replays if key[0] == run_id]:
             del self._replays[key]
+
+
+class Deaths:
+    """Those over one sample that is not stored, by the same rules."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._number = 0
+        self._alone = self._few = False
+
+    def count(self, signs: Signs, drawn: int) -> None:
+        """An engine is lost that had it among `drawn` samples, and showed these signs."""
+        if signs.doing is Doing.SAMPLING:
+            self._number += 1
+            self._alone = drawn == 1
+            self._few = self._few or drawn <= _FEW
+
+    @property
+    def suspected(self) -> bool:
+        """Whether it is to be drawn apart from others like it."""
+        return self._number >= _SUSPECT or self._few
+
+    @property
+    def worn_out(self) -> bool:
+        """Whether it fails."""
+        return self._number >= self._most and (self._alone or self._number >= _ENOUGH)
+
+    @property
+    def told(self) -> str:
+        """What has happened, for who asked."""
+        return _told(self._number)
+
+
+def _told(deaths: int) -> str:
+    times = "once" if deaths == 1 else f"{deaths} times"
+    return f"the engine died {times} while it performed this operation"
 
 
 def _failure(future: Future, cause: str) -> Outcome:

@@ -1,0 +1,162 @@
+"""Samples that are not stored: OpenAI's requests, drawn to their end although engines die.
+
+A token is a function of seed, sequence and position. So a sample whose engine has died is drawn again, by another
+engine or by the same one when it is back, and gives the same tokens. What its client has of them already is left out;
+an engine whose logits differ in the last digit may draw another token some day, and then the stream ends, for it cannot
+be made whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from array import array
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+from typing import NamedTuple
+
+import msgspec
+
+from engines.messages import SampleDelta
+from engines.operations import SampleRequest, SampleResult, decode_result, encode
+from gateway.dispatch import Dispatcher
+from gateway.dispatch.blame import Deaths
+from gateway.engine_process import Drawn, EngineProcess
+from gateway.errors import EngineDiedOverIt, EngineElsewhere, EngineLost, EngineUnavailable
+from gateway.fleet import Fleet, Needs
+from gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_FIRST_LOOK_S = 0.05
+_LONGEST_LOOK_S = 1.0
+"""Seconds between looks for an engine that is started again; they double."""
+
+
+class Asked(NamedTuple):
+    """A sample, who asked for it, and what may draw it."""
+
+    owner: str
+    base_model: str
+    needs: Needs
+    request: SampleRequest
+    stream: bool
+
+
+class Unstored:
+    """Has samples drawn that no queue has."""
+
+    def __init__(self, fleet: Fleet, settings: Settings) -> None:
+        self._fleet = fleet
+        self._settings = settings
+        self._lines: dict[str, asyncio.Lock] = {}
+
+    async def draw(self, asked: Asked) -> AsyncGenerator[SampleDelta | Drawn, None]:
+        """The deltas as they come, if it is a stream, then what has been drawn. Closing it cancels the sample.
+
+        Raises what `EngineProcess.sample` raises but for most deaths of engines; EngineUnavailable when none comes
+        back; EngineDiedOverIt; EngineLost when what is drawn again differs from what has gone out.
+        """
+        deaths = Deaths(self._settings.max_attempts)
+        sent = _Sent()
+        while True:
+            async with AsyncExitStack() as stack:
+                if deaths.suspected:  # one by one, so that what kills engines is found
+                    await stack.enter_async_context(self._lines.setdefault(asked.base_model, asyncio.Lock()))
+                dispatcher, process = await self._engine(asked)
+                events = process.sample(encode(asked.request), asked.owner, stream=asked.stream)
+                stack.enter_context(dispatcher.expecting())
+                await stack.enter_async_context(aclosing(events))
+                try:
+                    async for event in events:
+                        if (new := sent.new(event)) is not None:
+                            yield new
+                    return
+                except _Contradiction:
+                    raise
+                except EngineLost as error:
+                    if not process.abandoned:
+                        deaths.count(process.last_signs, process.lost_samples)
+                    log.info("a sample that is not stored is drawn again: %s", error)
+            if deaths.worn_out:
+                error_id = secrets.token_hex(6)
+                log.error("error %s: a sample that is not stored failed: %s", error_id, deaths.told)
+                raise EngineDiedOverIt(deaths.told, error_id=error_id)
+            sent.begin_again()
+
+    async def _engine(self, asked: Asked) -> tuple[Dispatcher, EngineProcess]:
+        """The engine that draws it. One that has been ready before is waited for, as long as loading may take."""
+        over = asyncio.get_running_loop().time() + self._settings.engine_start_timeout_s
+        pause = _FIRST_LOOK_S
+        while True:
+            dispatcher = self._fleet.route(
+                asked.base_model, asked.needs, asked.request, here=True, param="model"
+            )
+            supervisor = dispatcher.supervisor
+            if not supervisor.coming_back or asyncio.get_running_loop().time() > over:
+                try:
+                    return dispatcher, supervisor.now()
+                except EngineElsewhere as error:
+                    raise EngineUnavailable(
+                        "the engine of this model is just moving between gateways; try again in a moment"
+                    ) from error
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_LOOK_S)
+
+
+class _Contradiction(EngineLost):
+    """What has gone out cannot be continued."""
+
+
+class _Sent:
+    """What a client has of each sequence, and how much of that has been drawn again."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, array[int]] = {}
+        self._drawn: Counter[int] = Counter()
+        self._again = False
+
+    def begin_again(self) -> None:
+        """Everything is drawn once more, from its first token on."""
+        self._drawn.clear()
+        self._again = True
+
+    def new(self, event: SampleDelta | Drawn) -> SampleDelta | Drawn | None:
+        """What an event has that the client does not; None: nothing. Raises EngineLost when it contradicts."""
+        if isinstance(event, Drawn):
+            if self._again and self._tokens:
+                self._compare(event)
+            return event
+        sent = self._tokens.setdefault(event.sequence, array("i"))
+        begin = self._drawn[event.sequence]
+        self._drawn[event.sequence] += len(event.tokens)
+        known = len(sent[begin : begin + len(event.tokens)])
+        _require_equal(sent[begin : begin + known], array("i", event.tokens[:known]))
+        sent.extend(event.tokens[known:])
+        if not known:
+            return event
+        if known == len(event.tokens):
+            return None
+        return msgspec.structs.replace(
+            event,
+            tokens=event.tokens[known:],
+            logprobs=event.logprobs[known:],
+            top_logprobs=event.top_logprobs[known:],
+        )
+
+    def _compare(self, drawn: Drawn) -> None:
+        result = decode_result(drawn.body)
+        assert isinstance(result, SampleResult)
+        for sequence, sent in self._tokens.items():
+            tokens = result.sequences[sequence].tokens.array().tolist()
+            _require_equal(sent, array("i", tokens[: len(sent)]))
+
+
+def _require_equal(sent: array[int], drawn: array[int]) -> None:
+    if sent != drawn:
+        raise _Contradiction(
+            "the engine died in the middle of this answer, and other tokens came when it was drawn again; send the "
+            "request again"
+        )
