@@ -157,17 +157,40 @@ class Replicas:
         return now - self._fewer_since >= self.bounds.idle_s
 
     def _match(self) -> None:
-        """Start what is missing, end what is too many. A number whose engine is still ending is free when it has."""
+        """Start what is missing, end what is too many. A number whose engine is still ending is free when it has.
+
+        All gateways go by the numbers, so the highest end; but one that is ready stays for one that is to be and is
+        not, until that is ready too."""
         for number in range(1, self.wanted + 1):
             if number not in self.active and number not in self._ending:
                 self.active[number] = dispatcher = self._new(number)
                 _start(dispatcher)
-        for number in [number for number in self.active if number > self.wanted]:
+        for number in self._too_many():
             ending = self._end(number, self.active.pop(number))
             self._ending[number] = asyncio.create_task(ending, name=f"end-{self.entry.name}-{number}")
 
+    def _too_many(self) -> list[int]:
+        unready = sum(1 for number, each in self.active.items() if number <= self.wanted and not each.ready)
+        beyond = sorted(number for number in self.active if number > self.wanted)
+        stay = [number for number in beyond if self.active[number].ready][:unready]
+        return [number for number in beyond if number not in stay]
+
     async def _end(self, number: int, dispatcher: Dispatcher) -> None:
-        """Let one go: what waits for it goes to others, what it draws is finished, however long that takes."""
+        """Let one go, and have its number free again. One whose end is cancelled, as the gateway's has begun, stays
+        known, so that its process is ended then."""
+        for step in (self._empty, _drain, _stop):
+            try:
+                await step(dispatcher)
+            except Exception:  # boundary: a bug must not keep a number for good; the log says what it was
+                log.exception("engine %s: unexpected error while ending it", dispatcher.name)
+        self._forget(dispatcher)
+        del self._ending[number]
+        log.info("engine %s has ended: fewer replicas are wanted", dispatcher.name)
+        with contextlib.suppress(StoreUnavailable):  # then it is done later
+            await self._take_orphans()
+
+    async def _empty(self, dispatcher: Dispatcher) -> None:
+        """What waits for it goes to others, what it draws is finished, however long that takes."""
         while dispatcher.supervisor.holding and dispatcher.load:
             if dispatcher.supervisor.state is not EngineState.READY:
                 break
@@ -176,14 +199,6 @@ class Replicas:
             ):  # then they wait where they were, and it is tried again
                 await self._share_out(dispatcher.sampling.take(_MOVED_AT_A_TIME), dispatcher, self._takers())
             await asyncio.sleep(_TICK_S / 5)
-        now = asyncio.get_running_loop().time()
-        await dispatcher.drain(now + _STOP_S)
-        await dispatcher.supervisor.stop(now + _STOP_S)
-        self._forget(dispatcher)
-        del self._ending[number]
-        log.info("engine %s has ended: fewer replicas are wanted", dispatcher.name)
-        with contextlib.suppress(StoreUnavailable):  # then it is done later
-            await self._take_orphans()
 
     # ------------------------------------------------------------------ who draws what
 
@@ -270,6 +285,14 @@ class Replicas:
 def _start(dispatcher: Dispatcher) -> None:
     dispatcher.supervisor.start()
     dispatcher.start()
+
+
+async def _drain(dispatcher: Dispatcher) -> None:
+    await dispatcher.drain(asyncio.get_running_loop().time() + _STOP_S)
+
+
+async def _stop(dispatcher: Dispatcher) -> None:
+    await dispatcher.supervisor.stop(asyncio.get_running_loop().time() + _STOP_S)
 
 
 def _within(bounds: ReplicaBounds, smallest: int | None, largest: int | None) -> ReplicaBounds:

@@ -104,14 +104,16 @@ class Supervisor:
     async def stop(self, deadline: float) -> None:
         """Stop the process, by the loop's time `deadline` or soon after, and give the lease back."""
         self._stopping = True
-        if self.process is not None:  # first: the task below kills what it finds running
-            left_s = deadline - asyncio.get_running_loop().time()
-            await self.process.stop(max(left_s, _LEAST_STOP_S))
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        await self._become(EngineState.STOPPED)
-        await self._let_go()
+        try:
+            if self.process is not None:  # first: the task below kills what it finds running
+                left_s = deadline - asyncio.get_running_loop().time()
+                await self.process.stop(max(left_s, _LEAST_STOP_S))
+        finally:
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.gather(self._task, return_exceptions=True)
+            await self._become(EngineState.STOPPED)
+            await self._let_go()
 
     def look(self) -> None:
         """The lease may be free."""

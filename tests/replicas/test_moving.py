@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,7 +34,10 @@ class Queue:
     def __init__(self, name: str, store: Store, settings: Settings) -> None:
         self.name = name
         self.ready = True
-        self.supervisor = SimpleNamespace(holding=True, state=EngineState.READY)
+        self.supervisor = SimpleNamespace(
+            holding=True, state=EngineState.READY, start=lambda: None, stop=self._stop
+        )
+        self.stopped = False
         self.sampling = SamplingLane(store, settings, lambda settled: None, Blame(2))
         self.accept = self.sampling.accept
 
@@ -44,6 +48,15 @@ class Queue:
     async def give_up(self, future: Future) -> None:
         self.sampling.give_up(future)
 
+    def start(self) -> None:
+        """Its engine is ready already."""
+
+    async def drain(self, deadline: float) -> None:
+        """Nothing is under way."""
+
+    async def _stop(self, deadline: float) -> None:
+        self.stopped = True
+
 
 class Place:
     """Two replicas; the first has 40 samples, the second none."""
@@ -51,12 +64,13 @@ class Place:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.opened: list[Future] = []
+        self.forgotten: list[Dispatcher] = []
 
         def make(engine: EngineSettings, blame: Blame, hand_over: HandOver | None) -> Dispatcher:
             return cast(Dispatcher, Queue(engine.name, store, settings))
 
         entry = EngineSettings(name="e", base_model="m", roles=("sample",), replicas=2)
-        self.replicas = Replicas(entry, settings, store, make, lambda ended: None, self.opened.append)
+        self.replicas = Replicas(entry, settings, store, make, self.forgotten.append, self.opened.append)
         self.one, self.other = (cast(Queue, self.replicas.active[number]) for number in (1, 2))
 
     async def fill(self) -> None:
@@ -169,3 +183,66 @@ async def claimed_by(queue: Queue, store: Store) -> set[str]:
     assert {future.engine for future in waiting} == {queue.name}
     claim = Claim(tuple(future.request_id for future in waiting), 1, queue.name)
     return set(await store.futures.claim(claim))
+
+
+def wanting(place: Place, number: int) -> None:
+    place.replicas.wanted = number
+    place.replicas._match()
+
+
+async def test_one_that_is_ready_stays_until_another_one_is(place: Place) -> None:
+    place.one.ready = False
+    wanting(place, 1)
+    assert list(place.replicas.active) == [1, 2]
+    place.one.ready = True
+    wanting(place, 1)
+    assert list(place.replicas.active) == [1]
+    await asyncio.gather(*place.replicas._ending.values())
+
+
+async def test_of_those_that_are_too_many_as_many_stay_as_are_missing(place: Place) -> None:
+    wanting(place, 4)
+    ready = cast(list[Queue], list(place.replicas.active.values()))
+    assert len(ready) == 4
+    ready[0].ready = ready[3].ready = False
+    wanting(place, 1)  # one is missing: of 2 and 3, which are ready, one stays
+    assert list(place.replicas.active) == [1, 2]
+    await asyncio.gather(*place.replicas._ending.values())
+
+
+@pytest.mark.parametrize("step", ["take", "drain", "stop"])
+async def test_an_error_while_one_is_ended_frees_its_number(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    async def fails(_: float) -> None:
+        raise RuntimeError("a bug")
+
+    place.one, place.other = place.other, place.one  # the one that ends has samples
+    place.replicas.active = {1: cast(Dispatcher, place.one), 2: cast(Dispatcher, place.other)}
+    if step == "take":
+        monkeypatch.setattr(place.other.sampling, "take", lambda count: 1 / 0)
+    else:
+        monkeypatch.setattr(place.other if step == "drain" else place.other.supervisor, step, fails)
+    wanting(place, 1)
+    [ending] = place.replicas._ending.values()
+    await ending
+    assert not place.replicas._ending
+    assert place.forgotten == [place.other]
+    assert place.other.stopped or step == "stop"
+    assert "unexpected error while ending it" in caplog.text
+    wanting(place, 2)
+    assert list(place.replicas.active) == [1, 2]
+
+
+async def test_one_whose_end_the_gateways_own_cuts_short_stays_known(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs(_: float) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(place.other, "drain", hangs)
+    wanting(place, 1)
+    await asyncio.sleep(0)
+    await place.replicas.stop_tending()
+    assert place.forgotten == []
+    assert not place.other.stopped
