@@ -13,8 +13,8 @@ import logging
 import secrets
 from array import array
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -61,32 +61,42 @@ class Unstored:
         """
         deaths = Deaths(self._settings.max_attempts)
         sent = _Sent()
-        while True:
-            async with AsyncExitStack() as stack:
-                if deaths.suspected:  # one by one, so that what kills engines is found
-                    await stack.enter_async_context(self._lines.setdefault(asked.base_model, asyncio.Lock()))
-                dispatcher, process = await self._engine(asked)
-                events = process.sample(encode(asked.request), asked.owner, stream=asked.stream)
-                stack.enter_context(dispatcher.expecting())
-                await stack.enter_async_context(aclosing(events))
-                try:
-                    async for event in events:
-                        if (new := sent.new(event)) is not None:
-                            yield new
-                    return
-                except _Contradiction:
-                    raise
-                except EngineLost as error:
-                    if not process.abandoned:
-                        deaths.count(process.last_signs, process.lost_samples)
-                    log.info("a sample that is not stored is drawn again: %s", error)
-            if deaths.worn_out:
-                error_id = secrets.token_hex(6)
-                log.error("error %s: a sample that is not stored failed: %s", error_id, deaths.told)
-                raise EngineDiedOverIt(deaths.told, error_id=error_id)
+        body = encode(asked.request)
+        whole = False
+        while not whole and not deaths.worn_out:
+            async with (
+                self._engine(asked, deaths) as engine,
+                aclosing(engine.sample(body, asked.owner, stream=asked.stream)) as events,
+            ):
+                async for event in events:
+                    if (new := sent.new(event)) is not None:
+                        yield new
+                whole = True
             sent.begin_again()
+        if whole:
+            return
+        error_id = secrets.token_hex(6)
+        log.error("error %s: a sample that is not stored failed: %s", error_id, deaths.told)
+        raise EngineDiedOverIt(deaths.told, error_id=error_id)
 
-    async def _engine(self, asked: Asked) -> tuple[Dispatcher, EngineProcess]:
+    @asynccontextmanager
+    async def _engine(self, asked: Asked, deaths: Deaths) -> AsyncIterator[EngineProcess]:
+        """The one that draws it. If that dies, its death is counted, and what was to be done with it ends."""
+        async with AsyncExitStack() as stack:
+            if deaths.suspected:  # one by one, so that what kills engines is found
+                await stack.enter_async_context(self._lines.setdefault(asked.base_model, asyncio.Lock()))
+            dispatcher, engine = await self._ready(asked)
+            stack.enter_context(dispatcher.expecting())
+            try:
+                yield engine
+            except _Contradiction:
+                raise
+            except EngineLost as error:
+                log.info("a sample that is not stored is drawn again: %s", error)
+                if not engine.abandoned:
+                    deaths.count(engine.last_signs, engine.lost_samples)
+
+    async def _ready(self, asked: Asked) -> tuple[Dispatcher, EngineProcess]:
         """The engine that draws it. One that has been ready before is waited for, as long as loading may take."""
         over = asyncio.get_running_loop().time() + self._settings.engine_start_timeout_s
         pause = _FIRST_LOOK_S

@@ -124,6 +124,8 @@ def load_base_model(config: EngineConfig, options: HfOptions) -> BaseModel:
     """Raises LoadError when the model is not there, is not a causal language model, or cannot be packed."""
     transformers.utils.logging.disable_progress_bar()
     device = _device(options.device)
+    if options.memory_fraction is not None:
+        take_at_most(options.memory_fraction, device)
     module = _read_weights(config.model, _dtype(options.dtype, device)).to(device)
     return base_model(module, device, options, config.model)
 
@@ -141,11 +143,21 @@ def base_model(module: PreTrainedModel, device: torch.device, options: HfOptions
     return base
 
 
+def take_at_most(fraction: float, device: torch.device) -> None:
+    """Have what goes beyond this part of the device's memory fail as if there were no more. Raises LoadError."""
+    if device.type != "cuda":
+        raise LoadError(
+            f"options.memory_fraction is {fraction}: it divides a GPU's memory, and the device is {device}"
+        )
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+
+
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that is free now; None where nobody knows."""
+    """Memory of the device that is free now for this process; None where nobody knows."""
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        free, total = torch.cuda.mem_get_info(device)
+        share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return max(0, min(free, share - torch.cuda.memory_reserved(device)))
     return free_host_bytes()
 
 

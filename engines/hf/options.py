@@ -26,6 +26,9 @@ class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass_tokens: int | None = None
     """Tokens that are packed into one forward and backward pass at most; a longer datum makes a pass of its own.
     When not given, as many as memory holds, up to what keeps the device busy (`engines.hf.budget`)."""
+    memory_fraction: float | None = None
+    """Part of a GPU's memory that this engine takes at most, so that another one may have the rest; all that is free
+    when not given. Not on the CPU."""
     checkpointing: bool = False
     """Keep the inputs of layers alone during a training pass and compute the rest again on its way back: the same
     numbers, for less memory and a third more time. A datum that does not fit otherwise is computed so anyway."""
@@ -52,6 +55,10 @@ def read_options(options: dict[str, Any]) -> HfOptions:
         raise LoadError(f"options of the hf engine: {error}; allowed are {allowed}") from error
     if read.dtype not in ("auto", "float32", "bfloat16"):
         raise LoadError(f"options.dtype is {read.dtype!r}; allowed are auto, float32, bfloat16")
+    if read.memory_fraction is not None and not 0 < read.memory_fraction <= 1:
+        raise LoadError(
+            f"options.memory_fraction is {read.memory_fraction}; it must be above 0 and at most 1"
+        )
     for name, value in msgspec.structs.asdict(read).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise LoadError(f"options.{name} is {value}; it must be at least 1")

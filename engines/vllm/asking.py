@@ -90,3 +90,13 @@ class Llm(Protocol):
 
     async def close(self) -> None:
         """End vLLM's processes."""
+
+
+class SleepyLlm(Llm, Protocol):
+    """vLLM that can give the memory of its GPU away for a while. Neither is called while anything is drawn."""
+
+    async def sleep(self) -> None:
+        """Weights and adapters go to host memory; what was computed for prompts is forgotten."""
+
+    async def wake(self) -> None:
+        """Weights and adapters come back, which takes as much memory as before."""

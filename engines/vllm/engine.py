@@ -21,11 +21,12 @@ from engines.operations import SampleRequest
 from engines.sampling_only import SamplingEngine
 from engines.storage import FolderStorage
 from engines.vllm.adapters import AdapterPlaces
-from engines.vllm.asking import Facts, Llm, LlmDied, Piece
+from engines.vllm.asking import Facts, LlmDied, Piece, SleepyLlm
 from engines.vllm.builds import installed_build
 from engines.vllm.loop import Key, VllmLoop
 from engines.vllm.options import VllmOptions, read_options
 from engines.vllm.samples import Sample
+from engines.vllm.sleeping import Sleeper
 
 GUEST_SLOTS = 16
 """Slots beyond the limit for parties that have no sequence under way, one for each: somebody's long samples in all
@@ -38,12 +39,15 @@ _PATIENCE_S = 1.0
 class VllmEngine(SamplingEngine):
     """Adapters come from storage folders; a sequence is a request to vLLM, so that samples share its batch."""
 
-    def __init__(self, config: EngineConfig, options: VllmOptions, llm: Llm, files: dict[str, bytes]) -> None:
+    def __init__(
+        self, config: EngineConfig, options: VllmOptions, llm: SleepyLlm, files: dict[str, bytes]
+    ) -> None:
         self._config = config
         self._options = options
         self._files = files
         self._tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
-        self._loop = VllmLoop(llm)
+        self._llm = Sleeper(llm, options.sleep_after_s)
+        self._loop = VllmLoop(self._llm)
         self._info = _describe(config, options, self._loop.start())
         self._adapters = AdapterPlaces(
             FolderStorage.of(config), options.adapters, options.max_rank, self._loop.drop_adapter
@@ -142,6 +146,8 @@ class VllmEngine(SamplingEngine):
             "adapter_places": self._options.adapters,
             "active_samples": len(self._samples),
             "active_sequences": self._running.total(),
+            "asleep": float(self._llm.asleep),
+            "sleeps": self._llm.sleeps,
         }
 
     # ------------------------------------------------------------------ places

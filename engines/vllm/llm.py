@@ -11,7 +11,7 @@ from typing import Any
 from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS
 from engines.environment import set_defaults
 from engines.interface import EngineConfig, LoadError
-from engines.vllm.asking import Ask, Facts, Llm, LlmDied, LoadedAdapter, Piece
+from engines.vllm.asking import Ask, Facts, LlmDied, LoadedAdapter, Piece, SleepyLlm
 from engines.vllm.builds import CPU, CUDA, Build
 from engines.vllm.options import VllmOptions
 from engines.vllm.outputs import piece_of
@@ -32,13 +32,19 @@ ADAPTED_LAYERS = sorted((ATTENTION_LAYERS | MLP_LAYERS) - {"dense", "fc1", "fc2"
 _LOOK_S = 0.5
 
 
-class AsyncVllm(Llm):
-    """One `AsyncLLM`."""
+class AsyncVllm(SleepyLlm):
+    """One `AsyncLLM`. Raises LoadError when an option asks for what the build cannot do."""
 
     def __init__(self, config: EngineConfig, options: VllmOptions, build: Build) -> None:
         self._config = config
         self._options = options
         self._build = build
+        self._on_cpu = build is CPU
+        if self._on_cpu and options.sleep_after_s:
+            raise LoadError(
+                f"options.sleep_after_s is {options.sleep_after_s:g}: vLLM sleeps on GPUs only, and this is its "
+                "build for CPUs; leave the option out"
+            )
         set_defaults({**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(options.cache_gib)})
 
     async def start(self) -> Facts:
@@ -53,7 +59,6 @@ class AsyncVllm(Llm):
                 f"{CUDA.package} {CUDA.version} is a build for NVIDIA GPUs, and it finds none here: give the machine "
                 f"one, or make an environment with {CPU.package}"
             )
-        self._on_cpu = self._build is CPU
         try:
             self._llm = AsyncLLM.from_engine_args(
                 AsyncEngineArgs(**self._arguments(), additional_config={HOST: os.getpid()})
@@ -89,6 +94,7 @@ class AsyncVllm(Llm):
             "worker_extension_cls": "engines.vllm.worker.DrawnByTandem",
             "trust_remote_code": False,
             "disable_log_stats": True,
+            "enable_sleep_mode": self._options.sleep_after_s > 0,
         }
 
     def _facts(self) -> Facts:
@@ -145,6 +151,12 @@ class AsyncVllm(Llm):
             await self._llm.remove_lora(number)
         except EngineDeadError as error:
             raise LlmDied(f"vLLM's process has ended: {error}") from error
+
+    async def sleep(self) -> None:
+        await self._llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        await self._llm.wake_up()
 
     async def close(self) -> None:
         self._llm.shutdown()

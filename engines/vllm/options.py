@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -26,6 +27,9 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens of prompts and of sequences that one step takes together at most."""
     memory_fraction: float = 0.85
     """Part of a GPU's memory that vLLM takes in all; what trains beside it needs the rest."""
+    sleep_after_s: float = 0.0
+    """Seconds without a request after which vLLM sleeps: the GPU's memory is free then, and the weights are in main
+    memory until the next request, which waits for them. 0: it never sleeps. Not on the CPU."""
     cache_gib: int = 1
     """On the CPU, memory for the cache of keys and values, in GiB."""
     tensor_parallel: int = 1
@@ -46,6 +50,10 @@ def read_options(options: dict[str, Any]) -> VllmOptions:
     if not 0 < read.memory_fraction <= 1:
         raise LoadError(
             f"options.memory_fraction is {read.memory_fraction}; it must be above 0 and at most 1"
+        )
+    if not 0 <= read.sleep_after_s < math.inf:
+        raise LoadError(
+            f"options.sleep_after_s is {read.sleep_after_s}; it must be 0, for never, or a number of seconds"
         )
     for name, value in msgspec.structs.asdict(read).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:

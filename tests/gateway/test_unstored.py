@@ -138,7 +138,7 @@ async def test_the_wait_ends_with_the_reason_when_no_engine_comes_back(tmp_path:
 
 async def test_the_wait_has_an_end(tmp_path: Path) -> None:
     class Gone(LivesOfAnEngine):
-        coming_back = True  # type: ignore[assignment]
+        coming_back = True
 
     engine = Gone(EngineUnavailable("it is starting"))
     with pytest.raises(EngineUnavailable, match="it is starting"):

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from engines.hf.model import free_bytes
 from engines.hf.options import HfOptions, cpu_threads
 from engines.interface import LoadError
 from engines.operations import LoraSpec
@@ -73,6 +74,12 @@ def test_tokenizer_files_are_the_models(make_engine: MakeEngine, model_folders: 
         ({"dtype": "float64"}, "float64.*bfloat16"),
         ({"device": "cuda:77"}, "cuda:77"),
         ({"device": "abacus"}, "abacus"),
+        ({"memory_fraction": 1.5}, r"memory_fraction is 1\.5; it must be above 0 and at most 1"),
+        ({"memory_fraction": 0.0}, r"memory_fraction is 0\.0"),
+        (
+            {"memory_fraction": 0.5},
+            r"memory_fraction is 0\.5: it divides a GPU's memory, and the device is cpu",
+        ),
         ({"max_context": 1000}, "1000.*512 positions"),
     ],
 )
@@ -169,3 +176,21 @@ def test_threads_are_the_cores_that_the_process_may_use(monkeypatch: pytest.Monk
     assert cpu_threads(HfOptions(threads=5)) == 5
     monkeypatch.delattr("os.sched_getaffinity")
     assert cpu_threads(HfOptions()) == 64
+
+
+@pytest.mark.parametrize(
+    ("free", "fraction", "reserved", "left"),
+    [
+        (70, 1.0, 10, 70),  # nothing is set: all that is free
+        (70, 0.5, 10, 30),  # half of 80, of which it has 10
+        (20, 0.5, 10, 20),  # another process has the rest of that already
+        (70, 0.5, 45, 0),
+    ],
+)
+def test_of_a_gpu_no_more_is_free_than_its_part(
+    monkeypatch: pytest.MonkeyPatch, free: int, fraction: float, reserved: int, left: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    assert free_bytes(torch.device("cuda:0")) == left

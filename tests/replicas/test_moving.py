@@ -227,7 +227,7 @@ async def test_an_error_while_one_is_ended_frees_its_number(
     [ending] = place.replicas._ending.values()
     await ending
     assert not place.replicas._ending
-    assert place.forgotten == [place.other]
+    assert place.forgotten == [cast(Dispatcher, place.other)]
     assert place.other.stopped or step == "stop"
     assert "unexpected error while ending it" in caplog.text
     wanting(place, 2)

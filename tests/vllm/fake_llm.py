@@ -27,11 +27,20 @@ class FakeLlm:
         self.closed = False
         self.broken: Exception | None = None
         self._steps = asyncio.Semaphore(0)
+        self.asleep = False
+        self.naps: list[str] = []
+        """What was done with its memory, in order: `sleep`, `wake`."""
+        self.held = asyncio.Event()
+        """Falling asleep and waking take until it is set."""
+        self.held.set()
+        self.fails: str | None = None
+        """Which of the two fails."""
 
     async def start(self) -> Facts:
         return Facts("Fake", VOCABULARY, 40, (0,), "cpu", "float32", {"fake": "1"})
 
     async def draw(self, ask: Ask) -> AsyncGenerator[Piece, None]:
+        assert not self.asleep
         self.asked.append(ask)
         self.drawing.add(ask.name)
         number = ask.adapter.number if ask.adapter is not None else 0
@@ -78,8 +87,26 @@ class FakeLlm:
         return LlmDied("it was killed")
 
     async def drop_adapter(self, number: int) -> None:
+        assert not self.asleep
         await asyncio.sleep(0.01)
         self.loaded.remove(number)
+
+    async def sleep(self) -> None:
+        assert not self.drawing
+        assert not self.asleep
+        await self._take_time("sleep")
+        self.asleep = True
+
+    async def wake(self) -> None:
+        assert self.asleep
+        await self._take_time("wake")
+        self.asleep = False
+
+    async def _take_time(self, what: str) -> None:
+        self.naps.append(what)
+        await self.held.wait()
+        if self.fails == what:
+            raise RuntimeError("out of memory")
 
     async def close(self) -> None:
         self.closed = True

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from tests.engines.owner import ROOT
 from tests.gateway.conftest import KEY
 from tests.official import LEAVE
-from tests.replicas.conftest import client_of, engines, until, until_ready
+from tests.replicas.conftest import client_of, engines, states, until
 from tests.served import ServedGateway
 from tests.threads import beside
 
@@ -100,7 +101,7 @@ def asked_by_all(client: httpx.Client, url: str) -> tuple[Future[list[list[int]]
 
 def test_a_replica_is_killed_under_load_and_nobody_notices(gateway: ServedGateway) -> None:
     with client_of(gateway.url) as client:
-        until_ready(client, "sampler", "sampler-2")
+        until_both_are_ready(client)
         samples, requests = asked_by_all(client, gateway.url)
         expected = samples.result(300), [each.result(300) for each in requests]
         assert {len(tokens) for tokens in expected[1]} == {TOKENS}
@@ -115,11 +116,19 @@ def test_a_replica_is_killed_under_load_and_nobody_notices(gateway: ServedGatewa
         until(
             lambda: engines(client)[victim["name"]]["starts"] == victim["starts"] + 1, "it is started again"
         )
-        until_ready(client, "sampler", "sampler-2")
+        until_both_are_ready(client)
         futures = client.get("/admin/v1/futures", params={"kind": "sample", "limit": 1000}).json()["items"]
         assert {each["status"] for each in futures} == {"done"}
         assert {each["engine"] for each in futures} == {"sampler", "sampler-2"}
         assert max(each["attempts"] for each in futures) == 2  # so it was drawing when it died
+
+
+def until_both_are_ready(client: httpx.Client) -> None:
+    """Loading takes half a minute, or minutes on a busy machine."""
+    deadline = time.monotonic() + START_S
+    while states(client) != {"sampler": "ready", "sampler-2": "ready"}:
+        assert time.monotonic() < deadline, states(client)
+        time.sleep(0.2)
 
 
 def _open(client: httpx.Client) -> int:
