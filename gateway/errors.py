@@ -168,10 +168,11 @@ class EngineFailed(TandemError):
         self.error_id = error_id
 
 
-class EngineDiedOverIt(EngineFailed):
-    """Engines have died over this request, and over nothing else. The header keeps clients from repeating it."""
+class EngineDiedOverIt(TandemError):
+    """Engines have died over this request, and over nothing else; it would kill the next one too."""
 
-    headers: ClassVar[Mapping[str, str]] = {"x-should-retry": "false"}
+    status = 422
+    code = "engine_died"
 
 
 class StoreUnavailable(Passing):

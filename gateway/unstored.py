@@ -77,7 +77,7 @@ class Unstored:
             return
         error_id = secrets.token_hex(6)
         log.error("error %s: a sample that is not stored failed: %s", error_id, deaths.told)
-        raise EngineDiedOverIt(deaths.told, error_id=error_id)
+        raise EngineDiedOverIt(f"{deaths.told}; the server's log has it under the error id {error_id}")
 
     @asynccontextmanager
     async def _engine(self, asked: Asked, deaths: Deaths) -> AsyncIterator[EngineProcess]:
