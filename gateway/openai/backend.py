@@ -64,8 +64,9 @@ class Backend(Protocol):
     ) -> AsyncGenerator[SampleEvent, None]:
         """The deltas as they come, when `stream` is set, and then the whole result.
 
-        Closing the generator cancels the sample. Raises UserError for what the engine refuses, EngineUnavailable
-        or EngineLost.
+        Closing the generator cancels the sample. Raises UserError for what the engine refuses, EngineUnavailable,
+        EngineLost when an engine has died and what is drawn again does not continue what has come, or
+        EngineDiedOverIt.
         """
 
 
