@@ -92,7 +92,7 @@ class Unstored:
             except _Contradiction:
                 raise
             except EngineLost as error:
-                log.info("a sample that is not stored is drawn again: %s", error)
+                log.debug("a sample that is not stored is drawn again: %s", error)
                 if not engine.abandoned:
                     deaths.count(engine.last_signs, engine.lost_samples)
 
