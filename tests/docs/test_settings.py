@@ -35,6 +35,7 @@ SPOKEN = {
     ("HfOptions", "threads"): "all cores it may use",
     ("HfOptions", "max_context"): "the model's",
     ("HfOptions", "pass_tokens"): "what memory holds",
+    ("HfOptions", "memory_fraction"): "all that is free",
     ("MegatronOptions", "devices"): "all",
     ("MegatronOptions", "device_memory_gib"): "the device's",
     ("MegatronOptions", "max_context"): "the model's",
