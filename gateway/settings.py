@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from engines.environment import for_engine
+from engines.misfit import misfit_of
 from engines.storage import FolderStorage
 from gateway.engine_settings import BUILT_IN, EngineSettings, check_engines
 from gateway.errors import ConfigurationError
@@ -183,7 +184,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     try:
         settings = msgspec.convert(values, Settings, strict=False, dec_hook=_decoded)
     except msgspec.ValidationError as error:
-        raise ConfigurationError(f"settings: {error}") from error
+        raise ConfigurationError(f"setting {misfit_of(error)}") from error
     return _checked(settings)
 
 

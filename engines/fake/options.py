@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from engines.interface import LoadError
+from engines.misfit import misfit_of
 
 
 class FakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,7 +34,7 @@ def read_options(options: dict[str, Any]) -> FakeOptions:
         read = msgspec.convert(options, FakeOptions)
     except msgspec.ValidationError as error:
         allowed = ", ".join(FakeOptions.__struct_fields__)
-        raise LoadError(f"options of the fake engine: {error}; allowed are {allowed}") from error
+        raise LoadError(f"{misfit_of(error, 'options')}; options of the fake engine are {allowed}") from error
     if read.delay_s < 0:
         raise LoadError(f"options.delay_s is {read.delay_s}; it must not be negative")
     if read.max_context < 2 or read.max_rank < 1:

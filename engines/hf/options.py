@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from engines.interface import LoadError
+from engines.misfit import misfit_of
 
 
 class HfOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,7 +53,7 @@ def read_options(options: dict[str, Any]) -> HfOptions:
         read = msgspec.convert(options, HfOptions)
     except msgspec.ValidationError as error:
         allowed = ", ".join(HfOptions.__struct_fields__)
-        raise LoadError(f"options of the hf engine: {error}; allowed are {allowed}") from error
+        raise LoadError(f"{misfit_of(error, 'options')}; options of the hf engine are {allowed}") from error
     if read.dtype not in ("auto", "float32", "bfloat16"):
         raise LoadError(f"options.dtype is {read.dtype!r}; allowed are auto, float32, bfloat16")
     if read.memory_fraction is not None and not 0 < read.memory_fraction <= 1:

@@ -60,18 +60,18 @@ def failures(shape: ModelShape, layout: Layout, devices: int) -> Iterator[str]:
     """A sentence for each constraint that does not hold."""
     if min(getattr(layout, name) for name in DEGREES) < 1:
         name = next(name for name in DEGREES if getattr(layout, name) < 1)
-        yield f"layout.{name} is {getattr(layout, name)}; it must be at least 1"
+        yield f"options.{name} is {getattr(layout, name)}; it must be at least 1"
         return
     for what, amount, name in _divided(shape):
         size = getattr(layout, name)
         if amount % size:
             yield (
-                f"layout.{name} is {size}, which does not divide the model's {amount} {what}; "
+                f"options.{name} is {size}, which does not divide the model's {amount} {what}; "
                 f"up to {devices} it may be {_choices(shape, name, devices)}"
             )
     yield from _expert_failures(shape, layout)
     if layout.sequence and layout.tensor == 1:
-        yield "layout.sequence spreads work over tensor parallel ranks, but layout.tensor is 1; turn it off"
+        yield "options.sequence spreads work over tensor parallel ranks, but options.tensor is 1; turn it off"
     if layout.ranks != devices:
         yield (
             f"tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data} × context {layout.context} are "
@@ -104,15 +104,15 @@ def _choices(shape: ModelShape, name: str, devices: int) -> str:
 def _expert_failures(shape: ModelShape, layout: Layout) -> Iterator[str]:
     if not shape.experts:
         if layout.expert > 1:
-            yield f"layout.expert is {layout.expert}, but the model has no experts; it must be 1"
+            yield f"options.expert is {layout.expert}, but the model has no experts; it must be 1"
         return
     if layout.stage_ranks % layout.expert:
         yield (
-            f"layout.expert is {layout.expert}, which does not divide the {layout.stage_ranks} ranks of a pipeline "
+            f"options.expert is {layout.expert}, which does not divide the {layout.stage_ranks} ranks of a pipeline "
             f"stage (tensor {layout.tensor} × data {layout.data} × context {layout.context})"
         )
     if layout.tensor > 1 and not layout.sequence:
         yield (
-            "layout.sequence is false, but a model with experts needs it where layout.tensor is above 1 "
+            "options.sequence is false, but a model with experts needs it where options.tensor is above 1 "
             "(Megatron computes no such training pass); turn it on"
         )

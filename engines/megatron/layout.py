@@ -132,7 +132,7 @@ def _why_none(shape: ModelShape, devices: int, asked: Asked, node: int) -> str:
     sequence = sizes["tensor"] > 1 if asked.sequence is None else asked.sequence
     for name, wish in given.items():
         if wish < 1:
-            return f"layout.{name} is {wish}; it must be at least 1"
+            return f"options.{name} is {wish}; it must be at least 1"
     for sentence in failures(shape, Layout(**sizes, sequence=sequence), devices):
         return sentence
     wanted = ", ".join(f"{name} {size}" for name, size in given.items()) or "nothing set"

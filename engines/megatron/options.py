@@ -9,6 +9,7 @@ import msgspec
 
 from engines.interface import LoadError
 from engines.megatron.constraints import Layout
+from engines.misfit import misfit_of
 
 
 class MegatronOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +76,9 @@ def read_options(options: dict[str, Any]) -> MegatronOptions:
         read = msgspec.convert(options, MegatronOptions)
     except msgspec.ValidationError as error:
         allowed = ", ".join(MegatronOptions.__struct_fields__)
-        raise LoadError(f"options of the megatron engine: {error}; allowed are {allowed}") from error
+        raise LoadError(
+            f"{misfit_of(error, 'options')}; options of the megatron engine are {allowed}"
+        ) from error
     for name, allowed_names in (
         ("dtype", ("auto", "float32", "bfloat16")),
         ("device", ("auto", "cpu", "cuda")),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from engines.interface import LoadError
+from engines.misfit import misfit_of
 
 Family = Literal["qwen3", "llama", "qwen3_moe"]
 FAMILIES: tuple[Family, ...] = ("qwen3", "llama", "qwen3_moe")
@@ -130,7 +131,7 @@ def parse_shape(text: bytes, where: str = CONFIG) -> ModelShape:
     try:
         config = msgspec.json.decode(text, type=_Config)
     except msgspec.ValidationError as error:
-        raise LoadError(f"{where}: {error}") from error
+        raise LoadError(f"{where}: {misfit_of(error)}") from error
     _refuse_what_differs(config, where)
     moe = config.model_type == "qwen3_moe"
     theta, scaling = _rope(config, where)
@@ -166,7 +167,7 @@ def _refuse_other_family(text: bytes, where: str) -> None:
     try:
         found = msgspec.json.decode(text, type=_Kind).model_type
     except msgspec.DecodeError as error:
-        raise LoadError(f"{where}: {error}") from error
+        raise LoadError(f"{where}: {misfit_of(error)}") from error
     if found not in FAMILIES:
         raise LoadError(
             f"{where}: model_type is {found!r}; the megatron engine has {', '.join(FAMILIES)}. The hf engine takes "
@@ -222,7 +223,7 @@ def _rope(config: _Config, where: str) -> tuple[float, Llama3Rope | None]:
     try:
         return float(theta), msgspec.convert(given, Llama3Rope)
     except msgspec.ValidationError as error:
-        raise LoadError(f"{where}: {field}: {error}") from error
+        raise LoadError(f"{where}: {misfit_of(error, field)}") from error
 
 
 def _refuse_odd_sizes(shape: ModelShape, where: str) -> None:

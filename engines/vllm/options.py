@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from engines.interface import LoadError
+from engines.misfit import misfit_of
 
 
 class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,7 +45,7 @@ def read_options(options: dict[str, Any]) -> VllmOptions:
         read = msgspec.convert(options, VllmOptions)
     except msgspec.ValidationError as error:
         allowed = ", ".join(VllmOptions.__struct_fields__)
-        raise LoadError(f"options of the vllm engine: {error}; allowed are {allowed}") from error
+        raise LoadError(f"{misfit_of(error, 'options')}; options of the vllm engine are {allowed}") from error
     if read.dtype not in ("auto", "float32", "bfloat16"):
         raise LoadError(f"options.dtype is {read.dtype!r}; allowed are auto, float32, bfloat16")
     if not 0 < read.memory_fraction <= 1:

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from engines.misfit import misfit_of, with_entries
 from gateway.errors import BadRequest
 from gateway.openai.errors import InvalidValue, UnsupportedParameter
 from gateway.openai.requests import (
@@ -22,8 +23,6 @@ from gateway.openai.requests import (
     R,
 )
 
-_AT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<where>[^`]*)`)?", re.DOTALL)
-_FIELD = re.compile(r"field `([^`]*)`")
 _SHOWN = 80
 """Characters of a value that an error repeats."""
 
@@ -42,7 +41,7 @@ def parse(body: bytes, kind: type[R]) -> R:
     try:
         request = msgspec.convert(known, kind)
     except msgspec.ValidationError as error:
-        raise _explained(error, known) from error
+        raise _explained(error, known, kind) from error
     _check_stops(request)
     if request.stream_options is not None and not request.stream:
         raise InvalidValue(
@@ -95,16 +94,17 @@ def _same(value: Any, neutral: Any) -> bool:
     return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _explained(error: msgspec.ValidationError, sent: dict[str, Any], prefix: str = "") -> InvalidValue:
-    """The error of a conversion in terms of the field: what is allowed, and what came."""
-    match = _AT.fullmatch(str(error))
-    what, where = (match["what"], match["where"] or "") if match else (str(error), "")
-    named = _FIELD.search(what)
-    param = ".".join(part for part in (prefix, where, named[1] if named else "") if part) or None
-    top = re.split(r"[.\[]", where)[0]
+def _explained(
+    error: msgspec.ValidationError, sent: dict[str, Any], kind: type[Any], prefix: str = ""
+) -> InvalidValue:
+    """The error of a conversion in terms of the field: what is allowed, and what came. What was sent is used up."""
+    misfit = misfit_of(error)
+    top = re.split(r"[.\[]", misfit.where)[0]
     came = f" It came as {_shown(sent[top])}." if top in sent else ""
+    misfit = with_entries(misfit, sent, kind)
+    param = ".".join(part for part in (prefix, misfit.where) if part) or None
     at = f"Invalid {param!r}: " if param else ""
-    return InvalidValue(f"{at}{what}.{came}", param=param)
+    return InvalidValue(f"{at}{misfit.what}.{came}", param=param)
 
 
 def _shown(value: Any) -> str:
@@ -173,7 +173,7 @@ def _message(sent: dict[str, Any], where: str) -> ChatMessage:
     try:
         message = msgspec.convert(given, ChatMessage)
     except msgspec.ValidationError as error:
-        raise _explained(error, given, where) from error
+        raise _explained(error, given, ChatMessage, where) from error
     if isinstance(message.content, list):
         for index, part in enumerate(message.content):
             _check_part(part, f"{where}.content[{index}]")

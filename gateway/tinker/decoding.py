@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 from msgspec import inspect
 
+from engines.misfit import Misfit, misfit_of, with_entries
 from gateway.errors import BadRequest, Unprocessable
 
 T = TypeVar("T")
@@ -31,15 +32,21 @@ def parse_json(body: bytes, schema: type[T]) -> T:
 
 
 def _decode_without_idle_fields(body: bytes, schema: type[T], first: msgspec.ValidationError) -> T:
-    if "unknown field" not in str(first):
-        raise Unprocessable(f"the body does not fit: {_shortened(first)}") from first
+    misfit = misfit_of(first)
+    if "unknown field" not in misfit.what and "[...]" not in misfit.path:
+        raise _refusal(misfit) from first
     try:
         value = msgspec.json.decode(body)
+    except msgspec.ValidationError:  # a number that is too large for anything
+        raise _refusal(misfit) from first
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    try:
         _drop_idle(value, _kind(cast(Hashable, schema)))
         return msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
-        raise Unprocessable(f"the body does not fit: {_shortened(error)}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _refusal(with_entries(misfit_of(error), value, schema)) from error
+    except RecursionError as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
 
 
@@ -48,9 +55,15 @@ def _kind(schema: Hashable) -> inspect.Type:
     return inspect.type_info(schema)
 
 
-def _shortened(error: Exception) -> str:
+def _refusal(misfit: Misfit) -> Unprocessable:
+    return Unprocessable(
+        f"the body does not fit: {_shortened(str(misfit))}",
+        param=_shortened(misfit.where) if misfit.where else None,
+    )
+
+
+def _shortened(text: str) -> str:
     """Errors repeat names that a sender has chosen, and those can be of any length."""
-    text = str(error)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 

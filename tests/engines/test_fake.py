@@ -357,7 +357,7 @@ def test_no_room_ends_a_sample(make_engine: MakeEngine) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"slow": True}, "unknown field `slow`.*allowed are delay_s, crash_on_token"),
+        ({"slow": True}, "options.slow: .* options of the fake engine are delay_s, crash_on_token"),
         ({"delay_s": "1"}, "Expected `float`"),
         ({"delay_s": -0.5}, "delay_s is -0.5"),
         ({"max_context": 1}, "max_context is 1"),

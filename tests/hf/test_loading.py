@@ -68,7 +68,7 @@ def test_tokenizer_files_are_the_models(make_engine: MakeEngine, model_folders: 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"treads": 2}, "treads.*allowed are device"),
+        ({"treads": 2}, "treads.*options of the hf engine are device"),
         ({"max_rank": "big"}, "max_rank"),
         ({"sample_slots": 0}, "sample_slots is 0"),
         ({"dtype": "float64"}, "float64.*bfloat16"),

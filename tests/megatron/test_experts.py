@@ -57,9 +57,9 @@ def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"expert": 2}, "layout.expert is 2, which does not divide the 1 ranks of a pipeline stage"),
-        ({"expert": 3, "data": 3}, "layout.expert is 3, which does not divide the model's 8 experts"),
-        ({"tensor": 2, "sequence": False}, "layout.sequence is false, but a model with experts needs it"),
+        ({"expert": 2}, "options.expert is 2, which does not divide the 1 ranks of a pipeline stage"),
+        ({"expert": 3, "data": 3}, "options.expert is 3, which does not divide the model's 8 experts"),
+        ({"tensor": 2, "sequence": False}, "options.sequence is false, but a model with experts needs it"),
         ({"expert": 0}, "options.expert is 0; it must be at least 1"),
     ],
 )

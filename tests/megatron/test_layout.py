@@ -27,19 +27,19 @@ TINY = Path(__file__).parents[2] / "engines" / "tiny" / "model"
 @pytest.mark.parametrize(
     ("shape", "layout", "devices", "message"),
     [
-        (DENSE, Layout(tensor=3, data=2), 6, "layout.tensor is 3, which does not divide the model's 4 attention heads; "
-         "up to 6 it may be 1, 2$"),
-        (DENSE, Layout(tensor=4), 4, "layout.tensor is 4, .* 2 key and value heads; up to 4 it may be 1, 2$"),
+        (DENSE, Layout(tensor=3, data=2), 6, "options.tensor is 3, which does not divide the model's 4 attention heads"
+         "; up to 6 it may be 1, 2$"),
+        (DENSE, Layout(tensor=4), 4, "options.tensor is 4, .* 2 key and value heads; up to 4 it may be 1, 2$"),
         (msgspec.structs.replace(DENSE, vocabulary=513), Layout(tensor=2), 2, "513 tokens of vocabulary; .* may be 1$"),
         (msgspec.structs.replace(DENSE, ffn=97), Layout(tensor=2), 2, "97 columns of the feed-forward part"),
-        (DENSE, Layout(pipeline=3), 3, "layout.pipeline is 3, which does not divide the model's 2 layers"),
-        (MOE, Layout(expert=3, data=3), 3, "layout.expert is 3, which does not divide the model's 8 experts"),
-        (MOE, Layout(data=2, expert=4), 2, r"layout.expert is 4, .* 2 ranks of a pipeline stage \(tensor 1 × data 2"),
-        (MOE, Layout(tensor=2), 2, "layout.sequence is false, but a model with experts needs it"),
-        (DENSE, Layout(data=2, expert=2), 2, "layout.expert is 2, but the model has no experts"),
-        (DENSE, Layout(sequence=True), 1, "layout.sequence .* layout.tensor is 1; turn it off"),
+        (DENSE, Layout(pipeline=3), 3, "options.pipeline is 3, which does not divide the model's 2 layers"),
+        (MOE, Layout(expert=3, data=3), 3, "options.expert is 3, which does not divide the model's 8 experts"),
+        (MOE, Layout(data=2, expert=4), 2, r"options.expert is 4, .* 2 ranks of a pipeline stage \(tensor 1 × data 2"),
+        (MOE, Layout(tensor=2), 2, "options.sequence is false, but a model with experts needs it"),
+        (DENSE, Layout(data=2, expert=2), 2, "options.expert is 2, but the model has no experts"),
+        (DENSE, Layout(sequence=True), 1, "options.sequence .* options.tensor is 1; turn it off"),
         (DENSE, Layout(tensor=2, pipeline=2), 8, "tensor 2 × pipeline 2 × data 1 × .* are 4 ranks, but there are 8"),
-        (DENSE, Layout(data=0), 1, "layout.data is 0; it must be at least 1"),
+        (DENSE, Layout(data=0), 1, "options.data is 0; it must be at least 1"),
     ],
 )  # fmt: skip
 def test_impossible_layouts_name_the_constraint(
@@ -116,13 +116,13 @@ def test_tensor_parallel_ranks_stay_in_one_machine() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (Asked(tensor=3), "layout.tensor is 3, which does not divide the model's 32 attention heads"),
+        (Asked(tensor=3), "options.tensor is 3, which does not divide the model's 32 attention heads"),
         (Asked(data=3), "tensor 1 × pipeline 1 × data 3 × context 1 are 3 ranks, but there are 8 devices"),
         (Asked(tensor=2, data=8), "are 16 ranks, but there are 8 devices"),
-        (Asked(expert=2), "layout.expert is 2, but the model has no experts"),
-        (Asked(sequence=True, tensor=1), "layout.sequence .* turn it off"),
-        (Asked(tensor=0), "layout.tensor is 0; it must be at least 1"),
-        (Asked(context=-1), "layout.context is -1; it must be at least 1"),
+        (Asked(expert=2), "options.expert is 2, but the model has no experts"),
+        (Asked(sequence=True, tensor=1), "options.sequence .* turn it off"),
+        (Asked(tensor=0), "options.tensor is 0; it must be at least 1"),
+        (Asked(context=-1), "options.context is -1; it must be at least 1"),
     ],
 )
 def test_impossible_wishes_name_the_constraint(asked: Asked, message: str) -> None:

@@ -93,7 +93,7 @@ def test_true_is_not_one(name: str, value: Any) -> None:
         ({"presence_penalty": False}, "presence_penalty", "bool"),
         ({"frequency_penalty": -2.1}, "frequency_penalty", ">= -2"),
         ({"repetition_penalty": 0}, "repetition_penalty", ">= 0.01"),
-        ({"logit_bias": {"5": 101}}, "logit_bias[...]", "<= 100"),
+        ({"logit_bias": {"5": 101}}, "logit_bias['5']", "<= 100"),
         ({"logit_bias": [5]}, "logit_bias", "object"),
         ({"n": 0}, "n", "1"),
         ({"n": 129}, "n", "128"),

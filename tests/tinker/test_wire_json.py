@@ -211,27 +211,39 @@ def test_every_optional_field_may_be_null_and_type_may_be_missing(name: str) -> 
         (schemas.OptimStepBody, {"model_id": "m", "seq_id": "1"}, "got `str`"),
         (schemas.OptimStepBody, {"model_id": "", "seq_id": 1}, "length >= 1"),
         (schemas.OptimStepBody, {"model_id": "m" * 301, "seq_id": 1}, "length <= 300"),
-        (schemas.OptimStepBody, {**STEP, "adam_params": {"beta1": "0.9"}}, r"\$.adam_params.beta1"),
+        (
+            schemas.OptimStepBody,
+            {**STEP, "adam_params": {"beta1": "0.9"}},
+            "fit: adam_params.beta1: Expected",
+        ),
         (
             schemas.OptimStepBody,
             {**STEP, "adam_params": {"beta1": None}},
-            r"got `null` - at `\$.adam_params.beta1",
+            "fit: adam_params.beta1: Expected `float`, got `null`",
         ),
         (schemas.SampleBody, {**SAMPLE, "seq_id": 2**63}, "<= 9223372036854775807"),
-        (schemas.SampleBody, {**SAMPLE, "num_samples": 10**30}, r"\$.num_samples"),
+        (schemas.SampleBody, {**SAMPLE, "num_samples": 10**30}, "fit: num_samples: Expected"),
         (
             schemas.SampleBody,
             {**SAMPLE, "sampling_params": {"max_tokens": 2**31}},
-            r"\$.sampling_params.max_tokens",
+            "fit: sampling_params.max_tokens: Expected",
         ),
         (
             schemas.SampleBody,
             {**SAMPLE, "sampling_params": {"max_tokens": 1.5}},
-            r"\$.sampling_params.max_tokens",
+            "fit: sampling_params.max_tokens: Expected",
         ),
-        (schemas.SampleBody, {**SAMPLE, "sampling_params": {"stop": [1.5]}}, r"\$.sampling_params.stop"),
-        (schemas.SampleBody, {**SAMPLE, "sampling_params": {"stop": 5}}, r"\$.sampling_params.stop"),
-        (schemas.CreateModel, {**MODEL, "lora_config": {"rank": 2**40}}, r"\$.lora_config.rank"),
+        (
+            schemas.SampleBody,
+            {**SAMPLE, "sampling_params": {"stop": [1.5]}},
+            r"fit: sampling_params.stop\[0\]: Expected",
+        ),
+        (
+            schemas.SampleBody,
+            {**SAMPLE, "sampling_params": {"stop": 5}},
+            "fit: sampling_params.stop: Expected",
+        ),
+        (schemas.CreateModel, {**MODEL, "lora_config": {"rank": 2**40}}, "fit: lora_config.rank: Expected"),
         (schemas.SetTtl, {"ttl_seconds": 3599}, ">= 3600"),
         (schemas.SetTtl, {}, "missing required field `ttl_seconds`"),
         (schemas.CreateModel, {"session_id": "s", "base_model": "b"}, "model_seq_id belong together"),
@@ -239,12 +251,71 @@ def test_every_optional_field_may_be_null_and_type_may_be_missing(name: str) -> 
         (schemas.SampleBody, {**SAMPLE, "sampling_session_id": None}, "seq_id belongs to sampling_session"),
         (schemas.LoadWeights, {"session_id": "s", "model_seq_id": 1, "seq_id": 1, "path": "a"}, "seq_id"),
         (schemas.SetTtl, {"ttl_seconds": 10**9}, "<= "),
-        (schemas.SaveWeights, {**STEP, "path": "a", "user_metadata": {"a": 1}}, r"\$.user_metadata"),
+        (
+            schemas.SaveWeights,
+            {**STEP, "path": "a", "user_metadata": {"a": 1}},
+            r"fit: user_metadata\['a'\]: Expected",
+        ),
     ],
 )
 def test_values_that_do_not_fit_are_named(schema: type[Any], body: dict[str, Any], message: str) -> None:
     with pytest.raises(Unprocessable, match=message):
         parse_json(encoded(body), schema)
+
+
+FIT: dict[str, Any] = {
+    "model_input": {"chunks": []},
+    "loss_fn_inputs": {"weights": {"data": [0.5], "dtype": "float32"}},
+}
+
+
+def a_pass(*data: dict[str, Any], config: dict[str, Any] | None = None, **other: Any) -> dict[str, Any]:
+    return {
+        **STEP,
+        "forward_backward_input": {"data": data, "loss_fn": "ppo", "loss_fn_config": config, **other},
+    }
+
+
+def with_inputs(**tensors: Any) -> dict[str, Any]:
+    return {"model_input": {"chunks": []}, "loss_fn_inputs": {**FIT["loss_fn_inputs"], **tensors}}
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "what"),
+    [
+        (
+            a_pass(FIT, with_inputs(target_tokens={"data": [1, 2, "x"], "dtype": "int64"}, later=5)),
+            "forward_backward_input.data[1].loss_fn_inputs['target_tokens'].data[2]",
+            "Expected `int | float`, got `str`",
+        ),
+        (
+            a_pass(with_inputs(target_tokens={"data": [1]}), loss_fn=5),
+            "forward_backward_input.data[0].loss_fn_inputs['target_tokens'].dtype",
+            "missing required field `dtype`",
+        ),
+        (
+            a_pass(FIT, with_inputs(**{"a.b[0]": {"data": [1], "dtype": "int64", "new": 7}})),
+            "forward_backward_input.data[1].loss_fn_inputs['a.b[0]'].new",
+            "unknown field `new`",
+        ),
+        (
+            a_pass(FIT, config={"fits": 1, "clip": [1]}),
+            "forward_backward_input.loss_fn_config['clip']",
+            "Expected `float | str`, got `array`",
+        ),
+        ({**STEP, "a[...].b": 5}, "a[...].b", "unknown field"),
+        (
+            a_pass({**FIT, "x[...]": 1}),
+            "forward_backward_input.data[0].x[...]",
+            "unknown field",
+        ),
+    ],
+)
+def test_the_field_is_named_as_its_sender_has_written_it(body: dict[str, Any], field: str, what: str) -> None:
+    with pytest.raises(Unprocessable) as caught:
+        parse_json(encoded(body), schemas.ForwardBackwardBody)
+    assert caught.value.param == field
+    assert f"{field}: " in caught.value.message and what in caught.value.message
 
 
 def test_samples_have_numbers_of_63_bits() -> None:
