@@ -216,7 +216,10 @@ class Engine(ABC):
     def forward_backward(
         self, items: Sequence[RunOperation[ForwardBackward]]
     ) -> list[ForwardResult | UserError]:
-        """Losses, log-probs (float32, from float32 logits) and gradients; gradients are added to the run's own."""
+        """Losses, log-probs (float32, from float32 logits) and gradients; gradients are added to the run's own.
+
+        As in every call that takes operations of several runs, no two are of the same run.
+        """
 
     @abstractmethod
     def forward(self, items: Sequence[RunOperation[Forward]]) -> list[ForwardResult | UserError]:

@@ -22,7 +22,7 @@ from engines.tensors import Tensor as Bytes
 from engines.tuning.collating import Batch, collate, width_of
 from engines.tuning.lora import ANCHOR, Segment
 from engines.tuning.packed_attention import PackedLayout
-from engines.tuning.runs import Run, Share, check, judge, not_finite, segments_of, settle
+from engines.tuning.runs import Run, Share, check, judge, not_finite, segments_of, settle, shares_of
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
 
     UserError where the loss is not finite, or refuses its data.
     """
-    shares = [Share(run, operation) for run, operation in items]
+    shares = shares_of(items)
     return _computed(base, shares, pass_tokens, together=together, with_gradient=False)
 
 
@@ -40,7 +40,7 @@ def forward_backward(
     base: BaseModel, items: Sequence[tuple[Run, ForwardBackward]], pass_tokens: int, *, together: bool
 ) -> list[ForwardResult | UserError]:
     """The same, and each gradient is added to its run's. UserError, without effect, where anything is not finite."""
-    shares = [Share(run, operation) for run, operation in items]
+    shares = shares_of(items)
     outcomes = _computed(base, shares, pass_tokens, together=together, with_gradient=True)
     settle(shares, outcomes)
     return outcomes

@@ -41,7 +41,17 @@ from engines.ranks.world import World
 from engines.tensors import Tensor as Bytes
 from engines.tuning.collating import Batch, Operation, collate, width_of
 from engines.tuning.lora import Adapter, Gradient
-from engines.tuning.runs import Run, Share, check, judge, not_finite, optim_step, segments_of, settle
+from engines.tuning.runs import (
+    Run,
+    Share,
+    check,
+    judge,
+    not_finite,
+    optim_step,
+    segments_of,
+    settle,
+    shares_of,
+)
 
 
 class Trainer:
@@ -66,14 +76,14 @@ class Trainer:
 
     def forward(self, items: Sequence[tuple[Run, Operation]]) -> list[ForwardResult | UserError]:
         """Losses and log-probs; no run changes. The results are complete on rank 0, and without outputs elsewhere."""
-        shares = [Share(run, operation) for run, operation in items]
+        shares = shares_of(items)
         with torch.no_grad():
             passes = self._passes(shares, backward=False)
         return self._agree(shares, passes)
 
     def forward_backward(self, items: Sequence[tuple[Run, Operation]]) -> list[ForwardResult | UserError]:
         """The same, and each gradient is added to its run's, unless anything of it is not finite on any rank."""
-        shares = [Share(run, operation) for run, operation in items]
+        shares = shares_of(items)
         gradients = []
         for share in shares:
             share.gradient = share.run.new_gradient()

@@ -93,6 +93,13 @@ class Share:
             self.run.spare = self.gradient
 
 
+def shares_of(items: Sequence[tuple[Run, Operation]]) -> list[Share]:
+    """Of the operations of one call, each of another run: each has the run's spare gradient to itself, and they may be
+    computed by several threads."""
+    assert len({id(run) for run, _ in items}) == len(items), "two operations of one run in a call"
+    return [Share(run, operation) for run, operation in items]
+
+
 def segments_of(shares: Sequence[Share], batch: Batch, *, with_gradient: bool) -> list[Segment]:
     """What each run owns of a pass."""
     return [

@@ -140,7 +140,10 @@ def settle_again(connection: Connection, outcomes: list[Outcome]) -> list[Settle
 def _is_stored(outcome: Outcome, row: Row[Any]) -> bool:
     change = _future_change(outcome)
     names = ("status", "epoch", "error", "error_category", "error_id", "result_digest")
-    return row.finished_at is not None and all(getattr(row, name) == change[name] for name in names)
+    ours = (
+        row.finished_at is not None and row.engine == outcome.future.engine
+    )  # each engine has epochs of its own
+    return ours and all(getattr(row, name) == change[name] for name in names)
 
 
 def _as_stored(outcome: Outcome, row: Row[Any]) -> Settled:

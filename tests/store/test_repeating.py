@@ -15,6 +15,7 @@ from gateway.store import Store, schema
 from gateway.store.database import Database
 from gateway.store.futures import Claim, Submission, claim_futures, insert_submissions
 from gateway.store.records import Future, FutureStatus, Outcome, Run, Usage
+from gateway.store.settling import settle_again
 from tests.store.conftest import a_run, a_session, an_operation
 from tests.store.test_commits import cut_connections
 from tests.store.test_futures import a_checkpoint
@@ -130,6 +131,17 @@ async def test_what_another_has_settled_meanwhile_is_not_taken_for_ours(store: S
     await store.futures.give_up(sample.request_id, "nobody wants it")
     wire.cut(1, committed=False)
     assert await store.futures.settle(Outcome(replace(sample, epoch=3), result=b"r")) is None
+
+
+async def test_what_another_engine_has_settled_in_the_same_epoch_is_not_taken_for_ours(store: Store) -> None:
+    sample = Future("x:1", "alice", "f", "sample", 1, 1.0, sampler_id="x")
+    await store.futures.submit(Submission(sample, b"prompt"))
+    await store.futures.claim(Claim((sample.request_id,), 3))
+    theirs = replace(sample, epoch=3)
+    assert await store.futures.settle(Outcome(theirs, result=b"r")) is not None
+    ours = Outcome(replace(theirs, engine="e"), result=b"r")
+    assert await store.database.write(settle_again, ours) is None
+    assert await store.database.write(settle_again, Outcome(theirs, result=b"r")) is not None
 
 
 async def test_a_claim_is_made_once_and_gives_the_inputs(store: Store, wire: Wire) -> None:
