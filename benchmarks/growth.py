@@ -97,7 +97,7 @@ def _two_rounds(url: str) -> None:
 
 def _runs(url: str) -> list[int]:
     answer = httpx.get(f"{url}/admin/v1/duties", headers={"X-API-Key": KEY}, timeout=30, trust_env=False)
-    return [duty["runs"] for duty in answer.json() if duty["name"] in DUTIES]
+    return [duty["runs"] for duty in answer.json()["items"] if duty["name"] in DUTIES]
 
 
 def _bytes(folder: Path) -> tuple[int, int]:

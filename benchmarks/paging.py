@@ -73,7 +73,7 @@ class Crowd:
 def counters(measured: Measured) -> dict[str, float]:
     """What the gateway says of its engine's memory."""
     answer = httpx.get(f"{measured.url}/admin/v1/engines", headers={"X-API-Key": KEY}, timeout=60)
-    [engine] = answer.json()
+    [engine] = answer.json()["items"]
     names = ("resident_runs", "run_bytes", "run_memory_bytes", "evictions", "restores")
     return {name: engine[name] for name in names}
 

@@ -70,11 +70,11 @@ def _own_ip(node: subprocess.Popen[bytes], log: Path) -> str:
 def back_after(measured: Measured) -> float:
     """Seconds from the kill of the engine's process to the answer of the one after it."""
     with httpx.Client(base_url=measured.url, headers={"X-API-Key": KEY}, timeout=60) as http:
-        [engine] = http.get("/admin/v1/engines").json()
+        [engine] = http.get("/admin/v1/engines").json()["items"]
         begun = time.monotonic()
         os.kill(engine["pid"], 9)
         while time.monotonic() - begun < _PATIENCE_S:
-            [now] = http.get("/admin/v1/engines").json()
+            [now] = http.get("/admin/v1/engines").json()["items"]
             if now["state"] == "ready" and now["starts"] > engine["starts"]:
                 return time.monotonic() - begun
             time.sleep(0.02)

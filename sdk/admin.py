@@ -266,7 +266,7 @@ class AdminClient:
 
     def engines(self) -> list[Engine]:
         """The engine processes of this gateway."""
-        return self._get("engines", list[Engine])
+        return self._get("engines", Page[Engine]).items
 
     def engine(self, name: str) -> Engine:
         """One engine process."""

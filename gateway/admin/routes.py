@@ -140,9 +140,10 @@ async def get_future(request_id: str, caller: Who, gateway: Running) -> views.Fu
 
 
 @router.get("/engines")
-async def list_engines(caller: Who, gateway: Running) -> list[views.EngineView]:
-    """The engine processes of this gateway."""
-    return [views.engine_view(dispatcher) for dispatcher in gateway.fleet.dispatchers.values()]
+async def list_engines(caller: Who, gateway: Running) -> views.Page[views.EngineView]:
+    """The engine processes of this gateway, all on one page."""
+    items = [views.engine_view(dispatcher) for dispatcher in gateway.fleet.dispatchers.values()]
+    return views.Page(items=items, next_cursor=None)
 
 
 @router.get("/engines/{name}")
@@ -155,11 +156,12 @@ async def get_engine(name: str, caller: Who, gateway: Running) -> views.EngineVi
 
 
 @router.get("/duties")
-async def list_duties(caller: Who, gateway: Running) -> list[views.DutyView]:
-    """What the gateways do in the background, by name; for admins."""
+async def list_duties(caller: Who, gateway: Running) -> views.Page[views.DutyView]:
+    """What the gateways do in the background, by name, all on one page; for admins."""
     if not caller.admin:
         raise Forbidden("the duties of the gateways are shown to an admin's key only")
-    return [views.duty_view(duty) for duty in await gateway.store.duties.all()]
+    items = [views.duty_view(duty) for duty in await gateway.store.duties.all()]
+    return views.Page(items=items, next_cursor=None)
 
 
 @router.get("/metrics")

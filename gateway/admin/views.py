@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Page(BaseModel, Generic[T]):
-    """One page of a list, newest first."""
+    """One page of a list: of what grows the newest first."""
 
     items: list[T]
     next_cursor: Annotated[

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_engines_are_listed(place: Place, bob: httpx.Client) -> None:
-    [engine] = bob.get("/admin/v1/engines").json()
+    [engine] = bob.get("/admin/v1/engines").json()["items"]
     assert engine == bob.get("/admin/v1/engines/fake").json()
     assert (engine["name"], engine["base_model"], engine["plugin"]) == ("fake", "fake/model", "fake")
     assert (engine["state"], engine["problem"], engine["starts"]) == ("ready", None, 1)
@@ -59,7 +59,7 @@ def test_duties_are_shown_to_admins(alice: httpx.Client, root: httpx.Client) -> 
     assert "admin" in refused.json()["detail"]
     duties: dict[str, Any] = {}
     for _ in range(100):
-        duties = {duty["name"]: duty for duty in root.get("/admin/v1/duties").json()}
+        duties = {duty["name"]: duty for duty in root.get("/admin/v1/duties").json()["items"]}
         if duties.get("expired checkpoints", {}).get("runs"):
             break
         time.sleep(0.1)

@@ -62,7 +62,7 @@ def http(served: ServedGateway) -> Iterator[httpx.Client]:
 
 def test_it_is_shown_with_its_reason_and_is_not_started_over_and_over(http: httpx.Client) -> None:
     time.sleep(2)  # an engine that died would have been started twice in this time
-    engines = {engine["name"]: engine for engine in http.get("/admin/v1/engines").json()}
+    engines = {engine["name"]: engine for engine in http.get("/admin/v1/engines").json()["items"]}
     assert engines["typo"]["state"] == "failed"
     assert SENTENCE in engines["typo"]["problem"]
     assert "'/no/such/python'" in engines["bare"]["problem"]

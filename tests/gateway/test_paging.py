@@ -64,7 +64,7 @@ def train_all(gateway: ServedGateway, model: str, runs: int, steps: int, at_a_ti
 
 def engine_view(gateway: ServedGateway) -> dict[str, Any]:
     with httpx.Client(base_url=gateway.url, headers={"X-API-Key": KEY}, timeout=60) as http:
-        [engine] = http.get("/admin/v1/engines").json()
+        [engine] = http.get("/admin/v1/engines").json()["items"]
     view: dict[str, Any] = engine
     return view
 

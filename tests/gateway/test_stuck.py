@@ -106,7 +106,7 @@ def test_a_sample_that_hangs_twice_fails_alone(gateway: ServedGateway) -> None:
 
 
 def starts(http: httpx.Client) -> int:
-    [engine] = http.get("/admin/v1/engines").json()
+    [engine] = http.get("/admin/v1/engines").json()["items"]
     return int(engine["starts"])
 
 

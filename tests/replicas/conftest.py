@@ -72,7 +72,7 @@ def future(client: httpx.Client, request_id: str) -> dict[str, Any]:
 
 
 def engines(client: httpx.Client) -> dict[str, dict[str, Any]]:
-    return {engine["name"]: engine for engine in client.get("/admin/v1/engines").json()}
+    return {engine["name"]: engine for engine in client.get("/admin/v1/engines").json()["items"]}
 
 
 def states(client: httpx.Client) -> dict[str, str]:

@@ -176,9 +176,9 @@ def test_what_is_no_gateway_is_told_so(response: httpx.Response, status: int | N
 
 
 def test_fields_of_a_newer_gateway_are_passed_over(place: Place) -> None:
-    engines = httpx.get(f"{place.url}/admin/v1/engines", trust_env=False).json()
+    engines = httpx.get(f"{place.url}/admin/v1/engines", trust_env=False).json()["items"]
     newer = [{**engine, "mood": "good", "roles": [*engine["roles"], "dream"]} for engine in engines]
-    with answering(httpx.Response(200, json=newer)) as client:
+    with answering(httpx.Response(200, json={"items": newer, "next_cursor": None})) as client:
         assert client.engines()[0].roles == ["train", "sample", "dream"]
 
 
