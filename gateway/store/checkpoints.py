@@ -17,6 +17,7 @@ from gateway.store.records import AuditTopic, Checkpoint, CheckpointKind, Refere
 from gateway.store.usage import begin_storing, end_storing, set_end_of_storing
 
 A = schema.samplers
+F = schema.futures
 C = schema.checkpoints
 
 
@@ -51,6 +52,16 @@ class CheckpointStore:
         if row is None or (row.expires_at is not None and row.expires_at <= now()):
             return None
         return checkpoint_of(row)
+
+    async def to_be_saved(self, run_id: str, path: str, before: int) -> int | None:
+        """The newest operation of a run, below number `before`, that is to save under a path and has not done so."""
+        query = (
+            select(F.c.seq_id, F.c.context)
+            .where(F.c.run_id == run_id, F.c.kind == "save_weights", schema.OPEN, F.c.seq_id < before)
+            .order_by(F.c.seq_id.desc())
+        )
+        saves = await self._database.rows(query)
+        return next((row.seq_id for row in saves if _saves_as(row.context) == path), None)
 
     async def page(
         self,
@@ -122,6 +133,12 @@ class CheckpointStore:
         await self._database.write(_set_public, (path, public))
 
 
+def _saves_as(context: dict[str, Any]) -> str | None:
+    """The path of a save that gives a name."""
+    path: str | None = context.get("checkpoint", {}).get("path")
+    return path
+
+
 def checkpoint_of(row: Row[Any]) -> Checkpoint:
     """The record of a row."""
     values = dict(row._mapping)
@@ -183,9 +200,7 @@ def folder_in_use(connection: Connection, folder: str) -> bool:
             schema.samplers.c.folder == folder, schema.samplers.c.released_at.is_(None)
         ),
         select(schema.runs.c.run_id).where(schema.runs.c.origin_folder == folder),
-        select(schema.futures.c.request_id).where(
-            schema.futures.c.folder == folder, schema.futures.c.kind == "load_weights"
-        ),
+        select(F.c.request_id).where(F.c.folder == folder, F.c.kind == "load_weights"),
     )
     return bool((connection.execute(select(exists(references.subquery().select())))).scalar_one())
 

@@ -138,6 +138,11 @@ async def load_weights(request: Request, owner: Owner, gateway: Running) -> Resp
 
 
 async def _load_into(gateway: Gateway, run: Run, turn: Turn, body: schemas.LoadWeights) -> Future:
+    saving = await gateway.store.checkpoints.to_be_saved(run.run_id, body.path, turn.number)
+    if saving is not None:  # what stands under the path now, if anything, is not what is asked for
+        raise UserError(
+            f"{body.path} is still to be saved, by operation {saving} of this run: wait for its result, then load it"
+        )
     token_owner = await gateway.keys.owner_of(body.weights_access_token)
     checkpoint = await loadable_checkpoint(gateway.store, run.owner, body.path, also_of=token_owner)
     if checkpoint.base_model != run.base_model:

@@ -100,3 +100,46 @@ def test_a_retried_session_is_one_session(http: httpx.Client) -> None:
         http.post("/api/v1/create_session", json={}, headers=headers).json()["session_id"] for _ in range(3)
     }
     assert len(ids) == 1
+
+
+def save(http: httpx.Client, run_id: str, seq_id: int, **more: bool) -> str:
+    body = {"model_id": run_id, "seq_id": seq_id, "path": "latest", **more}
+    return str(http.post("/api/v1/save_weights", json=body).json()["request_id"])
+
+
+def load(http: httpx.Client, run_id: str, seq_id: int) -> str:
+    body = {
+        "model_id": run_id,
+        "seq_id": seq_id,
+        "path": f"tinker://{run_id}/weights/latest",
+        "optimizer": True,
+    }
+    return str(http.post("/api/v1/load_weights", json=body).json()["request_id"])
+
+
+def test_nothing_is_loaded_that_is_still_to_be_replaced_before(http: httpx.Client) -> None:
+    """The weights that the path has when the load arrives are not those that it has when its turn comes."""
+    run_id = begin_run(http)
+    outcome(http, save(http, run_id, 1))
+    promises = [send_step(http, run_id, 4).json()["request_id"]]  # which waits for 2 and 3
+    promises += [save(http, run_id, 5, overwrite=True), load(http, run_id, 6)]
+    for seq_id in (2, 3):
+        outcome(http, send_pass(http, run_id, seq_id, TOKENS).json()["request_id"])
+    stepped, saved, loaded = (outcome(http, promise) for promise in promises)
+    assert (stepped["type"], saved["type"], loaded["category"]) == ("optim_step", "save_weights", "user")
+    assert "still to be saved, by operation 5 of this run" in loaded["error"]
+    trained = final_loss(http, run_id, 7)
+    outcome(http, send_step(http, run_id, 8).json()["request_id"])
+    assert final_loss(http, run_id, 9) != trained
+    assert outcome(http, load(http, run_id, 10))["type"] == "load_weights"
+    assert final_loss(http, run_id, 11) == trained
+
+
+def test_a_save_that_comes_later_does_not_keep_a_checkpoint_from_being_loaded(http: httpx.Client) -> None:
+    run_id = begin_run(http)
+    outcome(http, save(http, run_id, 1))
+    later = save(http, run_id, 4, overwrite=True)
+    loaded = load(http, run_id, 3)
+    outcome(http, send_pass(http, run_id, 2, TOKENS).json()["request_id"])
+    assert outcome(http, loaded)["type"] == "load_weights"
+    assert outcome(http, later)["type"] == "save_weights"
