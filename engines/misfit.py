@@ -59,14 +59,21 @@ def with_entries(misfit: Misfit, value: Any, schema: type[Any]) -> Misfit:
 
 
 def _wrong_entry(entries: dict[str, Any], value: Any, schema: type[Any]) -> str:
-    """The entry that the error is about; it is the only one left."""
-    first = _said(value, schema)
-    for name, entry in list(entries.items()):
+    """The entry that the error is about, the first that does not fit; it is the only one left. Found by halving, for
+    there may be many, and each look takes as long as reading the whole."""
+    first, items = _said(value, schema), list(entries.items())
+    fitting, most = 0, len(items)
+    while most - fitting > 1:
+        middle = (fitting + most) // 2
         entries.clear()
-        entries[name] = entry
+        entries.update(items[:middle])
         if _said(value, schema) == first:
-            break
-    return next(iter(entries))
+            most = middle
+        else:
+            fitting = middle
+    entries.clear()
+    entries.update(items[most - 1 : most])
+    return items[most - 1][0]
 
 
 def _said(value: Any, schema: type[Any]) -> str | None:

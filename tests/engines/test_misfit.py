@@ -46,11 +46,23 @@ def test_entries_of_mappings_have_their_names(value: Any, told: str) -> None:
     assert str(with_entries(misfit_of(failure(value)), value, Whole)).startswith(told)
 
 
-def test_one_of_many_entries_is_found() -> None:
-    value = {"parts": [{f"p{number}": {"size": number} for number in range(2000)}]}
-    value["parts"][0]["p1500"] = {}  # type: ignore[assignment]
-    misfit = with_entries(misfit_of(failure(value)), value, Whole)
-    assert (misfit.where, misfit.path) == ("parts[0]['p1500'].size", "parts[0]['p1500']")
+@pytest.mark.parametrize("wrong", [0, 1, 999, 1500, 1999])
+def test_one_of_many_entries_is_found_by_few_looks(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    value: Any = {"parts": [{f"p{number}": {"size": number} for number in range(2000)}]}
+    value["parts"][0][f"p{wrong}"] = {}
+    value["parts"][0]["p1999"] = {}  # a later one does not matter
+    error = failure(value)
+    looks: list[None] = []
+    convert = msgspec.convert
+
+    def counted(value: Any, schema: Any) -> Any:
+        looks.append(None)
+        return convert(value, schema)
+
+    monkeypatch.setattr(msgspec, "convert", counted)
+    misfit = with_entries(misfit_of(error), value, Whole)
+    assert (misfit.where, misfit.path) == (f"parts[0]['p{wrong}'].size", f"parts[0]['p{wrong}']")
+    assert len(looks) <= 12
 
 
 @pytest.mark.parametrize(
