@@ -251,7 +251,14 @@ class EngineProcess:
     async def _send(self, message: messages.ToEngine, *payloads: bytes) -> None:
         if self.lost.done():
             raise EngineLost(f"engine {self.config.name} is gone: {self.lost.result()}")
-        await self._socket.send_multipart(messages.pack(message, *payloads), copy=False)
+        try:
+            await self._socket.send_multipart(messages.pack(message, *payloads), copy=False)
+        except asyncio.CancelledError:
+            # A socket that is closed cancels what waits to be sent, as if whoever sends it were not wanted any more.
+            task = asyncio.current_task()
+            if not self.lost.done() or (task is not None and task.cancelling()):
+                raise
+            raise EngineLost(f"engine {self.config.name} is gone: {self.lost.result()}") from None
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         """A process that cannot be listened to any more is of no use: better started again than waited for."""
