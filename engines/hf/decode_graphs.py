@@ -9,8 +9,9 @@ the adapters at work. Rows that fill up a form decode a token in slots that no s
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,25 +66,30 @@ class Table:
     """The adapters that graphs of one shape read, stacked; where there are fewer, groups without rows follow."""
 
     def __init__(self, like: Adapter, groups: int, dtype: torch.dtype) -> None:
-        self.like = like
         self.values = torch.zeros((groups, like.values.numel()), dtype=dtype, device=like.values.device)
         self.ends = torch.zeros(groups, dtype=torch.int32, device=like.values.device)
-        self.held: list[Adapter | None] = [None] * groups
+        self.first = Adapter(like.sites, like.spec, self.values[0])
+        self._held: list[Callable[[], Adapter | None]] = [
+            _nobody
+        ] * groups  # references that keep nothing in memory
 
     def hold(self, groups: Sequence[Group], rows: int) -> None:
         """Make it that of a step; of adapters that are there already nothing is copied."""
         adapters = [group.adapter for group in groups]
         for place, adapter in enumerate(adapters):
-            if self.held[place] is adapter:
-                continue
             if adapter is None:
                 self.values[place].zero_()
-            else:
+                self._held[place] = _nobody
+            elif self._held[place]() is not adapter:
                 self.values[place].copy_(adapter.values)
-            self.held[place] = adapter
+                self._held[place] = weakref.ref(adapter)
         ends = [group.stop for group in groups[:-1]]
-        ends += [rows] * (len(self.held) - len(ends))
+        ends += [rows] * (len(self._held) - len(ends))
         self.ends.copy_(torch.tensor(ends, dtype=torch.int32).pin_memory(), non_blocking=True)
+
+
+def _nobody() -> None:
+    """What a reference gives that refers to nothing."""
 
 
 class DecodeGraphs:
@@ -134,6 +140,7 @@ class DecodeGraphs:
             return None
         table = self._table(table_key, groups, rows)
         own = to_device(torch.tensor(filled_up(numbers, rows)), self.base.device)
+        self.base.count_pass()
         recorded = self._recorded.get(key)
         if recorded is None:
             hidden = self._record(key, own, reach, in_order, table)
@@ -161,7 +168,7 @@ class DecodeGraphs:
     ) -> Tensor:
         """Compute a step, which makes whatever a first time makes, then record it; gives its hidden states."""
         rows = numbers.shape[1]
-        bands = [] if table is None else [Band.of_table(table.like, table.values, table.ends, rows)]
+        bands = [] if table is None else [Band.of_table(table.first, table.values, table.ends, rows)]
 
         def step() -> Tensor:
             layout = GraphedLayout(self.cache, numbers[2:], reach, in_order=in_order)

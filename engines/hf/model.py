@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeGuard
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS, part_of
+from engines.environment import set_defaults
 from engines.hf.attention import ATTENTION, ProbeLayout, Unsupported
 from engines.hf.logprobs import Unembedding
 from engines.hf.norms import replace_norms
@@ -50,6 +52,7 @@ class BaseModel:
         self.passes = 0
         self._counting = threading.Lock()
         self.checkpointed = False
+        self.deterministic = False
         self.sites, self.routing = _attach(module)
         head = module.get_output_embeddings()
         self.unembedding = Unembedding(head.weight, head.bias, len(self.sites) - 1)
@@ -62,12 +65,16 @@ class BaseModel:
 
     def hidden(self, pack: Pack, layout: Layout, segments: Sequence[Segment]) -> Tensor:
         """Hidden states after the last norm, [T, H], of a batch of one pack (or [B, H] of B rows of one token)."""
-        with self._counting:
-            self.passes += 1
+        self.count_pass()
         self.threads.share(self._weights, pack.tokens.numel())
         self._checkpoint(self.checkpointed and torch.is_grad_enabled())
         with self.routing.along(segments):
             return self._states(pack, layout)
+
+    def count_pass(self) -> None:
+        """One more, in whichever lane."""
+        with self._counting:
+            self.passes += 1
 
     def hidden_of_bands(self, pack: Pack, layout: Layout, bands: Sequence[Band]) -> Tensor:
         """The same without gradient, of rows whose adapters are bands already."""
@@ -81,6 +88,19 @@ class BaseModel:
         out = self.decoder(input_ids=pack.tokens, position_ids=pack.positions, use_cache=False, layout=layout)
         states: Tensor = out.last_hidden_state
         return states.reshape(-1, states.shape[-1])
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        """In deterministic mode, within the context, an operation of CUDA that has no deterministic kernel is an error.
+        Flash attention goes back deterministically only then; drawing, which needs a cumulative sum, stays outside."""
+        strict = self.deterministic and self.device.type == "cuda"
+        if strict:
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            if strict:
+                torch.use_deterministic_algorithms(True, warn_only=True)
 
     def lanes(self, sizes: Sequence[int]) -> list[list[int]]:
         """Positions of training operations of so many tokens each that are computed one beside the other; on a
@@ -135,10 +155,15 @@ def base_model(module: PreTrainedModel, device: torch.device, options: HfOptions
     threads = Threads(cpu_threads(options))
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+    if options.deterministic:
+        set_defaults(
+            {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        )  # or products may differ from one process to the next
     module.requires_grad_(False).eval()
     replace_norms(module)
     base = BaseModel(module, device, _max_context(module, options), threads)
     base.checkpointed = options.checkpointing
+    base.deterministic = options.deterministic
     _probe(base, name)
     return base
 

@@ -56,7 +56,8 @@ def _computed(
     most = max(1, pass_tokens // len(lanes))
     run = _forward_backward_passes if with_gradient else _forward_passes
     works = [partial(run, base, [shares[number] for number in lane], most, together) for lane in lanes]
-    found = dict(zip(chain(*lanes), chain(*base.threads.side_by_side(works)), strict=True))
+    with base.strict():
+        found = dict(zip(chain(*lanes), chain(*base.threads.side_by_side(works)), strict=True))
     return [found[number] for number in range(len(shares))]
 
 

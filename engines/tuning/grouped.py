@@ -8,6 +8,7 @@ stay float32. Where a run is alone in its band, its gradient is not rounded.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ class GroupedRouting(Routing):
         self.dtype = dtype
         self.bands: list[Band] = []
         self.loose: list[Segment] = []
-        self._kept: OrderedDict[tuple[int, ...], tuple[Sequence[Segment], Tensor]] = OrderedDict()
+        self._kept: OrderedDict[tuple[weakref.ref[Adapter], ...], Tensor] = OrderedDict()
 
     @contextmanager
     def along(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -161,14 +162,14 @@ class GroupedRouting(Routing):
         if not all(segment.adapter.fixed for segment in segments):
             return _copied(segments, self.dtype)
         key = tuple(
-            id(segment.adapter) for segment in segments
-        )  # kept with it: no other one has its identity
+            weakref.ref(segment.adapter) for segment in segments
+        )  # equal to one of the same adapters alone
         if key not in self._kept:
-            self._kept[key] = (segments, _copied(segments, self.dtype))
+            self._kept[key] = _copied(segments, self.dtype)
         self._kept.move_to_end(key)
         while len(self._kept) > KEPT_STACKS:
             self._kept.popitem(last=False)
-        return self._kept[key][1]
+        return self._kept[key]
 
 
 class GroupedLinear(LoraLinear):

@@ -128,6 +128,21 @@ def test_deterministic_mode_does_not_see_neighbours(make_engine: MakeEngine) -> 
     assert torch.equal(moved(beside, "b"), moved(alone, "b"))
 
 
+def test_deterministic_mode_gives_the_same_bits_again(make_engine: MakeEngine) -> None:
+    """Long sequences, of which flash attention splits the way back among many blocks."""
+    found = []
+    for _ in range(2):
+        engine = make_engine("untied", device="cuda", deterministic=True)
+        create(engine, "a", SPECS["a"])
+        for number in range(3):
+            operation = ForwardBackward(supervised([500, 500, 301, 77], seed=number), "cross_entropy")
+            (result,) = engine.forward_backward([RunOperation("a", operation)])
+            assert not isinstance(result, Exception), result
+            step(engine, "a", learning_rate=1e-3)
+        found.append(moved(engine, "a"))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_waits_for_the_device_at_its_end_alone(
     make_engine: MakeEngine, dtype: str, monkeypatch: pytest.MonkeyPatch
