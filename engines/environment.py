@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+DETERMINISTIC_PRODUCTS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Without it products on CUDA may differ from one process to the next, and torch's deterministic mode refuses them."""
 _ROOT = str(Path(__file__).parents[1])
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engines.adapters import ATTENTION_LAYERS, MLP_LAYERS, part_of
-from engines.environment import set_defaults
+from engines.environment import DETERMINISTIC_PRODUCTS, set_defaults
 from engines.hf.attention import ATTENTION, ProbeLayout, Unsupported
 from engines.hf.logprobs import Unembedding
 from engines.hf.norms import replace_norms
@@ -156,9 +156,7 @@ def base_model(module: PreTrainedModel, device: torch.device, options: HfOptions
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
     if options.deterministic:
-        set_defaults(
-            {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-        )  # or products may differ from one process to the next
+        set_defaults(DETERMINISTIC_PRODUCTS)
     module.requires_grad_(False).eval()
     replace_norms(module)
     base = BaseModel(module, device, _max_context(module, options), threads)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.environment import DETERMINISTIC_PRODUCTS, set_defaults
 from engines.interface import EngineConfig, LoadError, UserError
 from engines.megatron.calls import (
     Call,
@@ -64,7 +65,10 @@ class Rank:
     ) -> None:
         torch.set_num_threads(options.threads)
         torch.set_float32_matmul_precision("highest")
-        torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+        # Flash attention goes back deterministically only where other kernels are an error.
+        torch.use_deterministic_algorithms(options.deterministic, warn_only=device.type != "cuda")
+        if options.deterministic:
+            set_defaults(DETERMINISTIC_PRODUCTS)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # megatron-core makes its tensors on the current one
         self.config = config

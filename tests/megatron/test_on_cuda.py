@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
@@ -86,6 +87,17 @@ def transformers_alone() -> Iterator[None]:
     """The device's memory is given back behind a test."""
     yield
     torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("transformers_alone")
+def test_deterministic_mode_gives_the_same_bits_again(folder: str, tmp_path: Path) -> None:
+    found = []
+    for again in (False, True):
+        storage = tmp_path / str(again)
+        settings = {"device": "cuda", "dtype": "bfloat16", "deterministic": True}
+        with running(folder, storage, **settings) as engine:
+            found.append(outcome(Caller(engine), storage).weights)
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.usefixtures("transformers_alone")
