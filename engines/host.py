@@ -21,12 +21,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import zmq
 
 from engines.distant_folders import StorageUnreachable
-from engines.interface import Engine, EngineBroken, EngineConfig, EngineInfo, LoadError
+from engines.interface import Engine, EngineBroken, EngineConfig, EngineInfo, LoadError, Meeting
 from engines.messages import (
     EXIT_OWNER_GONE,
     PROTOCOL,
@@ -209,14 +210,14 @@ class Host:
 # ---------------------------------------------------------------------------- from greeting to exit
 
 
-def run(socket: Socket, heart: Heart, storage: str = "") -> int:
-    """A process's whole life on a connected socket; gives its exit status. `storage` is a folder of this machine, if it
-    is another one than the owner's."""
+def run(socket: Socket, heart: Heart, **here: Any) -> int:
+    """A process's whole life on a connected socket; gives its exit status. `here` are fields of its configuration that
+    are other ones on this machine than its owner knows."""
     socket.send_multipart(pack(Hello(PROTOCOL, os.getpid(), platform.python_version())))
     said = _await_load(socket)
     if not isinstance(said, Load):
         return EXIT_STOPPED if isinstance(said, Stop) else EXIT_OWNER_GONE
-    config = msgspec.structs.replace(said.config, storage=storage) if storage else said.config
+    config = msgspec.structs.replace(said.config, **here)
     start_logging(config.name)
     with heart.vitals.during(Doing.LOADING):
         engine = _load(socket, config)
@@ -250,7 +251,7 @@ def _load(socket: Socket, config: EngineConfig) -> Engine | None:
     """The loaded engine, after telling the owner; None when it cannot be loaded, which the owner is told too."""
     try:
         require_storage(config)
-        engine = engine_class(config.plugin).load(config)
+        engine = _class_of(config).load(config)
         files = engine.tokenizer_files()
         socket.send_multipart(pack(Ready(engine.info(), list(files)), *files.values()))
     except LoadError as error:
@@ -279,6 +280,17 @@ def require_storage(config: EngineConfig) -> None:
             f"storage_url begins with {kind!r}, for which something is missing in the engine's interpreter: {error}; "
             "for S3: pip install fsspec s3fs"
         ) from error
+
+
+def _class_of(config: EngineConfig) -> type[Engine]:
+    """Raises LoadError."""
+    found = engine_class(config.plugin)
+    if config.meeting is not None and found.follower() is None:
+        raise LoadError(
+            f"ray.ranks is {config.meeting.ranks}, but an engine of the plugin {config.plugin} is one process: "
+            "leave ray.ranks out"
+        )
+    return found
 
 
 def exit_with_owner(timeout_s: float | None = None, on_sign: Callable[[], None] = lambda: None) -> None:
@@ -322,6 +334,16 @@ def start_logging(name: str) -> None:
     logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr, force=True)
 
 
+def _here(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of this machine."""
+    found: dict[str, Any] = {}
+    if arguments.storage:
+        found["storage"] = arguments.storage
+    if arguments.meeting:
+        found["meeting"] = msgspec.json.decode(arguments.meeting, type=Meeting)
+    return found
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -347,6 +369,11 @@ def main() -> int:
         "--storage", default="", metavar="FOLDER", help="for copies of what is stored; not given: the owner's"
     )
     parser.add_argument(
+        "--meeting",
+        metavar="JSON",
+        help="where ranks wait that others have started: engines.interface.Meeting",
+    )
+    parser.add_argument(
         "--die-with-parent", action="store_true", help="be killed by the system when the parent is killed"
     )
     arguments = parser.parse_args()
@@ -364,7 +391,7 @@ def main() -> int:
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.connect(address)
     try:
-        return run(socket, heart, arguments.storage)
+        return run(socket, heart, **_here(arguments))
     except EngineBroken:
         log.critical("the engine is broken; only a new process helps", exc_info=True)
         os._exit(EXIT_BROKEN)  # at once: what would tidy up may need the device

@@ -11,7 +11,7 @@ change none: whatever they raise, the runs stay. A save that storage refuses rai
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -70,6 +70,18 @@ class LoadError(Exception):
     """The base model or the plugin cannot be loaded; the message says what to change."""
 
 
+class Meeting(msgspec.Struct, frozen=True):
+    """Where the ranks of an engine meet that were started by others, on several machines.
+
+    `address` is `host:port`; rank 0 has inherited the `descriptor` of a socket that is bound to it. `ranks` is how many
+    there are, rank 0 too.
+    """
+
+    address: str
+    ranks: int
+    descriptor: int
+
+
 class EngineConfig(msgspec.Struct, frozen=True):
     """What an engine process is started with.
 
@@ -78,7 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     the plugin, which refuses unknown ones with LoadError.
     `run_memory_bytes` and `adapter_memory_bytes` are limits that somebody has set; `engines.memory.limits` has others.
     `sampling_share` is the part of the time, between 0 and 1, in which an engine samples while it has training to do
-    too.
+    too. `meeting` is there when other processes wait to be this engine's ranks (`Engine.follower`).
     """
 
     name: str
@@ -94,6 +106,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     adapter_memory_bytes: int | None = None
     sampling_share: float = 0.5
     storage_url: str = ""
+    meeting: Meeting | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -182,6 +195,12 @@ class Engine(ABC):
     @abstractmethod
     def load(cls, config: EngineConfig) -> Engine:
         """Load the base model. Raises LoadError with a sentence that says what to change."""
+
+    @classmethod
+    def follower(cls) -> Callable[[Any, bytes], Callable[[bytes], None]] | None:
+        """What a process that was started to be another rank of such an engine does (`engines.ranks.following.Join`);
+        None: an engine is one process, and takes no `EngineConfig.meeting`."""
+        return None
 
     @abstractmethod
     def info(self) -> EngineInfo:

@@ -26,6 +26,7 @@ def launch_of(engine: EngineSettings, settings: Settings) -> Launch:
     wanted = {
         **msgspec.to_builtins(engine.ray),
         "storage": "" if settings.storage_url else str(settings.storage_dir.resolve()),
+        "plugin": engine.plugin,
         "python": "" if engine.python == sys.executable else engine.python,
     }
     command = [sys.executable, "-m", "engines.on_ray", "--wanted", msgspec.json.encode(wanted).decode()]

@@ -18,7 +18,7 @@ _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
 class RayPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an engine process needs of a node. All of it is on one node."""
+    """What an engine process needs of a node. All of it is on one node, or that of each rank is."""
 
     address: str
     """`host:port` of a running cluster of which the gateway's machine is a node; `local`: one is started for this
@@ -31,6 +31,9 @@ class RayPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Amounts of the cluster's own resources."""
     labels: dict[str, str] = {}
     """Labels that the node must have, with these values."""
+    ranks: int = 1
+    """Processes of an engine that spreads a model over several, each of which gets all of this; they may be on several
+    nodes."""
     wait_s: float = 30.0
     """Seconds for which a free node that has all of this is waited for, at each start."""
 
@@ -68,6 +71,10 @@ def _check_place(name: str, place: RayPlace) -> None:
         )
     for what, amount in {"cpus": place.cpus, "gpus": place.gpus, **place.resources}.items():
         _check_amount(name, what, amount)
+    if place.ranks < 1 or (place.ranks > 1 and not any((place.cpus, place.gpus, *place.resources.values()))):
+        raise ConfigurationError(
+            f"engines: ray.ranks of {name!r} is {place.ranks}; it must be at least 1, and several need something"
+        )
     if not 0 < place.wait_s < math.inf:
         raise ConfigurationError(
             f"engines: ray.wait_s of {name!r} is {place.wait_s}; it must be above 0 seconds"

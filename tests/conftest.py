@@ -20,6 +20,7 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 _LEAVES_WITHIN_S = 20.0
+VLLM_PYTHON = "TANDEM_TEST_VLLM_PYTHON"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So it is in a background job of a shell, and would be in every process that a test starts and interrupts.
@@ -39,6 +40,17 @@ def _bounded_goodbyes() -> Iterator[None]:
         if (tinker := sys.modules.get("tinker")) is not None:  # else no test that was collected uses it
             patch.setattr(tinker.ServiceClient, "__exit__", leave)
         yield
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter of an environment that `python -m engines.vllm.environment` has made."""
+    found = os.environ.get(VLLM_PYTHON)
+    if not found:
+        pytest.skip(
+            f"{VLLM_PYTHON} names no interpreter; `python -m engines.vllm.environment PATH` makes one"
+        )
+    return found
 
 
 @pytest.fixture(scope="session")

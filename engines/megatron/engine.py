@@ -33,7 +33,7 @@ from engines.megatron.moments import owned
 from engines.megatron.options import MegatronOptions, read_options
 from engines.megatron.places import Place
 from engines.megatron.planning import plan
-from engines.megatron.rank import Rank, dtype_of, load_rank
+from engines.megatron.rank import Rank, dtype_of, join, load_rank
 from engines.megatron.shapes import ModelShape, read_shape
 from engines.megatron.sharding import Sharding, model_sites
 from engines.memory import free_host_bytes, limits
@@ -81,7 +81,12 @@ class MegatronEngine(TrainingEngine):
         layout = options.layout
         self.shardings = [Sharding(shape, Place.of(layout, rank)) for rank in range(layout.ranks)]
         self.leader = Leader(
-            "engines.megatron.rank", layout.ranks, options.rank_timeout_s, devices, options.start_timeout_s
+            "engines.megatron.rank",
+            layout.ranks,
+            options.rank_timeout_s,
+            devices,
+            options.start_timeout_s,
+            config.meeting,
         )
         try:
             self.rank = self._load(devices[0])
@@ -90,6 +95,10 @@ class MegatronEngine(TrainingEngine):
             raise
         memory = limits(config, _free_bytes(devices[0], layout.ranks))
         self._info = _describe(config, options, shape, devices[0], memory.runs)
+
+    @classmethod
+    def follower(cls) -> Callable[[Any, bytes], Callable[[bytes], None]]:
+        return join
 
     @classmethod
     def load(cls, config: EngineConfig) -> MegatronEngine:
@@ -111,7 +120,7 @@ class MegatronEngine(TrainingEngine):
             raise LoadError(
                 f"options.max_context is {options.max_context}, but the model has {shape.max_context} positions"
             )
-        planned = plan(options, shape)
+        planned = plan(options, shape, config.meeting)
         log.info("layout: %s", planned.reason)
         config = msgspec.structs.replace(config, options={**config.options, **planned.parts})
         return cls(config, planned.decided(options), shape, files, planned.devices)

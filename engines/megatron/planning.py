@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from engines.interface import LoadError
+from engines.interface import LoadError, Meeting
 from engines.megatron.constraints import Layout
 from engines.megatron.costs import Workload
 from engines.megatron.layout import GIB, Asked, propose
@@ -29,21 +29,32 @@ class Plan(NamedTuple):
         return msgspec.structs.replace(options, **self.parts)
 
 
-def plan(options: MegatronOptions, shape: ModelShape) -> Plan:
-    """What was set stays; the rest is what the command `engines.megatron.layout` proposes for the same devices.
+def plan(options: MegatronOptions, shape: ModelShape, meeting: Meeting | None = None) -> Plan:
+    """What was set stays; the rest is what the command `engines.megatron.layout` proposes for the same devices. With a
+    `meeting` the ranks are those that wait there, each of which sees one device.
 
     Raises LoadError that names the constraint which fails, or the devices or the memory that are lacking.
     """
     asked = Asked(**{name: getattr(options, name) for name in Asked.__struct_fields__})
     kind = device_kind(options)
-    count = _count(options, asked, kind)
+    count = _count(options, asked, kind) if meeting is None else _waiting(options, meeting)
     load = Workload(tokens=options.pass_tokens, weight_bytes=width_of(options, kind))
-    found = propose(shape, count, _memory_bytes(options, kind, count), asked, load)
+    here = count if meeting is None else 1
+    found = propose(shape, count, _memory_bytes(options, kind, here), asked, load)
     parts = {name: getattr(found.layout, name) for name in Layout.__struct_fields__}
     devices = [
-        torch.device(kind, number) if kind == "cuda" else torch.device(kind) for number in range(count)
+        torch.device(kind, number % here) if kind == "cuda" else torch.device(kind) for number in range(count)
     ]
     return Plan({**parts, "recompute": found.recompute}, devices, found.reason)
+
+
+def _waiting(options: MegatronOptions, meeting: Meeting) -> int:
+    """Ranks that were started elsewhere."""
+    if options.devices not in (None, meeting.ranks):
+        raise LoadError(
+            f"options.devices is {options.devices}, and ray.ranks is {meeting.ranks}: leave options.devices out"
+        )
+    return meeting.ranks
 
 
 def device_kind(options: MegatronOptions) -> str:

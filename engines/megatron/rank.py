@@ -248,10 +248,10 @@ def _vector(content: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.float32))
 
 
-def _join(world: World, said: bytes) -> Perform:
+def join(world: World, said: bytes) -> Perform:
+    """A rank other than 0: load what rank 0 says."""
     load = decode_load(said)
-    device = _CPU if load.device == "cpu" else torch.device("cuda", world.rank)
-    rank = load_rank(load.config, world, device)
+    rank = load_rank(load.config, world, world.device)
 
     def perform(call: bytes) -> None:
         rank.perform(decode_call(call))
@@ -260,4 +260,4 @@ def _join(world: World, said: bytes) -> Perform:
 
 
 if __name__ == "__main__":
-    sys.exit(follow(_join))
+    sys.exit(follow(join))

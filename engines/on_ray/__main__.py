@@ -55,9 +55,8 @@ def run(
             gateway.send_multipart(pack(LoadFailed(str(error), final=error.final)))
             return EXIT_LOAD_FAILED
         log.info(
-            "it runs on %s (%s) in the Ray cluster at %s",
-            found.node_id,
-            found.introduction.host,
+            "it runs on %s in the Ray cluster at %s",
+            found.described(),
             wanted.address,
         )
         listener = Listener(placing.own_ip(), found.introduction.public_key)
@@ -73,8 +72,8 @@ def run(
             )
             gateway.send_multipart(pack(LoadFailed(message)))
             return EXIT_LOAD_FAILED
-        log.error("its place on %s is lost", found.introduction.host)
-        if not placing.alive(found.node_id):
+        log.error("its place on %s is lost", found.described())
+        if not found.nodes_alive():
             # A node that nobody reaches may run on. Its engine process hears nothing either and has ended by then: what
             # it is writing is not in the way of the next one.
             time.sleep(max(0.0, ended.heard_at + owner_timeout_s - time.monotonic()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,9 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import zmq
 
 from engines.environment import for_engine
+from engines.interface import Meeting
 from engines.on_ray.channel import Keys, Kind, connect, end_of
 from engines.vitals import BEAT_S, Vitals
 
@@ -43,14 +46,20 @@ class Introduction(NamedTuple):
     """Whether the storage folder holds the mark that was put into it; so it is also when there is none."""
     python: str
     """The interpreter that engine processes get; empty: it is not there."""
+    meeting: str = ""
+    """`host:port` at which rank 0 will be for the others; empty: there are none."""
 
 
 class Place:
     """One engine process on this node."""
 
-    def __init__(self, python: str) -> None:
-        """`python` is its interpreter; empty: the one that Ray uses here."""
+    def __init__(self, python: str, ranks: int = 1, ip: str = "") -> None:
+        """`python` is its interpreter; empty: the one that Ray uses here. With several `ranks` it is rank 0, which
+        listens for the others at `ip`, the node's address, and at no other."""
         self._keys = Keys.new()
+        self._ranks = ranks
+        self._ip = ip
+        self._meeting = socket.create_server((ip, 0)) if ranks > 1 else None
         self._python = shutil.which(python or sys.executable) or ""
         self._shares = True
 
@@ -59,7 +68,19 @@ class Place:
         what is stored is brought from elsewhere, and has a folder of this place's own."""
         self._shares = bool(mark)
         shared = not mark or Path(mark).is_file()
-        return Introduction(self._keys.public, os.uname().nodename, shared, self._python)
+        meeting = "" if self._meeting is None else _address_of(self._meeting)
+        return Introduction(self._keys.public, os.uname().nodename, shared, self._python, meeting)
+
+    def follow(self, plugin: str, address: str, rank: int, size: int) -> int:
+        """Be another rank of an engine, from the start of a process to its end; gives its exit status. `address` is the
+        `meeting` of rank 0's place."""
+        command = [self._python, "-m", "engines.on_ray.joining", "--plugin", plugin, "--meet", address]
+        command += ["--own-ip", self._ip, "--rank", str(rank), "--size", str(size)]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, env=for_engine()) as process:
+            try:
+                return process.wait()
+            finally:
+                process.kill()
 
     def serve(self, address: str, server_key: bytes, owner_timeout_s: float) -> int:
         """From the start of the process to its end; gives its exit status, which has been told by the channel too."""
@@ -87,9 +108,17 @@ class Place:
         command += ["--connect", f"ipc://{folder}/engine.sock"]
         command += [] if self._shares else ["--storage", f"{folder}/copies"]
         command += ["--vitals", str(vitals.descriptor), "--owner-timeout", str(owner_timeout_s)]
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, env=for_engine(), pass_fds=(vitals.descriptor,), bufsize=0
-        )
+        passed = [vitals.descriptor]
+        if self._meeting is not None:
+            meeting = Meeting(_address_of(self._meeting), self._ranks, self._meeting.fileno())
+            command += ["--meeting", msgspec.json.encode(meeting).decode()]
+            passed.append(meeting.descriptor)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=for_engine(), pass_fds=passed, bufsize=0)
+
+
+def _address_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"{host}:{port}"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import msgspec
 import ray
 from ray.exceptions import RayError
+from ray.util import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engines.environment import variable
 from engines.on_ray.place import Introduction, Place
@@ -51,10 +53,14 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: dict[str, str] = {}
     wait_s: float = 30.0
     """Seconds for which a node that has all of this is waited for."""
+    plugin: str = ""
+    """The engine's."""
+    ranks: int = 1
+    """Processes of the engine, each of which is to have all of this, on one node or on several."""
 
     @property
     def needed(self) -> dict[str, float]:
-        """What a node must have, by Ray's names."""
+        """What a node must have for each rank, by Ray's names."""
         wanted = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
         return {name: amount for name, amount in wanted.items() if amount > 0}
 
@@ -62,28 +68,58 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """In words, for errors."""
         parts = [f"{name} {amount:g}" for name, amount in self.needed.items()]
         parts += [f"label {name}={value}" for name, value in self.labels.items()]
-        return ", ".join(parts) or "nothing in particular"
+        each = ", ".join(parts) or "nothing in particular"
+        return each if self.ranks == 1 else f"{self.ranks} ranks with {each} each"
 
 
 class RayPlace(Place):
     """The actor."""
+
+    def __init__(self, python: str, ranks: int = 1) -> None:
+        super().__init__(python, ranks, own_ip())
 
     def node(self) -> str:
         """The id of the node that it is on."""
         return str(ray.get_runtime_context().get_node_id())
 
 
-class Found(NamedTuple):
-    """A place that has answered."""
+class Rank(NamedTuple):
+    """A place of one rank, which has answered."""
 
     actor: Any
     node_id: str
     introduction: Introduction
 
-    def serve(self, address: str, server_key: bytes, owner_timeout_s: float) -> ray.ObjectRef[int]:
-        """Have the engine process started, and relayed for to a listener. What is returned is there when it is over."""
-        serving: ray.ObjectRef[int] = self.actor.serve.remote(address, server_key, owner_timeout_s)
+
+class Found(NamedTuple):
+    """The places of an engine, by rank: one, if nothing else is said."""
+
+    ranks: list[Rank]
+    plugin: str
+
+    @property
+    def introduction(self) -> Introduction:
+        """Rank 0's, which speaks for the engine."""
+        return self.ranks[0].introduction
+
+    def described(self) -> str:
+        """Where it is, by node and machine."""
+        return ", ".join(f"{rank.node_id} ({rank.introduction.host})" for rank in self.ranks)
+
+    def serve(self, address: str, server_key: bytes, owner_timeout_s: float) -> list[ray.ObjectRef[int]]:
+        """Have the engine's processes started, and rank 0 relayed for to a listener. What is returned, the exit status
+        of each rank, is there when it is over with that one."""
+        first, *others = self.ranks
+        serving = [first.actor.serve.remote(address, server_key, owner_timeout_s)]
+        for rank, other in enumerate(others, 1):
+            meeting = first.introduction.meeting
+            serving.append(other.actor.follow.remote(self.plugin, meeting, rank, len(self.ranks)))
         return serving
+
+    def nodes_alive(self) -> bool:
+        """Whether the cluster still counts on all nodes."""
+        there = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return all(rank.node_id in there for rank in self.ranks)
 
 
 def require_token() -> None:
@@ -104,8 +140,9 @@ def enter(wanted: Wanted) -> None:
     """Become a part of the cluster. Raises NoPlace."""
     options: dict[str, Any] = {"logging_level": "WARNING", "include_dashboard": False}
     if wanted.address == LOCAL:
-        amounts = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "resources": dict(wanted.resources)}
-        options |= {**amounts, "labels": dict(wanted.labels), "object_store_memory": _OBJECTS_BYTES}
+        options |= {"num_cpus": wanted.cpus * wanted.ranks, "num_gpus": wanted.gpus * wanted.ranks}
+        options["resources"] = {name: amount * wanted.ranks for name, amount in wanted.resources.items()}
+        options |= {"labels": dict(wanted.labels), "object_store_memory": _OBJECTS_BYTES}
     else:
         _probe(wanted.address)
     try:
@@ -123,33 +160,55 @@ def enter(wanted: Wanted) -> None:
 
 
 def find(wanted: Wanted, beat: Callable[[], None]) -> Found:
-    """An actor on a node that has what is wanted, which has answered; `beat` is called while it is waited for.
-    Raises NoPlace."""
-    actor: Any = (
-        ray.remote(RayPlace)
-        .options(
-            num_cpus=wanted.cpus,
-            num_gpus=wanted.gpus,
-            resources=dict(wanted.resources),
-            label_selector=dict(wanted.labels),
-            max_restarts=0,
-            max_task_retries=0,
-        )
-        .remote(wanted.python)
-    )
+    """Actors on nodes that have what is wanted, one for each rank, which have answered; `beat` is called while they are
+    waited for. Raises NoPlace."""
+    actors = _actors(wanted)
     with _mark(wanted.storage) as mark:
-        answers = [actor.node.remote(), actor.introduce.remote(mark)]
+        nodes = [actor.node.remote() for actor in actors]
+        answers = [actor.introduce.remote(mark) for actor in actors]
+        asked = [*nodes, *answers]
         deadline = time.monotonic() + wanted.wait_s
-        while len(ray.wait(answers, num_returns=2, timeout=_LOOK_S)[0]) < 2:
+        while len(ray.wait(asked, num_returns=len(asked), timeout=_LOOK_S)[0]) < len(asked):
             beat()
             if time.monotonic() > deadline:
                 raise _none_free(wanted)
         try:
-            node_id, introduction = ray.get(answers, timeout=_PROBE_S)
+            told = zip(
+                actors, ray.get(nodes, timeout=_PROBE_S), ray.get(answers, timeout=_PROBE_S), strict=True
+            )
         except RayError as error:
             raise _unfit(error, wanted) from error
-    _check(introduction, wanted)
-    return Found(actor, node_id, introduction)
+    ranks = neighbours([Rank(*each) for each in told])
+    for rank in ranks:
+        _check(rank.introduction, wanted)
+    return Found(ranks, wanted.plugin)
+
+
+def neighbours(ranks: list[Rank]) -> list[Rank]:
+    """In an order in which those on one node have numbers in a row, as tensor ranks have, which speak the most. The
+    first one stays."""
+    first, *others = ranks
+    return [first, *sorted(others, key=lambda rank: (rank.node_id != first.node_id, rank.node_id))]
+
+
+def _actors(wanted: Wanted) -> list[Any]:
+    """One for each rank, rank 0's first; several together or not at all, on as few nodes as may be."""
+    options = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus, "resources": dict(wanted.resources)}
+    options |= {"max_restarts": 0, "max_task_retries": 0}
+    if wanted.ranks == 1:
+        placed = ray.remote(RayPlace).options(**options, label_selector=dict(wanted.labels))
+        return [placed.remote(wanted.python)]
+    group = placement_group(
+        [wanted.needed] * wanted.ranks,
+        strategy="PACK",
+        bundle_label_selector=[dict(wanted.labels)] * wanted.ranks,
+    )
+    return [
+        ray.remote(RayPlace)
+        .options(**options, scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank))
+        .remote(wanted.python, 1 if rank else wanted.ranks)
+        for rank in range(wanted.ranks)
+    ]
 
 
 def _check(place: Introduction, wanted: Wanted) -> None:
@@ -163,22 +222,26 @@ def _check(place: Introduction, wanted: Wanted) -> None:
         raise NoPlace(f"its interpreter {wanted.python!r} cannot be run on {place.host}")
 
 
-def alive(node_id: str) -> bool:
-    """Whether the cluster still counts on a node."""
-    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
-
-
 def own_ip() -> str:
     """Under which address other nodes reach this one."""
     return str(ray.util.get_node_ip_address())
 
 
-def until_over(serving: ray.ObjectRef[int]) -> None:
-    """Returns when a place does not serve any more, whatever the reason, which is logged."""
-    try:
-        ray.get(serving)
-    except RayError as error:
-        log.error("Ray says: %s", _first_line(error))
+def until_over(serving: Sequence[ray.ObjectRef[int]]) -> None:
+    """Returns when it is over with rank 0, or with another rank that had not done its work; the reason is logged. Those
+    that end well have been told to by rank 0, which is about to end too."""
+    left = list(serving)
+    while serving[0] in left:
+        [ended], left = ray.wait(left, num_returns=1)
+        rank = serving.index(ended)
+        try:
+            status = ray.get(ended)
+        except RayError as error:
+            log.error("Ray says: %s", _first_line(error))
+            return
+        if rank and status:
+            log.error("rank %d has ended with status %d; the others cannot go on without it", rank, status)
+            return
 
 
 def leave() -> None:
@@ -186,14 +249,14 @@ def leave() -> None:
     ray.shutdown()
 
 
-def lacking(nodes: list[dict[str, Any]], wanted: Wanted) -> bool:
-    """Whether no node that is alive has all that is wanted, were it free."""
-    return not any(
-        node["Alive"]
-        and all(node["Resources"].get(name, 0.0) >= amount for name, amount in wanted.needed.items())
-        and _has_labels(node.get("Labels") or {}, wanted.labels)
-        for node in nodes
-    )
+def room(nodes: list[dict[str, Any]], wanted: Wanted) -> int:
+    """How many ranks the nodes that are alive have room for, were all of it free; no more than are wanted."""
+    found = 0
+    for node in nodes:
+        if node["Alive"] and _has_labels(node.get("Labels") or {}, wanted.labels):
+            shares = [node["Resources"].get(name, 0.0) // amount for name, amount in wanted.needed.items()]
+            found += int(min(shares, default=wanted.ranks))
+    return min(found, wanted.ranks)
 
 
 def _has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
@@ -203,9 +266,14 @@ def _has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
 def _none_free(wanted: Wanted) -> NoPlace:
     nodes = ray.nodes()
     where = f"the Ray cluster at {wanted.address}"
-    if not lacking(nodes, wanted):
+    here = room(nodes, wanted)
+    if here == wanted.ranks:
         return NoPlace(f"all nodes of {where} that have {wanted.described()} are taken", final=False)
     having = "; ".join(_of_node(node) for node in nodes if node["Alive"])
+    if wanted.ranks > 1:
+        return NoPlace(
+            f"{where} has room for {here} of {wanted.described()}; its nodes have: {having}", final=False
+        )
     return NoPlace(f"no node of {where} has {wanted.described()}; its nodes have: {having}", final=False)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from engines.ranks.meeting import by_file
 from engines.ranks.world import World
 
 log = logging.getLogger("engines.ranks")
@@ -46,7 +47,12 @@ def follow(join: Join) -> int:
     )
     end_with_leader()
     device = torch.device(said.device)
-    world = World(Path(said.store), said.rank, said.size, said.timeout, device, said.start_timeout)
+    post = by_file(Path(said.store), said.size)
+    return perform_all(World(post, said.rank, said.size, said.timeout, device, said.start_timeout), join)
+
+
+def perform_all(world: World, join: Join) -> int:
+    """From rank 0's first words to its last; gives the exit status."""
     perform = join(world, world.tell())
     while call := world.tell():
         perform(call)

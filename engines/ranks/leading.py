@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from engines.interface import EngineBroken
+from engines.interface import EngineBroken, Meeting
+from engines.ranks.meeting import Terms, by_file, lead
 from engines.ranks.world import START_TIMEOUT_S, World
 
 log = logging.getLogger("engines.ranks")
@@ -27,7 +28,8 @@ _FAREWELL_S = 5.0
 class Leader:
     """The group of an engine that has `size` ranks, seen from rank 0.
 
-    `module` is run with `python -m` as each of the others; it calls `engines.ranks.following.follow`.
+    `module` is run with `python -m` as each of the others; it calls `engines.ranks.following.follow`. With a `meeting`
+    nobody is started: others have done that, and notice when one of them ends.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Leader:
         timeout_s: float,
         devices: list[torch.device],
         start_timeout_s: float = START_TIMEOUT_S,
+        meeting: Meeting | None = None,
     ) -> None:
         """Raises EngineBroken when the ranks have not all begun within `start_timeout_s`: another try may go well."""
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-ranks-")  # nobody else may read it
@@ -45,12 +48,16 @@ class Leader:
         self._closing = False
         self._children = [
             _start(module, path, rank, size, (timeout_s, start_timeout_s), devices[rank])
-            for rank in range(1, size)
+            for rank in range(1, size if meeting is None else 1)
         ]
         for rank, child in enumerate(self._children, 1):
             threading.Thread(target=self._watch, args=(rank, child), name=f"rank {rank}", daemon=True).start()
         try:
-            self.world = World(Path(path), 0, size, timeout_s, devices[0], start_timeout_s)
+            if meeting is None:
+                post = by_file(Path(path), size)
+            else:
+                post = lead(meeting, Terms(timeout_s, start_timeout_s, devices[0].type))
+            self.world = World(post, 0, size, timeout_s, devices[0], start_timeout_s)
         except (RuntimeError, ValueError) as error:
             self._closing = True
             self._kill()

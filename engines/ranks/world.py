@@ -8,16 +8,15 @@ the next call has no end, for nobody may call; when its leader dies meanwhile it
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engines.environment import set_defaults
+from engines.ranks.meeting import Post
 
 UNBOUNDED = timedelta(days=365)
 START_TIMEOUT_S = 600.0
@@ -29,24 +28,26 @@ class World:
 
     def __init__(
         self,
-        store: Path,
+        post: Post,
         rank: int,
         size: int,
         timeout_s: float,
         device: torch.device,
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        """`store` is a file, new and the same for all, by which they find each other."""
+        """`post` is where they find each other; `device` is this rank's."""
         self.rank = rank
+        self.device = device
         self.size = size
         self.timeout_s = timeout_s
         self.start_bound = timedelta(seconds=start_timeout_s)
         # By itself gloo takes the interface of the machine's name, and lets in whoever reaches it.
-        set_defaults({"GLOO_SOCKET_IFNAME": _loopback()})
+        set_defaults({"GLOO_SOCKET_IFNAME": post.interface})
         bound = timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        meeting = dist.FileStore(str(store), size)  # type: ignore[attr-defined]  # missing in torch's own types
-        dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=self.start_bound)
+        dist.init_process_group(
+            backend, store=post.store, rank=rank, world_size=size, timeout=self.start_bound
+        )
         self._calls = dist.new_group(backend="gloo", timeout=UNBOUNDED)
         self.meet()
         self._bounded = dist.new_group(backend="gloo", timeout=bound)
@@ -99,12 +100,6 @@ class World:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(data)]), group=self._bounded)
         return [int(size) for size in sizes]
-
-
-def _loopback() -> str:
-    """The interface that nobody else reaches; the ranks are all on this machine."""
-    names = [name for _, name in socket.if_nameindex()]
-    return "lo" if "lo" in names else "lo0"
 
 
 def _padded(data: bytes, size: int) -> Tensor:

@@ -84,13 +84,14 @@ def step(folder: str, model: str, told: str) -> None:
     from engines.megatron.calls import CreateRuns, StepRuns, Train
     from engines.megatron.rank import load_rank
     from engines.operations import CreateRun, ForwardBackward, LoraSpec, OptimStep
+    from engines.ranks.meeting import by_file
     from engines.ranks.world import World
     from tests.megatron.conftest import configuration
 
     case: dict[str, Any] = json.loads(told)
     number, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()  # the engine's own takes its place
-    world = World(Path(folder) / "world", number, size, 60.0, torch.device("cpu"))
+    world = World(by_file(Path(folder) / "world", size), number, size, 60.0, torch.device("cpu"))
     config = configuration("megatron", model, Path(folder), **case["options"])
     rank = load_rank(config, world, torch.device("cpu"))
     rank.perform(CreateRuns([("run", CreateRun(LoraSpec(rank=case["rank"], alpha=16.0, seed=1)))]))

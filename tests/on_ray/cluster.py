@@ -37,6 +37,11 @@ class RayCluster:
             )
         self.address = str(self._answer("address"))
 
+    @property
+    def pid(self) -> int:
+        """The process below which all of it runs."""
+        return self._process.pid
+
     def add(self, name: str, **options: Any) -> None:
         """A node; `options` are those of Ray's utility."""
         self._tell(f"add {name} {json.dumps(options)}")

@@ -49,6 +49,8 @@ def test_an_engine_without_one_runs_here() -> None:
         ([{"address": "h:1", "resources": {"nvme": -2}}], ["-2", "nvme"]),
         ([{"address": "h:1", "labels": {"pool": "in(a, b)"}}], ["pool", "in(a, b)", "letters"]),
         ([{"address": "h:1", "wait_s": 0}], ["wait_s", "above 0"]),
+        ([{"address": "h:1", "ranks": 0}], ["engine-0", "ranks", "at least 1"]),
+        ([{"address": "h:1", "ranks": 2, "cpus": 0}], ["engine-0", "is 2", "several need something"]),
         ([{"address": "h:1", "cpu": 2}], ["cpu"]),
         ([{"address": "local"}, {"address": "local"}], ["engine-0, engine-1", "local", "ray start"]),
     ],
@@ -87,6 +89,8 @@ def test_what_stands_in_is_told_all_that_is_wanted(tmp_path: Path) -> None:
         "resources": {"nvme": 1.0},
         "labels": {"pool": "a"},
         "wait_s": 5.0,
+        "ranks": 1,
+        "plugin": "hf",
         "storage": str(tmp_path / "storage"),
         "python": "/far/python",
     }

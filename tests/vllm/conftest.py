@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,17 +11,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.hf.conftest import SHAPE, write_tokenizer
 from tests.vllm.paired import VllmProcess
-
-PYTHON = "TANDEM_TEST_VLLM_PYTHON"
-
-
-@pytest.fixture(scope="session")
-def vllm_python() -> str:
-    """The interpreter of an environment that `python -m engines.vllm.environment` has made."""
-    found = os.environ.get(PYTHON)
-    if not found:
-        pytest.skip(f"{PYTHON} names no interpreter; `python -m engines.vllm.environment PATH` makes one")
-    return found
 
 
 @pytest.fixture(scope="session")
