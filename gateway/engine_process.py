@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import tempfile
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +68,7 @@ class EngineProcess:
         self.last_signs = Signs(0, (0, 0), Doing.NOTHING, 0)
         """Once it is lost: what it was doing then."""
         self.lost_samples = 0
-        """Once it is lost: how many samples it had."""
+        """Once it is lost: how many samples it was drawing."""
         self.abandoned = False
         """Whether it has ended because this process was silent or has lost its lease, for which nothing that it did is
         to blame."""
@@ -86,6 +86,8 @@ class EngineProcess:
         self._calls: dict[int, asyncio.Future[tuple[messages.Performed, list[bytes]]]] = {}
         self._snapshots: dict[int, asyncio.Future[messages.SnapshotTaken]] = {}
         self._samples: dict[int, asyncio.Queue[SampleDelta | Drawn | Exception]] = {}
+        self._drawing: dict[int, Callable[[], None]] = {}
+        """Of the samples those whose end has not come from the engine, and who is told of it."""
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -168,15 +170,17 @@ class EngineProcess:
         return performed
 
     async def sample(
-        self, body: bytes, party: str, *, stream: bool = False
+        self, body: bytes, party: str, *, stream: bool = False, on_drawn: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[SampleDelta | Drawn, None]:
         """Deltas, if asked for, then what has been drawn. Closing the iterator early cancels the sample.
 
+        `on_drawn` is called when the engine is done with it, or is lost, however much is still to be taken from here.
         Raises UserError when the engine refuses the request, EngineFailed when it fails and EngineLost when it dies.
         """
         call_id = next(self._ids)
         queue: asyncio.Queue[SampleDelta | Drawn | Exception] = asyncio.Queue()
         self._samples[call_id] = queue
+        self._drawing[call_id] = on_drawn
         finished = False
         try:
             await self._send(messages.Sample(call_id, stream, party), body)
@@ -188,6 +192,7 @@ class EngineProcess:
                 yield item
         finally:
             self._samples.pop(call_id, None)
+            self._drawing.pop(call_id, None)
             if not finished and not self.lost.done():
                 await self._send(messages.Cancel(call_id))
 
@@ -342,13 +347,15 @@ class EngineProcess:
         queue = self._samples.get(call_id)
         if queue is not None:
             queue.put_nowait(item)
+        if not isinstance(item, SampleDelta) and (on_drawn := self._drawing.pop(call_id, None)) is not None:
+            on_drawn()
 
     def _lose(self, cause: str) -> None:
         """Tell everyone who waits that no answer will come."""
         if self.lost.done():
             return
         self.last_signs = self._vitals.read()
-        self.lost_samples = len(self._samples)
+        self.lost_samples = len(self._drawing)
         self.lost.set_result(cause)
         error = EngineLost(f"engine {self.config.name} is gone: {cause}")
         _fail(self._ready, error)
@@ -357,8 +364,8 @@ class EngineProcess:
             _fail(answer, error)
         self._calls.clear()
         self._snapshots.clear()
-        for queue in self._samples.values():
-            queue.put_nowait(error)
+        for call_id in list(self._samples):
+            self._put(call_id, error)
 
 
 def _resolve(waiting: asyncio.Future[T] | None, answer: T) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from engines.interface import EngineInfo
@@ -21,6 +22,8 @@ from gateway.settings import Settings
 from gateway.store import Store
 from gateway.store.records import Future, Run, Settled
 from gateway.supervisor import EngineState, Supervisor
+
+log = logging.getLogger(__name__)
 
 _ECHO = 300
 """Characters of a sender's own words that an error repeats."""
@@ -116,8 +119,8 @@ class Fleet:
     async def _drain(self) -> None:
         deadline = asyncio.get_running_loop().time() + self._drain_s
         await asyncio.gather(*(replicas.stop_tending() for replicas in self.entries.values()))
-        await asyncio.gather(*(dispatcher.drain(deadline) for dispatcher in self.dispatchers.values()))
-        await asyncio.gather(*(each.supervisor.stop(deadline) for each in self.dispatchers.values()))
+        await _all(dispatcher.drain(deadline) for dispatcher in self.dispatchers.values())
+        await _all(dispatcher.supervisor.stop(deadline) for dispatcher in self.dispatchers.values())
 
     def accept(self, future: Future, body: bytes | None) -> None:
         """A future has become durable; `body` is its input where that is at hand."""
@@ -204,6 +207,13 @@ class Fleet:
             if replicas.entry.base_model == base_model and role in replicas.entry.roles
             for _, dispatcher in sorted(replicas.active.items())
         ]
+
+
+async def _all(ends: Iterable[Awaitable[None]]) -> None:
+    """Those of all engines: one that fails must not keep the others, and the gateway, from ending."""
+    for failure in await asyncio.gather(*ends, return_exceptions=True):
+        if isinstance(failure, Exception):
+            log.error("unexpected error while an engine was ended", exc_info=failure)
 
 
 def _able(supervisor: Supervisor, needs: Needs) -> bool:

@@ -35,6 +35,10 @@ _WORTH_MOVING = 8
 """Samples that one replica must have more than another for what waits to move."""
 _STOP_S = 10.0
 """Seconds for the process of a replica that has nothing to do any more to end."""
+_STOPS = 5
+"""Tries to stop it, if that fails."""
+_STOP_AGAIN_S = 1.0
+"""Seconds until the second one; they double."""
 
 
 HandOver = Callable[[Dispatcher], Awaitable[None]]
@@ -176,13 +180,16 @@ class Replicas:
         return [number for number in beyond if number not in stay]
 
     async def _end(self, number: int, dispatcher: Dispatcher) -> None:
-        """Let one go, and have its number free again. One whose end is cancelled, as the gateway's has begun, stays
-        known, so that its process is ended then."""
-        for step in (self._empty, _drain, _stop):
+        """Let one go, and have its number free again. One that cannot be stopped, or whose end is cancelled, as the
+        gateway's has begun, stays known and keeps its number and its devices; its process is ended at the gateway's."""
+        for step in (self._empty, _drain):
             try:
                 await step(dispatcher)
             except Exception:  # boundary: a bug must not keep a number for good; the log says what it was
                 log.exception("engine %s: unexpected error while ending it", dispatcher.name)
+        if not await _stopped(dispatcher):
+            log.error("engine %s cannot be stopped: no other one gets its place", dispatcher.name)
+            return
         self._forget(dispatcher)
         del self._ending[number]
         log.info("engine %s has ended: fewer replicas are wanted", dispatcher.name)
@@ -291,8 +298,21 @@ async def _drain(dispatcher: Dispatcher) -> None:
     await dispatcher.drain(asyncio.get_running_loop().time() + _STOP_S)
 
 
-async def _stop(dispatcher: Dispatcher) -> None:
-    await dispatcher.supervisor.stop(asyncio.get_running_loop().time() + _STOP_S)
+async def _stopped(dispatcher: Dispatcher) -> bool:
+    """Whether its process has been ended, at last."""
+    pause = _STOP_AGAIN_S
+    for left in reversed(range(_STOPS)):
+        try:
+            await dispatcher.supervisor.stop(asyncio.get_running_loop().time() + _STOP_S)
+            return True
+        except (
+            Exception
+        ):  # boundary: a process that still runs must stay somebody's; the log says what it was
+            log.exception("engine %s: unexpected error while ending it", dispatcher.name)
+        if left:
+            await asyncio.sleep(pause)
+            pause *= 2
+    return False
 
 
 def _within(bounds: ReplicaBounds, smallest: int | None, largest: int | None) -> ReplicaBounds:

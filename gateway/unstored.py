@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from array import array
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -57,16 +58,17 @@ class Unstored:
         """The deltas as they come, if it is a stream, then what has been drawn. Closing it cancels the sample.
 
         Raises what `EngineProcess.sample` raises but for most deaths of engines; EngineUnavailable when none comes
-        back; EngineDiedOverIt; EngineLost when what is drawn again differs from what has gone out.
+        back in time; EngineDiedOverIt; EngineLost when what is drawn again differs from what has gone out.
         """
         deaths = Deaths(self._settings.max_attempts)
+        patience = _Patience(self._settings.engine_start_timeout_s)
         sent = _Sent()
         body = encode(asked.request)
         whole = False
         while not whole and not deaths.worn_out:
             async with (
-                self._engine(asked, deaths) as engine,
-                aclosing(engine.sample(body, asked.owner, stream=asked.stream)) as events,
+                self._engine(asked, deaths, patience) as (engine, on_drawn),
+                aclosing(engine.sample(body, asked.owner, stream=asked.stream, on_drawn=on_drawn)) as events,
             ):
                 async for event in events:
                     if (new := sent.new(event)) is not None:
@@ -80,40 +82,89 @@ class Unstored:
         raise EngineDiedOverIt(f"{deaths.told}; the server's log has it under the error id {error_id}")
 
     @asynccontextmanager
-    async def _engine(self, asked: Asked, deaths: Deaths) -> AsyncIterator[EngineProcess]:
-        """The one that draws it. If that dies, its death is counted, and what was to be done with it ends."""
-        async with AsyncExitStack() as stack:
+    async def _engine(
+        self, asked: Asked, deaths: Deaths, patience: _Patience
+    ) -> AsyncIterator[tuple[EngineProcess, Callable[[], None]]]:
+        """The one that draws it, and what to call when that has been done. If it dies, its death is counted, and what
+        was to be done with it ends."""
+        if patience.over:
+            raise EngineUnavailable(
+                f"this was not drawn within {self._settings.engine_start_timeout_s:.0f} s, for engines of "
+                f"{asked.base_model} died or were away; try again later"
+            )
+        with ExitStack() as turn, ExitStack() as use:
             if deaths.suspected:  # one by one, so that what kills engines is found
-                await stack.enter_async_context(self._lines.setdefault(asked.base_model, asyncio.Lock()))
-            dispatcher, engine = await self._ready(asked)
-            stack.enter_context(dispatcher.expecting())
+                turn.callback((await self._turn(asked.base_model, patience)).release)
+            dispatcher, engine = await self._ready(asked, patience)
+            use.enter_context(dispatcher.expecting())
             try:
-                yield engine
+                yield engine, turn.close  # which need not wait for a client that takes its time to read
             except _Contradiction:
                 raise
             except EngineLost as error:
                 log.debug("a sample that is not stored is drawn again: %s", error)
+                patience.begin()
                 if not engine.abandoned:
                     deaths.count(engine.last_signs, engine.lost_samples)
 
-    async def _ready(self, asked: Asked) -> tuple[Dispatcher, EngineProcess]:
-        """The engine that draws it. One that has been ready before is waited for, as long as loading may take."""
-        over = asyncio.get_running_loop().time() + self._settings.engine_start_timeout_s
+    async def _turn(self, base_model: str, patience: _Patience) -> asyncio.Lock:
+        """What is held by the only one of its suspects that is drawn. Raises EngineUnavailable."""
+        line = self._lines.setdefault(base_model, asyncio.Lock())
+        try:
+            async with asyncio.timeout_at(patience.end):
+                await line.acquire()
+        except TimeoutError as error:
+            raise EngineUnavailable(
+                f"an engine of {base_model} died over several requests, which are repeated one by one, and this one's "
+                "turn has not come; try again later"
+            ) from error
+        return line
+
+    async def _ready(self, asked: Asked, patience: _Patience) -> tuple[Dispatcher, EngineProcess]:
+        """The engine that draws it. One that has been ready before is waited for."""
         pause = _FIRST_LOOK_S
         while True:
             dispatcher = self._fleet.route(
                 asked.base_model, asked.needs, asked.request, here=True, param="model"
             )
-            supervisor = dispatcher.supervisor
-            if not supervisor.coming_back or asyncio.get_running_loop().time() > over:
-                try:
-                    return dispatcher, supervisor.now()
-                except EngineElsewhere as error:
-                    raise EngineUnavailable(
-                        "the engine of this model is just moving between gateways; try again in a moment"
-                    ) from error
+            away = dispatcher.supervisor.coming_back
+            if not away or patience.over:
+                return dispatcher, _now(dispatcher, away=away)
+            patience.begin()
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_LOOK_S)
+
+
+def _now(dispatcher: Dispatcher, *, away: bool) -> EngineProcess:
+    """Its engine. Raises EngineUnavailable, also while it is away and only its supervisor does not know yet."""
+    try:
+        engine = dispatcher.supervisor.now()
+    except EngineElsewhere as error:
+        raise EngineUnavailable(
+            "the engine of this model is just moving between gateways; try again in a moment"
+        ) from error
+    if away:
+        raise EngineUnavailable("the engine of this model has died; try again in a moment")
+    return engine
+
+
+class _Patience:
+    """How long a request waits in all for engines and for its turn: so many seconds from where it first had to."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.end = math.inf
+        """By the loop's time."""
+
+    def begin(self) -> None:
+        """It has to wait; more than once is no error."""
+        if self.end == math.inf:
+            self.end = asyncio.get_running_loop().time() + self._seconds
+
+    @property
+    def over(self) -> bool:
+        """Whether it is not drawn again, and no engine waited for."""
+        return asyncio.get_running_loop().time() > self.end
 
 
 class _Contradiction(EngineLost):

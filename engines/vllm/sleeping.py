@@ -16,6 +16,9 @@ from engines.vllm.asking import Ask, Facts, Llm, LlmDied, Piece, SleepyLlm
 
 log = logging.getLogger(__name__)
 
+_LONGEST_CHANGE_S = 5.0
+"""Seconds that vLLM's end waits for it to fall asleep or to wake."""
+
 
 class Sleeper(Llm):
     """A vLLM that sleeps when nothing has been asked of it for `after_s` seconds; 0: never."""
@@ -29,6 +32,7 @@ class Sleeper(Llm):
         """On its way into sleep or out of it. That cannot be stopped half way, whoever gives up meanwhile."""
         self._broken = asyncio.Event()
         self._cause = ""
+        """Why it is not to be used any more."""
         self.asleep = False
         self.sleeps = 0
         """How often it has fallen asleep."""
@@ -58,9 +62,12 @@ class Sleeper(Llm):
             broken.cancel()
 
     async def close(self) -> None:
+        """End vLLM; what it is asked from then on raises LlmDied."""
+        self._cause = self._cause or "vLLM has been closed"
         self._stop_alarm()
-        if self._changing is not None:
-            await self._changing
+        if (changing := self._changing) is not None:
+            await asyncio.wait({changing}, timeout=_LONGEST_CHANGE_S)
+            changing.cancel()
         await self._llm.close()
 
     @asynccontextmanager
@@ -82,7 +89,7 @@ class Sleeper(Llm):
             self._set_alarm()
 
     def _set_alarm(self) -> None:
-        if self._after_s and not self._users and not self.asleep:
+        if self._after_s and not self._users and not self.asleep and not self._cause:
             self._stop_alarm()
             self._alarm = asyncio.get_running_loop().call_later(self._after_s, self._fall_asleep)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from gateway.settings import Settings
 from gateway.unstored import Asked, Unstored
 
 Event = SampleDelta | Drawn
+PATIENCE_S = 30.0
 PROMPT = Tensor.of(np.array([65, 66], dtype=np.int32))
 
 
@@ -53,11 +55,26 @@ class Life:
         self.last_signs = Signs(1, (1, 1), doing, 0)
         self.abandoned = False
 
-    async def sample(self, body: bytes, party: str, *, stream: bool) -> AsyncGenerator[Event, None]:
+    async def sample(
+        self, body: bytes, party: str, *, stream: bool, on_drawn: Callable[[], None]
+    ) -> AsyncGenerator[Event, None]:
+        on_drawn()  # an engine does not wait for who reads
         for event in self._events:
             yield event
+        await asyncio.sleep(0)
         if self._dies:
             raise EngineLost("killed")
+
+
+class Endless(Life):
+    """One that is still drawing."""
+
+    async def sample(
+        self, body: bytes, party: str, *, stream: bool, on_drawn: Callable[[], None]
+    ) -> AsyncGenerator[Event, None]:
+        yield delta(0, 7)
+        yield delta(0, 8)
+        await asyncio.Event().wait()
 
 
 class LivesOfAnEngine:
@@ -90,10 +107,13 @@ class LivesOfAnEngine:
         self.expected -= 1
 
 
+def asked(owner: str) -> Asked:
+    return Asked(owner, "m", Needs(), SampleRequest(PROMPT, num_samples=2, seed=1), stream=True)
+
+
 async def shown(tmp_path: Path, engine: LivesOfAnEngine, **settings: Any) -> AsyncGenerator[Event, None]:
     unstored = Unstored(cast(Fleet, engine), Settings(data_dir=tmp_path, **settings))
-    request = SampleRequest(PROMPT, num_samples=2, seed=1)
-    async for event in unstored.draw(Asked("ada", "m", Needs(), request, stream=True)):
+    async for event in unstored.draw(asked("ada")):
         assert engine.expected == 1
         yield event
 
@@ -143,6 +163,71 @@ async def test_the_wait_has_an_end(tmp_path: Path) -> None:
     engine = Gone(EngineUnavailable("it is starting"))
     with pytest.raises(EngineUnavailable, match="it is starting"):
         [event async for event in shown(tmp_path, engine, engine_start_timeout_s=0.1)]
+
+
+async def test_one_that_died_and_is_not_known_to_have_ended_is_not_used(tmp_path: Path) -> None:
+    class Dead(LivesOfAnEngine):
+        coming_back = True
+
+        def now(self) -> Life:
+            return Life()
+
+    with pytest.raises(EngineUnavailable, match="has died"):
+        [event async for event in shown(tmp_path, Dead(), engine_start_timeout_s=0.1)]
+
+
+@pytest.mark.parametrize("away", [True, False], ids=["soon back", "another at once"])
+async def test_deaths_over_other_work_have_an_end_too(tmp_path: Path, away: bool) -> None:
+    """A trainer kills each engine."""
+
+    class KilledForEver(LivesOfAnEngine):
+        lives = 0
+
+        @property
+        def coming_back(self) -> bool:
+            return away and super().coming_back
+
+        def now(self) -> Life:
+            self.lives += 1
+            return Life(doing=Doing.TRAINING)
+
+    engine = KilledForEver()
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(EngineUnavailable, match="not drawn within 1 s, for engines of m died"):
+            [event async for event in shown(tmp_path, engine, engine_start_timeout_s=1)]
+    assert engine.lives > 1
+    assert engine.expected == 0
+
+
+async def both_suspected(
+    tmp_path: Path, alone: Life, **settings: Any
+) -> tuple[AsyncGenerator[Event, None], AsyncGenerator[Event, None]]:
+    """Samples of two owners over which an engine has died; the first has its turn, and has been read once."""
+    engine = LivesOfAnEngine(
+        Life(delta(0, 7)), Life(delta(0, 7)), alone, Life(delta(0, 7), whole([7], [9]), dies=False)
+    )
+    unstored = Unstored(cast(Fleet, engine), Settings(data_dir=tmp_path, **settings))
+    adas, bobs = (unstored.draw(asked(owner)) for owner in ("ada", "bob"))
+    for stream in (adas, bobs):
+        assert await anext(stream) == delta(0, 7)
+    assert await anext(adas) == delta(0, 8)
+    return adas, bobs
+
+
+async def test_a_client_that_does_not_read_keeps_nobody_waiting(tmp_path: Path) -> None:
+    alone = Life(delta(0, 7), delta(0, 8), whole([7, 8], [9]), dies=False)
+    adas, bobs = await both_suspected(tmp_path, alone)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await anext(bobs) == whole([7], [9])
+    assert await anext(adas) == whole([7, 8], [9])
+
+
+async def test_the_wait_for_a_turn_has_an_end(tmp_path: Path) -> None:
+    adas, bobs = await both_suspected(tmp_path, Endless(), engine_start_timeout_s=1)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(EngineUnavailable, match="turn has not come"):
+            await anext(bobs)
+    await adas.aclose()
 
 
 async def test_over_what_it_was_alone_with_few_engines_die(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from gateway.dispatch.blame import Blame
 from gateway.dispatch.sampling import GIVEN_UP, SamplingLane
 from gateway.engine_settings import EngineSettings
 from gateway.errors import StoreUnavailable
+from gateway.fleet import Fleet
 from gateway.migrate import upgrade
 from gateway.replicas import HandOver, Replicas
 from gateway.settings import Settings
@@ -211,12 +212,16 @@ async def test_of_those_that_are_too_many_as_many_stay_as_are_missing(place: Pla
 
 
 @pytest.mark.parametrize("step", ["take", "drain", "stop"])
-async def test_an_error_while_one_is_ended_frees_its_number(
+async def test_an_error_while_one_is_ended_frees_its_number_when_it_has_stopped(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
 ) -> None:
     async def fails(_: float) -> None:
+        if step == "stop":
+            assert place.forgotten == []
+            monkeypatch.setattr(place.other.supervisor, "stop", place.other._stop)
         raise RuntimeError("a bug")
 
+    monkeypatch.setattr("gateway.replicas._STOP_AGAIN_S", 0.01)
     place.one, place.other = place.other, place.one  # the one that ends has samples
     place.replicas.active = {1: cast(Dispatcher, place.one), 2: cast(Dispatcher, place.other)}
     if step == "take":
@@ -228,10 +233,41 @@ async def test_an_error_while_one_is_ended_frees_its_number(
     await ending
     assert not place.replicas._ending
     assert place.forgotten == [cast(Dispatcher, place.other)]
-    assert place.other.stopped or step == "stop"
+    assert place.other.stopped
     assert "unexpected error while ending it" in caplog.text
     wanting(place, 2)
     assert list(place.replicas.active) == [1, 2]
+
+
+async def test_one_that_cannot_be_stopped_keeps_its_number(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fails(_: float) -> None:
+        raise RuntimeError("it does not end")
+
+    monkeypatch.setattr("gateway.replicas._STOP_AGAIN_S", 0.01)
+    monkeypatch.setattr(place.other.supervisor, "stop", fails)
+    wanting(place, 1)
+    await asyncio.gather(*place.replicas._ending.values())
+    assert place.forgotten == []  # so that it is stopped at the gateway's end
+    assert caplog.text.count("unexpected error while ending it") == 5
+    assert "no other one gets its place" in caplog.text
+    wanting(place, 2)  # its devices are not free
+    assert list(place.replicas.active) == [1]
+
+
+async def test_one_that_cannot_be_stopped_does_not_keep_the_gateway_from_ending(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    async def fails(_: float) -> None:
+        raise RuntimeError("it does not end")
+
+    monkeypatch.setattr(place.one.supervisor, "stop", fails)
+    fleet = Fleet(Settings(data_dir=tmp_path), place.store, print, print, print)
+    fleet.dispatchers = {queue.name: cast(Dispatcher, queue) for queue in (place.one, place.other)}
+    await asyncio.wait_for(fleet.drain(), 30)
+    assert place.other.stopped
+    assert "it does not end" in caplog.text
 
 
 async def test_one_whose_end_the_gateways_own_cuts_short_stays_known(

@@ -166,6 +166,35 @@ async def test_its_end_waits_for_what_is_under_way() -> None:
     assert fake.closed
 
 
+async def test_its_end_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.vllm.sleeping._LONGEST_CHANGE_S", SOON_S)
+    fake = FakeLlm()
+    fake.held.clear()
+    llm = await started(fake)
+    await until(lambda: fake.naps == ["sleep"])
+    await asyncio.wait_for(llm.close(), PATIENCE_S)
+    assert fake.closed
+
+
+async def test_nothing_is_asked_of_it_after_its_end() -> None:
+    fake = FakeLlm()
+    llm = await started(fake)
+    await until(lambda: llm.asleep)
+    fake.held.clear()
+    leaving = asyncio.ensure_future(drawn(llm))
+    await until(lambda: fake.naps[-1] == "wake")
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    closing = asyncio.ensure_future(llm.close())
+    await asyncio.sleep(0)
+    fake.held.set()
+    await asyncio.wait_for(closing, PATIENCE_S)
+    await asyncio.sleep(4 * SOON_S)
+    assert fake.naps == ["sleep", "wake"]  # it does not fall asleep again
+    with pytest.raises(LlmDied, match="has been closed"):
+        await bounded(drawn(llm))
+
+
 # ---------------------------------------------------------------------------- the engine on it
 
 
