@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any, NamedTuple
 
 import msgspec
@@ -10,6 +11,9 @@ import msgspec
 _SAID = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<where>[^`]*)`)?", re.DOTALL)
 _FIELD = re.compile(r"field `([^`]*)`")
 _STEP = re.compile(r"\.(?P<field>[^.\[]+)|\[(?P<index>\d+)\]|\[\.\.\.\]")
+LOOKS_S = 0.05
+"""Seconds for which the entry that is wrong is looked for. A look takes as long as reading the whole, which of a large
+body must not happen again and again."""
 _ECHO = 80
 """Characters of a sender's own name that an error repeats."""
 
@@ -39,12 +43,14 @@ def misfit_of(error: msgspec.DecodeError, whole: str = "") -> Misfit:
 
 
 def with_entries(misfit: Misfit, value: Any, schema: type[Any]) -> Misfit:
-    """The same with the names of a mapping's entries. `value` was to become a `schema`; it is used up.
+    """The same with the names of a mapping's entries, unless they take too long to find. `value` was to become a
+    `schema`; it is used up.
 
     What comes before and after the place is left out of it step by step, until one entry is left that gives the error.
     """
     path, rest = "", f".{misfit.path}"
     here = value
+    deadline = time.monotonic() + LOOKS_S
     while "[...]" in rest and (step := _STEP.match(rest)) is not None:
         if step["field"] is not None:
             here, told = here[step["field"]], step[0]
@@ -52,18 +58,22 @@ def with_entries(misfit: Misfit, value: Any, schema: type[Any]) -> Misfit:
             here[:] = [here[int(step["index"])]]
             here, told = here[0], step[0]
         else:
-            name = _wrong_entry(here, value, schema)
+            name = _wrong_entry(here, value, schema, deadline)
+            if name is None:
+                break
             here, told = here[name], f"[{name[:_ECHO]!r}]"
         path, rest = path + told, rest[step.end() :]
     return misfit._replace(path=(path + rest).removeprefix("."))
 
 
-def _wrong_entry(entries: dict[str, Any], value: Any, schema: type[Any]) -> str:
+def _wrong_entry(entries: dict[str, Any], value: Any, schema: type[Any], deadline: float) -> str | None:
     """The entry that the error is about, the first that does not fit; it is the only one left. Found by halving, for
-    there may be many, and each look takes as long as reading the whole."""
+    there may be many; None when the time is over."""
     first, items = _said(value, schema), list(entries.items())
     fitting, most = 0, len(items)
     while most - fitting > 1:
+        if time.monotonic() > deadline:
+            return None
         middle = (fitting + most) // 2
         entries.clear()
         entries.update(items[:middle])

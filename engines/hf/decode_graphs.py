@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engines.hf.kv_cache import DecodeLayout, KvCache, far_longer
 from engines.hf.model import BaseModel
+from engines.operations import LoraSpec
 from engines.tuning.collating import Pack
 from engines.tuning.experts import Experts
 from engines.tuning.grouped import Band, GroupedRouting, band_shape
@@ -33,6 +34,10 @@ RECORDED_AFTER = 3
 REACH = 128
 """What reaches are multiples of, as long as they are short; long ones are rounded up by an eighth at most."""
 MOST_GRAPHS = 64
+
+
+Form = tuple[int, int, bool, LoraSpec | None]
+"""Rows, reach, whether rows stand in the order of their slots, and the shape of the adapters."""
 
 
 class Numbers(NamedTuple):
@@ -68,6 +73,7 @@ class Table:
     def __init__(self, like: Adapter, groups: int, dtype: torch.dtype) -> None:
         self.values = torch.zeros((groups, like.values.numel()), dtype=dtype, device=like.values.device)
         self.ends = torch.zeros(groups, dtype=torch.int32, device=like.values.device)
+        self.size = groups
         self.first = Adapter(like.sites, like.spec, self.values[0])
         self._held: list[Callable[[], Adapter | None]] = [
             _nobody
@@ -85,7 +91,7 @@ class Table:
                 self._held[place] = weakref.ref(adapter)
         ends = [group.stop for group in groups[:-1]]
         ends += [rows] * (len(self._held) - len(ends))
-        self.ends.copy_(torch.tensor(ends, dtype=torch.int32).pin_memory(), non_blocking=True)
+        self.ends.copy_(to_device(torch.tensor(ends, dtype=torch.int32), self.ends.device))
 
 
 def _nobody() -> None:
@@ -103,9 +109,9 @@ class DecodeGraphs:
             for part in base.module.modules()  # which ask the device where rows go
         )
         self._generation = cache.generation
-        self._seen: Counter[Hashable] = Counter()
-        self._recorded: dict[Hashable, Recorded] = {}
-        self._tables: dict[Hashable, Table] = {}
+        self._seen: Counter[Form] = Counter()
+        self._recorded: dict[Form, Recorded] = {}
+        self._tables: dict[LoraSpec, Table] = {}
         self._pool: Any = None
 
     def forget(self) -> None:
@@ -130,15 +136,15 @@ class DecodeGraphs:
         rows = min(rounded_rows(len(adapters)), self.cache.max_slots)
         reach = min(rounded_reach(max(numbers.lengths) + 1), self.cache.max_length)
         in_order = numbers.order == sorted(numbers.order)
-        table_key = (shapes.pop(), rounded_groups(len(groups))) if shapes else None
-        key = (rows, reach, in_order, table_key)
+        shape = shapes.pop() if shapes else None
+        key = (rows, reach, in_order, shape)
         self.cache.reserve(rows, reach)
         if self._generation != self.cache.generation or len(self._recorded) > MOST_GRAPHS:
             self.forget()
             self._generation = self.cache.generation
         if key not in self._recorded and not self._worth_recording(key):
             return None
-        table = self._table(table_key, groups, rows)
+        table = None if shape is None else self._table(shape, groups, rows)
         own = to_device(torch.tensor(filled_up(numbers, rows)), self.base.device)
         self.base.count_pass()
         recorded = self._recorded.get(key)
@@ -150,22 +156,21 @@ class DecodeGraphs:
             hidden = recorded.hidden
         return hidden[: len(adapters)]
 
-    def _worth_recording(self, key: Hashable) -> bool:
+    def _worth_recording(self, key: Form) -> bool:
         self._seen[key] += 1
         return self._seen[key] > RECORDED_AFTER
 
-    def _table(self, key: tuple[Hashable, int] | None, groups: Sequence[Group], rows: int) -> Table | None:
-        if key is None:
-            return None
-        if key not in self._tables:
+    def _table(self, shape: LoraSpec, groups: Sequence[Group], rows: int) -> Table:
+        """The one of a shape, as large as the most groups yet took; what was recorded with a smaller one is gone."""
+        table = self._tables.get(shape)
+        if table is None or table.size < len(groups):
             like = next(group.adapter for group in groups if group.adapter is not None)
-            self._tables[key] = Table(like, key[1], self.base.dtype)
-        self._tables[key].hold(groups, rows)
-        return self._tables[key]
+            table = self._tables[shape] = Table(like, rounded_groups(len(groups)), self.base.dtype)
+            self._recorded = {key: each for key, each in self._recorded.items() if key[-1] != shape}
+        table.hold(groups, rows)
+        return table
 
-    def _record(
-        self, key: Hashable, numbers: Tensor, reach: int, in_order: bool, table: Table | None
-    ) -> Tensor:
+    def _record(self, key: Form, numbers: Tensor, reach: int, in_order: bool, table: Table | None) -> Tensor:
         """Compute a step, which makes whatever a first time makes, then record it; gives its hidden states."""
         rows = numbers.shape[1]
         bands = [] if table is None else [Band.of_table(table.first, table.values, table.ends, rows)]
@@ -175,11 +180,8 @@ class DecodeGraphs:
             return self.base.hidden_of_bands(Pack(numbers[0, :, None], numbers[1, :, None]), layout, bands)
 
         computed = step()
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                hidden = step()
+            graph, hidden = self._captured(step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -189,6 +191,14 @@ class DecodeGraphs:
         else:
             self._recorded[key] = Recorded(graph, numbers, hidden)
         return computed
+
+    def _captured(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The kernels that a step launches, and where they leave its result."""
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            hidden = step()
+        return graph, hidden
 
 
 class GraphedLayout(DecodeLayout):

@@ -80,6 +80,8 @@ class Ownership:
         if self.alone:
             return vector
         parts = [vector[own] for own in self.own]
+        if not parts:  # an adapter of the last layer alone has nothing on the stages before
+            return vector[:0]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def put(self, own: Tensor, vector: Tensor) -> None:

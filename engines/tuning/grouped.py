@@ -2,8 +2,8 @@
 
 Neighbouring segments whose adapters are of one shape are a band: their values are stacked, rounded to the base model's
 type once a pass, and each product with a factor is one grouped matrix product over all of them. Products are
-accumulated in float32 and rounded to the base's type, as `torch.autocast` has them; values, gradients and the optimizer
-stay float32. Where a run is alone in its band, its gradient is not rounded.
+accumulated in float32 and rounded to the base's type, as `torch.autocast` has them, so also a run's gradient of a pass
+where it is not alone in its band; values, sums of gradients and the optimizer stay float32.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ class GroupedRouting(Routing):
         if segments is self.segments:  # within a context of the same
             yield
             return
+        before = self.bands, self.loose
         with super().along(segments):
             self._sort(segments)
             try:
@@ -132,16 +133,16 @@ class GroupedRouting(Routing):
                 for band in self.bands:
                     band.settle()
             finally:
-                self.bands, self.loose = [], []
+                self.bands, self.loose = before
 
     @contextmanager
     def along_bands(self, bands: Sequence[Band]) -> Iterator[None]:
         """Within the context, layers apply these bands; nothing goes back."""
-        self.bands = list(bands)
+        before, self.bands = self.bands, list(bands)
         try:
             yield
         finally:
-            self.bands = []
+            self.bands = before
 
     def forget(self) -> None:
         self._kept.clear()
@@ -298,7 +299,7 @@ def _bands(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def _shape(segment: Segment) -> tuple[object, ...]:
-    """What the segments of a band have in common; none that is trained is in one with others."""
+    """What the segments of a band have in common. Those with a gradient share none with those without."""
     spec = segment.adapter.spec
     return (_alike(spec), segment.gradient is None)
 

@@ -2,7 +2,8 @@
 
 torch multiplies float32 matrices by MKL. oneDNN, which torch brings for other types, is faster on AMD's processors: on
 two cores of an EPYC 1.05 to 1.3 times with thousands of rows, 1.2 to 4 times with the 1 to 32 rows of decoding steps.
-Which one computes a product is a function of its shape alone, so that it has the same bits wherever it is repeated.
+Which one computes a product follows from its shape, and from whether autograd has to go back through it; never from
+what ran before. So it has the same bits wherever it is repeated.
 """
 
 from __future__ import annotations

@@ -60,9 +60,18 @@ def test_one_of_many_entries_is_found_by_few_looks(wrong: int, monkeypatch: pyte
         return convert(value, schema)
 
     monkeypatch.setattr(msgspec, "convert", counted)
+    monkeypatch.setattr("engines.misfit.LOOKS_S", 60.0)
     misfit = with_entries(misfit_of(error), value, Whole)
     assert (misfit.where, misfit.path) == (f"parts[0]['p{wrong}'].size", f"parts[0]['p{wrong}']")
     assert len(looks) <= 12
+
+
+def test_what_takes_too_long_to_find_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look is as long as reading the whole: a hostile body is not read again and again."""
+    value: Any = {"parts": [{f"p{number}": {"size": "x"} for number in range(2000)}]}
+    error = failure(value)
+    monkeypatch.setattr("engines.misfit.LOOKS_S", -1.0)
+    assert str(with_entries(misfit_of(error), value, Whole)).startswith("parts[0][...].size: Expected `int`")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +21,10 @@ from engines.hf.decode_graphs import (
     rounded_rows,
 )
 from engines.hf.kv_cache import DecodeLayout, KvCache
-from engines.operations import LoraSpec
+from engines.operations import AdapterRef, LoraSpec
 from engines.tuning.lora import Adapter, Site, size
 from tests.hf.conftest import MakeEngine
+from tests.hf.material import create, numbers, request, sample_all, saved, text
 
 SITES = [Site("model.layers.0.self_attn.q_proj", 8, 8)]
 
@@ -91,3 +95,60 @@ def test_a_small_cache_stays_where_it_is() -> None:
     assert cache.layers and cache.generation == before
     cache.release()
     assert not cache.layers and cache.generation > before
+
+
+class Replayed:
+    """Stands in for a graph: computes the recorded step again, into the same memory."""
+
+    def __init__(self, step: Callable[[], torch.Tensor]) -> None:
+        self.step = step
+        self.hidden = step().clone()
+
+    def replay(self) -> None:
+        self.hidden.copy_(self.step())
+
+
+@pytest.mark.parametrize("ranks", [(), (8,), (8, 8, 8), (8, 16)], ids=str)
+def test_replayed_steps_decode_what_others_do(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...]
+) -> None:
+    """Of sequences on the base model and on adapters, which begin and end at different times. Steps with adapters of
+    two shapes are not recorded. On the CPU, where recording is computing again."""
+    monkeypatch.setattr("engines.hf.model.takes_groups", lambda _: True)
+    replays = []
+
+    def captured(step: Callable[[], torch.Tensor]) -> tuple[Replayed, torch.Tensor]:
+        graph = Replayed(step)
+        replays.append(graph)
+        return graph, graph.hidden
+
+    found = []
+    for recording in (True, False):
+        engine = make_engine("untied")
+        engine.decoder.graphs.possible = recording
+        monkeypatch.setattr(engine.decoder.graphs, "_captured", captured)
+        adapters: list[AdapterRef | None] = [None]
+        for number, rank in enumerate(ranks):
+            create(engine, f"run{number}", LoraSpec(rank, seed=number))
+            values = engine.runs[f"run{number}"].adapter.values
+            values.add_(
+                torch.randn(values.shape, generator=torch.Generator().manual_seed(number)), alpha=0.05
+            )
+            adapters.append(saved(engine, f"run{number}", f"run{number}-{recording}"))
+        wanted = [
+            request(
+                text(number, 4 + 2 * number),
+                temperature=0.0,
+                max_tokens=8 + 3 * (number % 4),
+                adapter=adapters[number % len(adapters)],
+            )
+            for number in range(9)
+        ]
+        results = [*sample_all(engine, wanted[:2]), *sample_all(engine, wanted)]
+        found.append(
+            [(numbers(one.sequences[0].tokens), numbers(one.sequences[0].logprobs)) for one in results]
+        )
+    for (tokens, logprobs), (others, expected) in zip(*found, strict=True):
+        assert np.array_equal(tokens, others)
+        np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+    assert replays

@@ -52,6 +52,7 @@ SPECS = [
     LoraSpec(3, 5),
     LoraSpec(2, 6, train_attn=False),
     LoraSpec(2, 7, train_mlp=False, train_unembed=False),
+    LoraSpec(2, 8, train_mlp=False, train_attn=False),
 ]
 
 
