@@ -7,7 +7,9 @@ needs for the URL, are imported when they are used: most engines have their stor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -30,7 +32,8 @@ class DistantFolders:
         """Copy the files of a folder there. The one that is there is written over, file by file."""
         with self._reached() as (files, root):
             for path in sorted(folder.iterdir()):
-                files.put_file(str(path), f"{root}/{key}/{path.name}")
+                there = f"{root}/{key}/{path.name}"
+                _put(files, there, partial(files.put_file, str(path), there))
 
     def pull(self, key: str, folder: Path) -> bool:
         """Copy the files of a key into a folder; whether there are any."""
@@ -72,7 +75,8 @@ class DistantFolders:
     def write(self, name: str, content: bytes) -> None:
         """Have a file hold this."""
         with self._reached() as (files, root):
-            files.pipe_file(f"{root}/{name}", content)
+            there = f"{root}/{name}"
+            _put(files, there, partial(files.pipe_file, there, content))
 
     def check(self) -> None:
         """Raises ImportError or ValueError when the URL is of no kind that is known here."""
@@ -88,8 +92,6 @@ class DistantFolders:
         try:
             files, root = fsspec.url_to_fs(self._url)
             yield files, root.rstrip("/")
-        except FileNotFoundError:
-            raise
         except (
             Exception
         ) as error:  # boundary: each file system of fsspec has errors of its own; callers get ours
@@ -98,8 +100,30 @@ class DistantFolders:
 
     def _without_credentials(self, text: str) -> str:
         """Somebody else's error, in which the URL, or the part of it that names a user, may be repeated."""
-        user, at, _ = self._url.partition("://")[2].partition("/")[0].rpartition("@")
+        place, _, query = self._url.partition("://")[2].partition("?")
+        user, at, _ = place.partition("/")[0].rpartition("@")
         password = user.partition(":")[2]
-        for secret in (user + at, password, unquote(password)):
+        values = [field.partition("=")[2] for field in query.split("&")]
+        for secret in (query, user + at, password, unquote(password), *values, *map(unquote, values)):
             text = text.replace(secret, "***") if secret else text
         return text
+
+
+def without_credentials(url: str) -> str:
+    """Where a URL leads, for people: no user, no password, and no query, which may hold a signature."""
+    protocol, separator, place = url.partition("?")[0].rpartition("://")
+    host, slash, path = place.partition("/")
+    return f"{protocol}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def _put(files: fsspec.AbstractFileSystem, there: str, put: Callable[[], object]) -> None:
+    """Put a file there. In a file system of real folders, whose paths begin at a root, its folder may have to be made
+    first; a bucket is not made."""
+    try:
+        put()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError) or error.errno == errno.ENOENT
+        if not missing or not there.startswith("/"):
+            raise
+        files.makedirs(there.rpartition("/")[0], exist_ok=True)
+        put()

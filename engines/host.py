@@ -251,6 +251,7 @@ def _load(socket: Socket, config: EngineConfig) -> Engine | None:
     """The loaded engine, after telling the owner; None when it cannot be loaded, which the owner is told too."""
     try:
         require_storage(config)
+        FolderStorage.of(config).watch_copies()
         engine = _class_of(config).load(config)
         files = engine.tokenizer_files()
         socket.send_multipart(pack(Ready(engine.info(), list(files)), *files.values()))

@@ -66,6 +66,17 @@ class DamagedWeights(UserError):
         self.path = path
 
 
+class WeightsOutOfReach(UserError):
+    """The storage of weights does not answer: the server's fault, which says nothing about the weights.
+
+    The message is for clients; `path` is where they would be, for the log.
+    """
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class LoadError(Exception):
     """The base model or the plugin cannot be loaded; the message says what to change."""
 

@@ -27,6 +27,7 @@ from engines.interface import (
     PendingSnapshot,
     RunOperation,
     UserError,
+    WeightsOutOfReach,
 )
 from engines.memory import RunMemory
 from engines.messages import Failure, Outcome, Perform, Performed, Restore, RunAddress, TakeSnapshot
@@ -197,6 +198,7 @@ class TrainingCalls:
         except UserError as error:  # no damage: the engine's limit is lower than it was
             return Performed(call.call_id, [Outcome(Failure("server", str(error)))])
         problem = self._restore(call, operation)
+        self._storage.drop_copy(call.folder)
         if problem is None:
             return Performed(call.call_id, [Outcome(summary={"bytes": float(size)})])
         self._give_back_unless_there(call.run_id)
@@ -356,7 +358,7 @@ def refused(error: UserError, what: str, *, replay: bool = False) -> Failure:
     """The failure of what the engine did not apply. A lack of memory that may pass is the server's, and so is every one
     in a replay, for there was enough the first time; another one is the sender's, who would repeat it in vain. What is
     wrong with stored weights is the server's."""
-    if isinstance(error, DamagedWeights):
+    if isinstance(error, (DamagedWeights, WeightsOutOfReach)):
         error_id = secrets.token_hex(6)
         log.error("error %s: %s: %s: %s", error_id, what, error.path, error)
         return Failure("server", f"{error}; the engine's log says where under {error_id}", error_id)

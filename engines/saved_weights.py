@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from engines.adapters import OPTIMIZER
-from engines.interface import DamagedWeights, UserError
+from engines.interface import DamagedWeights, UserError, WeightsOutOfReach
 from engines.storage import CHECKSUMS, FolderStorage, sha256_of
 
 log = logging.getLogger(__name__)
@@ -17,14 +18,30 @@ log = logging.getLogger(__name__)
 def open_weights(storage: FolderStorage, key: str, *names: str) -> Path:
     """The folder of a key, whose files of the given names are compared with the checksums beside them.
 
-    A folder without checksums is older than they are; its files are taken as they are. Raises DamagedWeights for what
-    is missing, cannot be read or differs, and UserError when weights were saved without the optimizer's state.
+    A folder without checksums is older than they are; its files are taken as they are. A copy that is not what was
+    written is brought anew, once. Raises DamagedWeights for what is missing, cannot be read or differs,
+    WeightsOutOfReach when the storage does not answer, and UserError when weights were saved without the optimizer's
+    state.
     """
+    try:
+        return _open(storage, key, names)
+    except UserError as error:
+        damaged = isinstance(error, DamagedWeights) or not (storage.path(key) / CHECKSUMS).is_file()
+        if not damaged or not storage.drop_copy(key):
+            raise
+        log.warning("the copy of %s is brought anew: %s", key, error)
+    return _open(storage, key, names)
+
+
+def _open(storage: FolderStorage, key: str, names: Sequence[str]) -> Path:
     try:
         folder = storage.bring(key)
     except OSError as error:
         log.error("%s cannot be read: %s", key, error)
-        raise DamagedWeights("the stored weights are out of reach", storage.path(key)) from error
+        raise WeightsOutOfReach(
+            "the storage of weights is out of reach; nothing says that these are damaged. Send it again later",
+            storage.path(key),
+        ) from error
     if not folder.is_dir():
         raise DamagedWeights("the stored weights are not there any more", folder)
     written = _written(folder)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,8 @@ import msgspec
 from engines.distant_folders import DistantFolders
 from engines.interface import EngineConfig, UserError
 
+log = logging.getLogger(__name__)
+
 CHECKSUMS = "checksums.json"
 """Beside saved weights: the SHA-256, hex, of each file by its name."""
 
@@ -32,9 +36,20 @@ _RANDOM = "[0-9a-f]" * 32
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 UNUSED_S = 3600.0
 """Seconds after which a copy of what is stored elsewhere goes, if nobody has used it."""
+_IN_USE_S = 600.0
+"""Seconds for which a copy that was used stays, however much there is."""
+_SHARE = 4
+"""Copies may have the disk's bytes divided by this."""
+_LOOK_S = 300.0
+"""Seconds between two looks for copies that nobody uses."""
+SNAPSHOTS = "snapshots"
+"""What keys of snapshots begin with."""
+PLAIN = ".plain"
+"""What keys of files end with that are there to be encrypted by somebody else."""
 MARK = ".database"
 """Beside stored folders: whose they are."""
-_PROBE = ".written-by-engines"
+_PROBE = ".probe/written-by-engines"
+"""Below a folder, as all files of stored folders are."""
 
 
 class FolderStorage:
@@ -88,12 +103,16 @@ class FolderStorage:
             _sync(partial)
             if self._distant is not None:
                 self._distant.push(key, partial)
-            _move(partial, target)
+            if self._distant is not None and _read_elsewhere(key):
+                shutil.rmtree(partial, ignore_errors=True)  # no copy
+                self.drop_copy(key)  # of a save that was cut short
+            else:
+                _move(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _sync(target.parent)
-        self._drop_unused()
+        self.drop_unused()
 
     def bring(self, key: str) -> Path:
         """Where the folder of a key is on this machine now, if it is stored. What is there is not changed: what is
@@ -109,21 +128,27 @@ class FolderStorage:
         coming.mkdir()
         try:
             if self._distant.pull(key, coming):
+                for path in coming.iterdir():
+                    _sync(path)  # no loss of power may leave a copy with files cut short
                 coming.rename(folder)
         except OSError as error:
             if error.errno not in _TAKEN:  # else somebody else has brought the same meanwhile
                 raise
         finally:
             shutil.rmtree(coming, ignore_errors=True)
-        self._drop_unused()
+        self.drop_unused()
         return folder
+
+    def drop_copy(self, key: str) -> bool:
+        """Remove what this machine has of a key, if it is stored elsewhere; whether there was anything."""
+        return self._distant is not None and _remove_whole(self.path(key))
 
     def remove(self, key: str) -> None:
         """Remove what is stored under a key, or what was left half written. Raises FileNotFoundError when there is
         nothing, unless it is stored elsewhere."""
         if self._distant is not None:
+            _remove_whole(self.root / key)
             self._distant.remove(key)
-            shutil.rmtree(self.root / key, ignore_errors=True)
         else:
             shutil.rmtree(self.root / key)
 
@@ -170,14 +195,44 @@ class FolderStorage:
         files = (path for path in folder.rglob("*") if path.is_file())
         return sum(path.stat().st_size for path in files if path.name != CHECKSUMS)
 
-    def _drop_unused(self) -> None:
-        """Remove copies that nobody has used for a while, and what was left half written."""
-        if self._distant is None:
-            return
-        for place, folders, files in os.walk(self.root):
-            path = Path(place)
-            if files and not folders and _written_at(path) < time.time() - UNUSED_S:
-                shutil.rmtree(path, ignore_errors=True)
+    def drop_unused(self) -> int:
+        """Remove copies that nobody has used for an hour, and what was left half written; of the others those that were
+        used longest ago, while they take more than a quarter of the disk. Gives how many."""
+        if self._distant is None or not self.root.is_dir():
+            return 0
+        left, now, dropped = _bytes_for_copies(self.root), time.time(), 0
+        for path, used_at in sorted(self._copies().items(), key=lambda each: -each[1]):
+            unused_s, half = now - used_at, path.name.startswith(".")
+            left -= _bytes_of(path)
+            if unused_s > UNUSED_S or (left < 0 and unused_s > _IN_USE_S and not half):
+                dropped += _remove_whole(path)
+        return dropped
+
+    def watch_copies(self, every_s: float = _LOOK_S) -> threading.Event:
+        """`drop_unused` now and then, in a thread, until the event is set or the process ends."""
+        end = threading.Event()
+
+        def watch() -> None:
+            while True:
+                try:
+                    self.drop_unused()
+                except OSError as error:
+                    log.warning("copies in %s: %s", self.root, error)
+                if end.wait(every_s):
+                    return
+
+        if self._distant is not None:
+            threading.Thread(target=watch, name="copies", daemon=True).start()
+        return end
+
+    def _copies(self) -> dict[Path, float]:
+        """The folders that hold files, or are half written, and when each was used last."""
+        found = ((Path(place), files) for place, folders, files in os.walk(self.root) if not folders)
+        return {
+            path: _written_at(path)
+            for path, files in found
+            if path != self.root and (files or path.name.startswith("."))
+        }
 
 
 def write_folder(storage: FolderStorage, key: str, files: Mapping[str, bytes]) -> int:
@@ -201,7 +256,17 @@ def seal(folder: Path) -> None:
 
 
 def verify(storage: FolderStorage, key: str, expected: Mapping[str, str]) -> None:
-    """See that a folder holds the files that were written to it. Raises UserError naming what is missing or differs."""
+    """See that a folder holds the files that were written to it; a copy that does not is brought anew. Raises UserError
+    naming what is missing or differs."""
+    try:
+        _verify(storage, key, expected)
+    except UserError:
+        if not storage.drop_copy(key):
+            raise
+        _verify(storage, key, expected)
+
+
+def _verify(storage: FolderStorage, key: str, expected: Mapping[str, str]) -> None:
     folder = storage.open(key, *expected)
     for name, wanted in expected.items():
         try:
@@ -237,6 +302,33 @@ def _move(partial: Path, target: Path) -> None:
         old = _sibling(target)
         target.rename(old)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_elsewhere(key: str) -> bool:
+    """Whether nobody reads a folder on the machine that has written it, unless the run comes back there."""
+    return key.startswith(f"{SNAPSHOTS}/") or key.endswith(PLAIN)
+
+
+def _remove_whole(folder: Path) -> bool:
+    """Remove a folder so that nobody takes what is left meanwhile for the whole; whether it was there."""
+    gone = folder if folder.name.startswith(".") else _sibling(folder)
+    try:
+        folder.rename(gone)
+    except FileNotFoundError:
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
+
+
+def _bytes_for_copies(root: Path) -> int:
+    return shutil.disk_usage(root).total // _SHARE
+
+
+def _bytes_of(folder: Path) -> int:
+    """Of its files; what is being removed meanwhile has none."""
+    with suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in folder.iterdir())
+    return 0
 
 
 def _written_at(folder: Path) -> float:

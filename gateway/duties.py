@@ -64,6 +64,9 @@ def standing_duties(store: Store, settings: Settings, retention: Retention) -> l
         Duty("old calls", every_s, retention.delete_futures),
         Duty("unnamed weights", every_s, retention.release_weights),
         Duty("stray folders", _SELDOM * every_s, partial(sweep, store, settings)),
+        Duty(
+            "unused copies", every_s, partial(asyncio.to_thread, settings.storage.drop_unused), shared=False
+        ),
         Duty("losses of ended sessions", every_s, retention.delete_losses),
         Duty("inputs behind snapshots", every_s, partial(prune_inputs, store, retention.pace)),
         Duty("older snapshots", every_s, partial(remove_needless, store, files, keep_s, retention.pace)),

@@ -11,7 +11,7 @@ from typing import Any
 import pyrage
 
 from engines.interface import UserError
-from engines.storage import CHECKSUMS, FolderStorage
+from engines.storage import CHECKSUMS, PLAIN, FolderStorage
 
 SUFFIX = ".age"
 """What an encrypted file's name ends with."""
@@ -24,7 +24,7 @@ Recipient = Any
 
 def plain_folder(folder: str) -> str:
     """Where an engine writes what will be encrypted into a folder."""
-    return f"{folder}.plain"
+    return f"{folder}{PLAIN}"
 
 
 def parse_recipients(texts: Sequence[str]) -> list[Recipient]:

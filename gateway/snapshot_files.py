@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from engines.distant_folders import DistantFolders
-from engines.storage import FolderStorage
+from engines.storage import SNAPSHOTS, FolderStorage
 from gateway.errors import ConfigurationError
 from gateway.settings import Settings
 
@@ -32,7 +32,6 @@ _FETCHES = 2
 """Snapshots that are brought at a time, for runs that wait to be restored."""
 _THREADS = 8
 """Apart from those that requests are worked on in: when a storage is silent, these all wait for it."""
-_FOLDER = "snapshots"
 _DATABASE_DIGITS = 16
 
 
@@ -137,7 +136,7 @@ class SnapshotFiles:
 
 
 def _below(database: bytes) -> str:
-    return f"{_FOLDER}/{database.hex()[:_DATABASE_DIGITS]}"
+    return f"{SNAPSHOTS}/{database.hex()[:_DATABASE_DIGITS]}"
 
 
 def check_place(settings: Settings) -> None:

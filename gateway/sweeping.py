@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from engines.distant_folders import without_credentials
 from engines.storage import MARK
 from gateway.checkpoints import remove_folder
 from gateway.sealing import plain_folder
@@ -62,7 +63,7 @@ def _require_ours(settings: Settings, secret: str, *, known: bool) -> None:
     if not owner and known:
         storage.claim(secret)
     if not (owner == secret if owner else known):
-        place = settings.storage_url.rpartition("@")[2] or settings.storage_dir  # without credentials
+        place = without_credentials(settings.storage_url) or settings.storage_dir
         raise ForeignStorage(
             f"{place} holds the files of another database, so nothing there is freed. If it is this one's after all, "
             f"remove its {MARK} and all folders that this database does not name"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engines.storage import write_folder
 from gateway.migrate import upgrade
 from gateway.settings import Settings
 from gateway.store import Store
@@ -114,6 +115,16 @@ async def test_the_files_of_another_database_are_left_alone(place: Place, tmp_pa
         assert await place.sweep() == 1
     finally:
         await other.store.close()
+
+
+async def test_no_credentials_of_the_url_are_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.sweeping.GRACE_S", -60)
+    url = f"memory://alice:hush@{time.time_ns()}/prefix?sig=a@hush"
+    settings = Settings(data_dir=place.settings.data_dir, storage_url=url)
+    write_folder(settings.storage, "checkpoints/stray", {"file": b"x"})
+    with pytest.raises(ForeignStorage, match="another database") as raised:
+        await sweep(place.store, settings)
+    assert "hush" not in str(raised.value) and str(raised.value).startswith("memory://")
 
 
 async def test_an_empty_folder_is_the_first_ones(place: Place) -> None:

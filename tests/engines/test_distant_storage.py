@@ -10,8 +10,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from engines.distant_folders import StorageUnreachable
-from engines.interface import DamagedWeights, UserError
+from engines.distant_folders import StorageUnreachable, without_credentials
+from engines.interface import DamagedWeights, UserError, WeightsOutOfReach
+from engines.performing import refused
 from engines.saved_weights import open_weights
 from engines.storage import CHECKSUMS, UNUSED_S, FolderStorage, checksums, verify, write_folder
 
@@ -102,23 +103,35 @@ def test_a_silent_storage_is_told_apart_from_an_empty_one(
     silence(monkeypatch)
     with pytest.raises(StorageUnreachable):
         there.open(KEY)
-    with pytest.raises(DamagedWeights, match="the stored weights are out of reach"):
+    with pytest.raises(WeightsOutOfReach, match="the storage of weights is out of reach") as raised:
         open_weights(there, KEY)
+    assert not isinstance(raised.value, DamagedWeights) and raised.value.path == there.path(KEY)
+    failure = refused(raised.value, "loading")
+    assert failure.category == "server" and failure.message.startswith(str(raised.value))
     assert "checkpoints/0f3a cannot be read: TimeoutError" in caplog.text
 
 
 def test_credentials_of_the_url_are_in_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silence(monkeypatch)
-    storage = FolderStorage(tmp_path, "ftp://alice:hush%21word@host/folder")
+    url = "ftp://alice:hush%21word@host/folder?sig=shh%2Fshh&v=2"
+    storage = FolderStorage(tmp_path, url)
     with pytest.raises(StorageUnreachable) as raised:
         storage.open(KEY)
-    assert str(raised.value) == "TimeoutError: ftp://***host/folder: alice's *** was not heard"
+    assert str(raised.value) == "TimeoutError: ftp://***host/folder?***: alice's *** was not heard"
     assert raised.value.__suppress_context__
+    monkeypatch.setattr(fsspec, "url_to_fs", tell_signature)
+    with pytest.raises(StorageUnreachable) as raised:
+        storage.open(KEY)
+    assert str(raised.value) == "ValueError: signature ***, once *** is no good"
+    assert without_credentials(url) == "ftp://host/folder"
+    assert without_credentials("s3://bucket/a@b?sig=x@y") == "s3://bucket/a@b"
+    assert without_credentials("") == ""
 
 
 def test_copies_that_nobody_uses_go_and_come_again(here: FolderStorage) -> None:
     for key in ("checkpoints/used", "checkpoints/unused", "snapshots/ab/unused"):
         write_folder(here, key, FILES)
+        here.open(key)
     half = here.root / "checkpoints" / f".x.{'0' * 32}.partial"
     half.mkdir()
     (half / "file").write_bytes(b"x")
@@ -176,3 +189,7 @@ def test_a_storage_is_tried_before_it_is_needed(
 
 def refuse(*arguments: Any, **more: Any) -> None:
     raise PermissionError("for reading only")
+
+
+def tell_signature(url: str) -> None:
+    raise ValueError("signature shh/shh, once shh%2Fshh is no good")
