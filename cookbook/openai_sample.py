@@ -20,7 +20,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("question", nargs="?", default="What is 3 + 4?")
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where the gateway answers")
+    parser.add_argument(
+        "--base-url",
+        default=client_environment().url,
+        help="where the gateway answers; else TANDEM_URL, else here",
+    )
     parser.add_argument(
         "--api-key",
         default=None,

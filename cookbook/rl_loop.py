@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sdk import connect
+from sdk.environment import client_environment
 from sdk.plots import curve
 from sdk.scripts import at_least_one, told
 
@@ -51,7 +52,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where the gateway answers")
+    parser.add_argument(
+        "--base-url",
+        default=client_environment().url,
+        help="where the gateway answers; else TANDEM_URL, else here",
+    )
     parser.add_argument(
         "--api-key",
         default=None,

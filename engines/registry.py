@@ -51,5 +51,8 @@ def engine_class(plugin: str) -> type[Engine]:
 
 def _remedy(entry: EntryPoint) -> str:
     if BUILT_IN.get(entry.name) == entry.value:
-        return f"install what it needs: pip install 'tandem-gateway[{entry.name}]'"
+        return (
+            f"install what it needs: pip install 'tandem-gateway[{entry.name}]', or in a clone of the repository "
+            f"pip install -e '.[{entry.name}]'"
+        )
     return "install what it needs in the interpreter that the engine's settings name"

@@ -9,7 +9,7 @@ import msgspec
 import tinker
 
 from sdk.answers import refusal, silence
-from sdk.environment import DEFAULT_URL, client_environment, go_without_proxies, takes_proxies
+from sdk.environment import client_environment, go_without_proxies, takes_proxies
 from sdk.tokenizers import serve_tokenizer
 
 LOCAL_KEY = "tml-local"
@@ -33,8 +33,8 @@ class _Capabilities(msgspec.Struct):
     supported_models: list[_Model]
 
 
-def connect(url: str = DEFAULT_URL, key: str | None = None, **arguments: Any) -> tinker.ServiceClient:
-    """A `ServiceClient` of the official SDK, for the gateway at `url`.
+def connect(url: str | None = None, key: str | None = None, **arguments: Any) -> tinker.ServiceClient:
+    """A `ServiceClient` of the official SDK, for the gateway at `url`; else TANDEM_URL, else http://127.0.0.1:8000.
 
     Without `key`, TANDEM_API_KEY or TINKER_API_KEY is taken; a gateway on this machine that has no keys configured
     needs none. Other arguments go to
@@ -42,7 +42,9 @@ def connect(url: str = DEFAULT_URL, key: str | None = None, **arguments: Any) ->
     for them. A gateway on this machine is reached without the environment's proxies; as the official SDK can be told so
     by NO_PROXY only, its address is added to that variable of this process. Raises ConnectionFailed.
     """
-    given = key or client_environment().key
+    environment = client_environment()
+    url = environment.url if url is None else url
+    given = key or environment.key
     key = given or LOCAL_KEY
     try:
         host = httpx.URL(url).host

@@ -72,7 +72,7 @@ class Dispatcher:
         self._task: asyncio.Task[None] | None = None
         self._engine: EngineProcess | None = None
         self._died_over: list[str] = []
-        self._reading = Trouble(log, f"engine {self.name}: what it owes has been read")
+        self._reading = Trouble(log, f"engine {self.name}: is in step with the database again")
         self._read = False
 
     @property

@@ -119,7 +119,7 @@ def test_json_is_what_the_gateway_says(place: Place, command: str) -> None:
     answer = httpx.get(
         f"{place.url}/admin/v1/{command}{'?limit=1000' if pages else ''}", trust_env=False
     ).json()
-    asked = answer["items"] if pages else answer
+    asked = answer["items"]
     for row in (*told, *asked):
         row.pop("heartbeat_at", None)  # goes on while both ask
     assert told == asked
