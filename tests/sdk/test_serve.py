@@ -96,7 +96,7 @@ def test_listening_for_others_is_said(tmp_path: Path, config: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("no_such_setting = 1\n", "settings: Object contains unknown field `no_such_setting`"),
+        ("no_such_setting = 1\n", "setting no_such_setting: Object contains unknown field `no_such_setting`"),
         ("[[", "is not TOML"),
         ('data_dir = "wrong.toml/inside"\n', "data_dir is wrong.toml/inside, which cannot be used"),
     ],
