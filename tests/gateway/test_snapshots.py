@@ -365,7 +365,7 @@ def test_what_was_left_half_written_is_removed_by_the_next_gateway(trainer: Trai
     long_ago = time.time() - 7200
     for name in ("0" * 32, f".{'1' * 32}.{'2' * 32}.partial"):
         shutil.copytree(folders(trainer.gateway)[0], place / name)
-    for path in place.glob("*/*"):
+    for path in (*place.glob("*/*"), *place.iterdir()):
         os.utime(path, (long_ago, long_ago))
     shutil.copytree(folders(trainer.gateway)[-1], place / ("3" * 32))
     (place / ("3" * 32) / "new").write_bytes(b"being written")
