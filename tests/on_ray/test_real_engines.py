@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -73,7 +73,7 @@ def test_transformers_train_and_sample_there_as_here(node: str, tmp_path: Path) 
 
 
 def test_vllm_samples_there_in_an_interpreter_of_its_own(node: str, vllm_python: str, tmp_path: Path) -> None:
-    """Greedy tokens are those of Transformers on the gateway's machine."""
+    """Greedy tokens and their log-probs are those of Transformers on the gateway's machine."""
     vllm = {
         "name": "sampler",
         "plugin": "vllm",
@@ -83,7 +83,7 @@ def test_vllm_samples_there_in_an_interpreter_of_its_own(node: str, vllm_python:
         "options": {"dtype": "float32", "max_context": 512},
         "ray": {"address": node, "cpus": 2, "wait_s": START_S},
     }
-    found: list[list[list[int]]] = []
+    found: list[list[Drawn]] = []
     for number, engine in enumerate((HF, vllm)):
         gateway = ServedGateway(tmp_path / f"gateway-{number}", [engine], **SLOWLY)
         try:
@@ -93,11 +93,21 @@ def test_vllm_samples_there_in_an_interpreter_of_its_own(node: str, vllm_python:
             assert len(nodes_of(gateway)) == number
         finally:
             gateway.close()
-    assert found[0] == found[1]
-    assert all(found[0]) and len(set(map(tuple, found[0]))) > 1
+    for here, there in zip(*found, strict=True):
+        assert here.tokens == there.tokens
+        assert here.logprobs == pytest.approx(there.logprobs, abs=1e-3)
+    firsts = [drawn.logprobs[0] for drawn in found[0]]
+    assert max(firsts) - min(firsts) > 0.01  # prompts make a difference
 
 
-def greedy(http: httpx.Client, first: int) -> list[int]:
+class Drawn(NamedTuple):
+    """A sequence of the base model."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def greedy(http: httpx.Client, first: int) -> Drawn:
     """What the base model says after a prompt that begins with a token."""
     body = {
         "base_model": MODEL,
@@ -107,5 +117,5 @@ def greedy(http: httpx.Client, first: int) -> list[int]:
     }
     result = outcome(http, http.post("/api/v1/asample", json=body).json()["request_id"])
     assert result.get("type") == "sample", result
-    tokens: list[int] = result["sequences"][0]["tokens"]
-    return tokens
+    (sequence,) = result["sequences"]
+    return Drawn(sequence["tokens"], sequence["logprobs"])
