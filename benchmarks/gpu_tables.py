@@ -30,13 +30,13 @@ def gpu(results: Results) -> list[str]:
     )
     rates = [found["device_tflops"] for found in results["models"].values() if "device_tflops" in found]
     versions = results["versions"]
-    return [
-        *rows,
-        "",
-        f"On one {results['device']} (torch {versions['torch']}, Transformers {versions['transformers']}). A run of "
-        f"rank {results['rank']} on all layers takes {memory}: values, gradient and both moments in float32. A "
-        f"product of 8,192 rows and columns reaches {median(rates):,.0f} TFLOP/s.",
-    ]
+    told = f"On one {results['device']} (torch {versions['torch']}, Transformers {versions['transformers']})."
+    if rates:
+        told += (
+            f" A run of rank {results['rank']} on all layers takes {memory}: values, gradient and both moments in "
+            f"float32. A product of 8,192 rows and columns reaches {median(rates):,.0f} TFLOP/s."
+        )
+    return [*rows, "", told]
 
 
 def megatron(results: Results) -> list[str]:

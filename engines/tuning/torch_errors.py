@@ -15,7 +15,9 @@ _SIGNS = (
     "DefaultCPUAllocator: not enough memory",
     "CUDA out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "could not create a memory object",  # oneDNN
+    "could not create a memory object",  # oneDNN, which has no other reason for these three where shapes are known
+    "could not create a primitive",
+    "could not execute a primitive",
     "std::bad_alloc",
 )
 
